@@ -1,0 +1,411 @@
+"""A JAX function as a flat list of nodes: what bound propagation walks.
+
+`trace(f, args, kwargs)` runs f once on abstract values and lists every operation that a set
+reaches, in the order of execution. Operations on constants alone are evaluated at once (a constant
+may be a tracer: that is how `vmap` over weights works), calls are inlined. Every other module sees
+
+    Node(op, operands, evaluate, ...)        operands: Ref(index) of a node, or an array
+
+and never a jaxpr. This is the one module that looks inside JAX (public API only: `jax.extend`).
+
+Functions that JAX names itself (`jax.nn.softplus`, `jax.nn.leaky_relu`) become one node: op by op
+they compare and select on bounded values, which no relaxation follows. A name proves nothing, so
+the call is compared with a fresh trace of the function, equation by equation.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core, source_info_util
+from jaxtyping import Array, ArrayLike, PyTree
+
+from bnncert.sets import Set, check_set, is_set
+
+# Calls that are inlined, and the parameter that holds their body.
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
+# Operations that return their operand. `stop_gradient` must be one of them: its transpose is zero.
+_IDENTITIES = ("stop_gradient", "copy", "copy_p", "optimization_barrier", "name")
+# Elementwise operations whose scalar operands JAX leaves to broadcast by themselves.
+_PROMOTING = ("add", "sub", "mul", "div", "max", "min", "clamp")
+_MATRIX_PRODUCTS = ("dot_general", "conv_general_dilated")
+
+
+# A traceback into this file would hide the user's line.
+source_info_util.register_exclusion(__file__)
+
+
+class UnsupportedPrimitiveError(NotImplementedError):
+    """An operation on bounded values that has no sound rule."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An operand that is the value of node `index`."""
+
+    index: int
+
+
+Operand: TypeAlias = Ref | ArrayLike
+"""A bounded value, or a constant: an array or a number."""
+
+
+class Node(NamedTuple):
+    """One operation on bounded values, or (op "input") one set.
+
+    Attributes:
+        op: the primitive's name, or that of a recognised function ("softplus").
+        operands: a `Ref` for each bounded operand, the array itself for each constant.
+        evaluate: `(*operand values) -> value`.
+        params: the primitive's parameters.
+        shape: of the value.
+        dtype: of the value.
+        source: where the user's code calls it ("model.py:12 (apply)").
+    """
+
+    op: str
+    operands: tuple[Operand, ...]
+    evaluate: Callable[..., Array]
+    params: dict[str, Any]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    source: str
+
+    @property
+    def refs(self) -> tuple[int, ...]:
+        """Indices of the bounded operands."""
+        return tuple(o.index for o in self.operands if isinstance(o, Ref))
+
+    def fill(self, values: Sequence[Any]) -> list[Any]:
+        """The operands, with `values` in place of the bounded ones."""
+        iterator = iter(values)
+        return [next(iterator) if isinstance(o, Ref) else o for o in self.operands]
+
+
+class Graph(NamedTuple):
+    """A traced function.
+
+    Attributes:
+        nodes: in the order of execution; the first `len(inputs)` are the sets.
+        inputs: the sets among the arguments, in the order of their leaves.
+        outputs: a `Ref` for each output leaf, or an array that no set reaches.
+        in_tree: structure of the arguments `(args, kwargs)`, sets as leaves.
+        set_leaves: positions of the sets among the leaves of the arguments.
+        out_tree: structure of the outputs.
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[Set, ...]
+    outputs: tuple[Operand, ...]
+    in_tree: Any
+    set_leaves: tuple[int, ...]
+    out_tree: Any
+
+
+def trace(f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any]) -> Graph:
+    """Lists the operations of `f(*args, **kwargs)` that the sets among its arguments reach.
+
+    Raises:
+        ValueError: no set among the arguments, or an invalid one.
+        UnsupportedPrimitiveError: a loop or a branch over bounded values.
+    """
+    leaves, in_tree = jax.tree.flatten((args, kwargs), is_leaf=is_set)
+    where = [i for i, leaf in enumerate(leaves) if is_set(leaf)]
+    if not where:
+        raise ValueError(
+            "no set among the arguments: at least one must be a bnncert.Box or bnncert.LpBall "
+            "(for an input x and a radius eps: bnncert.ball(x, eps))."
+        )
+    for i in where:
+        check_set(leaves[i], f"argument leaf {i}")
+
+    def on_sets(*values: Array) -> PyTree:
+        filled = list(leaves)
+        for i, value in zip(where, values, strict=True):
+            filled[i] = value
+        fargs, fkwargs = jax.tree.unflatten(in_tree, filled)
+        return f(*fargs, **fkwargs)
+
+    inputs = tuple(leaves[i] for i in where)
+    avals = [_aval(region) for region in inputs]
+    closed, out_shape = jax.make_jaxpr(on_sets, return_shape=True)(*avals)
+    nodes = [_input_node(aval, i) for i, aval in zip(where, avals, strict=True)]
+    refs = [Ref(i) for i in range(len(nodes))]
+    outputs = _walk(closed.jaxpr, closed.consts, refs, nodes)
+    return Graph(
+        tuple(nodes), inputs, tuple(outputs), in_tree, tuple(where), jax.tree.structure(out_shape)
+    )
+
+
+def unsupported(node: Node, supported: Sequence[str], hint: str = "") -> UnsupportedPrimitiveError:
+    """The error for a node without a rule: what, where, and what there is instead."""
+    bounded = [i for i, o in enumerate(node.operands) if isinstance(o, Ref)]
+    source = node.source or "a line inside JAX"
+    return UnsupportedPrimitiveError(
+        f"no bound rule for primitive '{node.op}' with bounded operand(s) {bounded} of "
+        f"{len(node.operands)}, called at {source}.{' ' + hint if hint else ''} "
+        f"Supported: {', '.join(sorted(supported))}."
+    )
+
+
+def _aval(region: Set) -> jax.ShapeDtypeStruct:
+    value = next(iter(vars(region).values()))
+    return jax.ShapeDtypeStruct(jnp.shape(value), jnp.result_type(value))
+
+
+def _input_node(aval: jax.ShapeDtypeStruct, leaf: int) -> Node:
+    source = f"argument leaf {leaf}"
+    return Node("input", (), jnp.zeros, {}, aval.shape, aval.dtype, source)
+
+
+def _walk(
+    jaxpr: core.Jaxpr,
+    consts: Sequence[ArrayLike],
+    arguments: Sequence[Any],
+    nodes: list[Node],
+    source: str = "",
+) -> list[Operand]:
+    """Appends the bounded operations of one jaxpr to `nodes`; returns its outputs.
+
+    Each call has its own environment: a function called twice is the same jaxpr object twice.
+    Bodies that JAX keeps from an earlier trace have lost their user's line: `source` is that of the
+    call.
+    """
+    env: dict[core.Var, Operand] = {}
+    env.update(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, arguments, strict=True))
+
+    def read(atom: core.Var | core.Literal) -> Operand:
+        if isinstance(atom, core.Literal):
+            return np.asarray(atom.val, atom.aval.dtype)  # pyright: ignore
+        return env[atom]
+
+    for eqn in jaxpr.eqns:
+        operands = [read(atom) for atom in eqn.invars]
+        if any(isinstance(o, Ref) for o in operands):
+            values = _step(eqn, operands, nodes, _source(eqn) or source)
+        elif eqn.primitive.name in _CALLS and _multiplies(eqn):
+            values = _inline(eqn, operands, nodes, source)
+        else:
+            out = _bind(eqn)(*operands)
+            values = list(out) if eqn.primitive.multiple_results else [out]
+        env.update(zip(eqn.outvars, values, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _step(
+    eqn: core.JaxprEqn, operands: list[Any], nodes: list[Node], source: str
+) -> Sequence[Operand]:
+    """Appends one equation on bounded values; returns a reference for each of its results."""
+    name = eqn.primitive.name
+    add = partial(_append, nodes, eqn, source)
+    if name in _IDENTITIES:
+        return operands
+    if name in _CALLS:
+        recognised = _recognise(eqn, operands)
+        if recognised is not None:
+            function, constants = recognised
+            return [add(str(eqn.params["name"]), (operands[0], *constants), function)]
+        return _inline(eqn, operands, nodes, source)
+    if name in _PROMOTING:
+        operands = [_broadcast(nodes, eqn, source, o) for o in operands]
+    if name == "clamp":
+        low, x, high = operands
+        constant = not isinstance(low, Ref) and not isinstance(x, Ref)
+        above = jnp.maximum(x, low) if constant else _extremum(add, "max", x, low)
+        return [_extremum(add, "min", above, high)]
+    if name in ("max", "min"):
+        return [_extremum(add, name, *operands)]
+    if name in ("split", "unstack"):
+        bind = _bind(eqn)
+        return [
+            add(name, tuple(operands), lambda x, i=i: bind(x)[i], var)
+            for i, var in enumerate(eqn.outvars)
+        ]
+    if eqn.primitive.multiple_results:
+        raise UnsupportedPrimitiveError(
+            f"'{name}' over bounded values, called at {source or 'a line inside JAX'}: loops, "
+            "branches and operations with several results have no bound rule. Unroll a loop in "
+            "Python, or take a branch on values that no set reaches (jnp.where with a constant "
+            "mask is supported)."
+        )
+    return [add(name, tuple(operands), _bind(eqn))]
+
+
+def _inline(
+    eqn: core.JaxprEqn, operands: Sequence[Any], nodes: list[Node], source: str
+) -> list[Operand]:
+    body = eqn.params[_CALLS[eqn.primitive.name]]
+    jaxpr, consts = (body.jaxpr, body.consts) if isinstance(body, core.ClosedJaxpr) else (body, ())
+    return _walk(jaxpr, consts, operands, nodes, source)
+
+
+def _multiplies(eqn: core.JaxprEqn) -> bool:
+    """Whether a jitted call holds a matrix product, whose precision is then ours to set.
+
+    Calls with derivatives of their own are kept whole: those are the derivatives of a constant.
+    """
+    if eqn.primitive.name in _MATRIX_PRODUCTS:
+        return True
+    if _CALLS.get(eqn.primitive.name) != "jaxpr":
+        return False
+    body = eqn.params["jaxpr"]
+    return any(map(_multiplies, body.eqns))
+
+
+def _broadcast(nodes: list[Node], eqn: core.JaxprEqn, source: str, operand: Any) -> Any:
+    """A bounded scalar operand in the shape of the result: a row needs its transpose."""
+    shape = eqn.outvars[0].aval.shape  # pyright: ignore
+    if not isinstance(operand, Ref) or nodes[operand.index].shape == shape:
+        return operand
+    spread = partial(jnp.broadcast_to, shape=shape)
+    return _append(nodes, eqn, source, "broadcast_in_dim", (operand,), spread)
+
+
+def _extremum(add: Callable[..., Ref], name: str, a: Any, b: Any) -> Ref:
+    """Appends a max or a min; against a constant, by a selection, whose derivative is cheap."""
+    if isinstance(a, Ref) and isinstance(b, Ref):
+        return add(name, (a, b), jnp.maximum if name == "max" else jnp.minimum)
+    x, constant = (a, b) if isinstance(a, Ref) else (b, a)
+    # Written so that a NaN is handed on.
+    if name == "max":
+        return add(name, (x, constant), lambda v, c: jnp.where(v <= c, c, v))
+    return add(name, (x, constant), lambda v, c: jnp.where(v >= c, c, v))
+
+
+def _append(
+    nodes: list[Node],
+    eqn: core.JaxprEqn,
+    source: str,
+    op: str,
+    operands: tuple,
+    evaluate: Callable[..., Array],
+    out: Any = None,
+) -> Ref:
+    aval: Any = (eqn.outvars[0] if out is None else out).aval
+    nodes.append(Node(op, operands, evaluate, eqn.params, aval.shape, aval.dtype, source))
+    return Ref(len(nodes) - 1)
+
+
+def _source(eqn: core.JaxprEqn) -> str:
+    summary = source_info_util.summarize(eqn.source_info)
+    return (
+        "" if summary == source_info_util.summarize(source_info_util.new_source_info()) else summary
+    )
+
+
+def _bind(eqn: core.JaxprEqn) -> Callable[..., Any]:
+    """The equation as a function; matrix products in full float32 (no TF32, no bfloat16)."""
+    params = dict(eqn.params)
+    if params.get("mode") is jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS:
+        # An index that breaks the promise is clamped, but its transpose drops it.
+        params["mode"] = jax.lax.GatherScatterMode.CLIP
+    if eqn.primitive.name in _MATRIX_PRODUCTS:
+        params["precision"] = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+    return partial(eqn.primitive.bind, **eqn.primitive.get_bind_params(params))
+
+
+# --- functions recognised by name, then checked ---------------------------------------------------
+
+
+def _softplus_reference(body: core.Jaxpr, constants: Sequence[Any]) -> tuple[Callable, tuple]:
+    del body, constants
+    return jax.nn.softplus, ()
+
+
+def _leaky_relu_reference(body: core.Jaxpr, constants: Sequence[Any]) -> tuple[Callable, tuple]:
+    """The slope is an operand of the call, or a literal inside its body."""
+    if constants:
+        return jax.nn.leaky_relu, tuple(constants)
+    slopes = [
+        atom.val
+        for eqn in body.eqns
+        if eqn.primitive.name == "mul"
+        for atom in eqn.invars
+        if isinstance(atom, core.Literal)
+    ]
+    slope = slopes[0] if slopes else 0.01
+    return jax.nn.leaky_relu, (float(slope),)
+
+
+_RECOGNISED = {"softplus": _softplus_reference, "leaky_relu": _leaky_relu_reference}
+
+
+def _recognise(eqn: core.JaxprEqn, operands: Sequence[Any]) -> tuple[Callable, tuple] | None:
+    """The function that a jitted call is, with its constant operands; None where it is not."""
+    reference = _RECOGNISED.get(str(eqn.params.get("name")))
+    body = eqn.params.get("jaxpr")
+    if reference is None or not isinstance(body, core.ClosedJaxpr) or body.consts:
+        return None
+    if not isinstance(operands[0], Ref) or any(isinstance(o, Ref) for o in operands[1:]):
+        return None
+    function, constants = reference(body.jaxpr, operands[1:])
+    # As in the call: literals were Python numbers, operands were arrays.
+    traced = [
+        jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+        for aval in map(_array_aval, eqn.invars)
+    ]
+    literals = constants if len(operands) == 1 else ()
+    fresh = jax.make_jaxpr(lambda *a: inspect.unwrap(function)(*a, *literals))(*traced)
+    # A Python number, weakly typed in the call, is an array by now: it must not widen the result.
+    dtype = _array_aval(eqn.outvars[0]).dtype
+    constants = tuple(jnp.asarray(c, dtype) for c in constants)
+    return (function, constants) if _same(fresh.jaxpr, body.jaxpr) else None
+
+
+def _same(a: core.Jaxpr, b: core.Jaxpr) -> bool:
+    """Whether two jaxprs are equal up to the names of their variables."""
+    if len(a.eqns) != len(b.eqns) or len(a.invars) != len(b.invars) or a.constvars or b.constvars:
+        return False
+    names: dict[Any, Any] = dict(zip(a.invars, b.invars, strict=True))
+
+    def same_atom(u: Any, v: Any) -> bool:
+        if isinstance(u, core.Literal) or isinstance(v, core.Literal):
+            both = isinstance(u, core.Literal) and isinstance(v, core.Literal)
+            return both and u.aval.dtype == v.aval.dtype and np.array_equal(u.val, v.val)
+        return names.get(u) is v
+
+    for p, q in zip(a.eqns, b.eqns, strict=True):
+        if p.primitive is not q.primitive or len(p.invars) != len(q.invars):
+            return False
+        if not all(map(same_atom, p.invars, q.invars)) or not _same_params(p.params, q.params):
+            return False
+        if _dtypes(p.outvars) != _dtypes(q.outvars):
+            return False
+        names.update(zip(p.outvars, q.outvars, strict=True))
+    return len(a.outvars) == len(b.outvars) and all(map(same_atom, a.outvars, b.outvars))
+
+
+def _dtypes(variables: Sequence[Any]) -> list[Any]:
+    return [_array_aval(variable).dtype for variable in variables]
+
+
+def _array_aval(atom: Any) -> Any:
+    return atom.aval
+
+
+def _same_params(p: dict[str, Any], q: dict[str, Any]) -> bool:
+    if p.keys() != q.keys():
+        return False
+    for u, v in zip(p.values(), q.values(), strict=True):
+        if isinstance(u, core.ClosedJaxpr) and isinstance(v, core.ClosedJaxpr):
+            if u.consts or v.consts or not _same(u.jaxpr, v.jaxpr):
+                return False
+        elif not callable(u) and u != v:  # derivative rules are objects made anew at each trace
+            return False
+    return True

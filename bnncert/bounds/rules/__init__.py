@@ -1,0 +1,45 @@
+"""Interval rules by family, one table each.
+
+    affine      linear in its bounded operands: `AFFINE`, with what the backward pass must know
+    monotone    elementwise and increasing: `MONOTONE`
+    bilinear    products of two bounded values: `BILINEAR`
+
+An operation is *relaxed* where it is in no way affine: it then needs an interval for its operands,
+in IBP, CROWN-IBP and CROWN alike. That is derived here from the tables, and stated nowhere else.
+"""
+
+from bnncert.bounds.graph import Node, UnsupportedPrimitiveError, unsupported
+from bnncert.bounds.rules.affine import AFFINE, AffineRule
+from bnncert.bounds.rules.bilinear import BILINEAR
+from bnncert.bounds.rules.monotone import MONOTONE
+from bnncert.sets import Box
+
+SUPPORTED = tuple(sorted({*AFFINE, *MONOTONE, *BILINEAR}))
+
+
+def affine_rule(node: Node) -> AffineRule | None:
+    """The rule of an operation that is affine in its bounded operands; None where it is not."""
+    rule = AFFINE.get(node.op)
+    return rule if rule is not None and rule.applies(node) else None
+
+
+def interval(node: Node, *operands: Box) -> Box:
+    """The interval of a node's value from those of its bounded operands.
+
+    Raises:
+        UnsupportedPrimitiveError: no rule for this operation on these operands.
+    """
+    affine = affine_rule(node)
+    if affine is not None:
+        return affine.interval(node, *operands)
+    rule = MONOTONE.get(node.op) or (BILINEAR.get(node.op) if len(operands) == 2 else None)
+    if rule is None:
+        raise _unsupported(node)
+    return rule(node, *operands)
+
+
+def _unsupported(node: Node) -> UnsupportedPrimitiveError:
+    hint = ""
+    if node.op in AFFINE:
+        hint = "It is supported where it is linear: with the other operands constant."
+    return unsupported(node, SUPPORTED, hint)

@@ -1,0 +1,131 @@
+"""Interval rules of operations that are affine in their bounded operands.
+
+Three forms cover them:
+
+    order-preserving    reshape, sum, concatenate, ...: f([l, u]) = [f(l), f(u)]
+    signed              negate, subtract, scale: the ends change places where the sign is negative
+    mixing              y = W x + b over many coordinates: centre W c + b, radius |W| r
+
+Each is exact for its own output where the coordinates of its operand are independent. `spreads`
+says what an operation does to that independence, from which `interval.py` finds where op-by-op
+intervals lose to one merged affine map. The backward pass needs no rule: it transposes `evaluate`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+
+from bnncert.bounds.graph import Node, Ref
+from bnncert.sets import Box
+
+
+class AffineRule(NamedTuple):
+    """How an affine operation acts on intervals.
+
+    Attributes:
+        interval: `(node, *boxes of the bounded operands) -> Box`.
+        applies: whether a node is affine, given which of its operands are bounded.
+        spreads: "places": each coordinate of an operand goes to at most one of the value, alone;
+            "repeats": to several; "adds": as "places", operands meeting elementwise;
+            "mixes": a coordinate of the value sums many of one operand.
+        has_offset: whether constant operands may add a constant (else f(0) = 0).
+    """
+
+    interval: Callable[..., Box]
+    applies: Callable[[Node], bool]
+    spreads: Literal["places", "repeats", "adds", "mixes"]
+    has_offset: bool = False
+
+
+def _order_preserving(node: Node, *boxes: Box) -> Box:
+    lower = node.evaluate(*node.fill([box.lower for box in boxes]))
+    upper = node.evaluate(*node.fill([box.upper for box in boxes]))
+    return Box(lower, upper)
+
+
+def _negate(node: Node, box: Box) -> Box:
+    return Box(node.evaluate(box.upper), node.evaluate(box.lower))
+
+
+def _subtract(node: Node, *boxes: Box) -> Box:
+    lowers, uppers = [box.lower for box in boxes], [box.upper for box in boxes]
+    a_lower, b_lower = node.fill(lowers)
+    a_upper, b_upper = node.fill(uppers)
+    return Box(node.evaluate(a_lower, b_upper), node.evaluate(a_upper, b_lower))
+
+
+def _scale(node: Node, box: Box) -> Box:
+    a, b = node.evaluate(*node.fill([box.lower])), node.evaluate(*node.fill([box.upper]))
+    return Box(jnp.minimum(a, b), jnp.maximum(a, b))
+
+
+def _mix(node: Node, box: Box) -> Box:
+    """Centre and radius: two products instead of the four of positive and negative parts."""
+    magnitudes = [o if isinstance(o, Ref) else jnp.abs(o) for o in node.operands]
+    absolute = node._replace(operands=tuple(magnitudes))
+    center = node.evaluate(*node.fill([box.center]))
+    radius = node.evaluate(*absolute.fill([box.radius]))
+    return Box(center - radius, center + radius)
+
+
+def _is_float(node: Node) -> bool:
+    return jnp.issubdtype(node.dtype, jnp.floating)
+
+
+def _any_operand(node: Node) -> bool:
+    return True
+
+
+def _one_operand(node: Node) -> bool:
+    return len(node.refs) == 1
+
+
+def _bounded_only(*allowed: int) -> Callable[[Node], bool]:
+    """Affine where no other operands are bounded: indices, masks and divisors are constant."""
+
+    def applies(node: Node) -> bool:
+        return all(i in allowed for i, o in enumerate(node.operands) if isinstance(o, Ref))
+
+    return applies
+
+
+def _cases_only(node: Node) -> bool:
+    return not isinstance(node.operands[0], Ref)
+
+
+def _rule(interval: Any, applies: Any, spreads: Any, has_offset: bool = False) -> AffineRule:
+    return AffineRule(interval, applies, spreads, has_offset)
+
+
+AFFINE: dict[str, AffineRule] = {
+    "reshape": _rule(_order_preserving, _any_operand, "places"),
+    "transpose": _rule(_order_preserving, _any_operand, "places"),
+    "squeeze": _rule(_order_preserving, _any_operand, "places"),
+    "expand_dims": _rule(_order_preserving, _any_operand, "places"),
+    "rev": _rule(_order_preserving, _any_operand, "places"),
+    "slice": _rule(_order_preserving, _any_operand, "places"),
+    "split": _rule(_order_preserving, _any_operand, "places"),
+    "dynamic_slice": _rule(_order_preserving, _bounded_only(0), "places"),
+    "convert_element_type": _rule(_order_preserving, _is_float, "places"),
+    "unstack": _rule(_order_preserving, _any_operand, "places"),
+    "stack": _rule(_order_preserving, _any_operand, "places", has_offset=True),
+    "concatenate": _rule(_order_preserving, _any_operand, "places", has_offset=True),
+    "pad": _rule(_order_preserving, _bounded_only(0), "places", has_offset=True),
+    "select_n": _rule(_order_preserving, _cases_only, "places", has_offset=True),
+    "tile": _rule(_order_preserving, _any_operand, "repeats"),
+    "broadcast_in_dim": _rule(_order_preserving, _any_operand, "repeats"),
+    # The constant: what `mode="fill"` puts where an index lies outside.
+    "gather": _rule(_order_preserving, _bounded_only(0), "repeats", has_offset=True),
+    "add": _rule(_order_preserving, _any_operand, "adds", has_offset=True),
+    "add_any": _rule(_order_preserving, _any_operand, "adds", has_offset=True),
+    "sub": _rule(_subtract, _any_operand, "adds", has_offset=True),
+    "neg": _rule(_negate, _any_operand, "places"),
+    "mul": _rule(_scale, _one_operand, "places"),
+    "div": _rule(_scale, _bounded_only(0), "places"),
+    "reduce_sum": _rule(_order_preserving, _any_operand, "mixes"),
+    "cumsum": _rule(_order_preserving, _any_operand, "mixes"),
+    "reduce_window_sum": _rule(_order_preserving, _any_operand, "mixes"),
+    "dot_general": _rule(_mix, _one_operand, "mixes"),
+    "conv_general_dilated": _rule(_mix, _one_operand, "mixes"),
+}

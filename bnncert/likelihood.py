@@ -1,0 +1,284 @@
+"""Robust log-likelihoods: the error model that makes a posterior robust.
+
+For a random radius eps ~ p_eps, the adversary moves the input inside the ball of radius eps:
+
+    p_rob(y | x, w) = E_eps[ min_{|x' - x|_inf <= eps} softmax_y f(w, x') ]
+
+It does not sum to 1 over y, so what follows from it is a generalised (Gibbs) posterior, not a Bayes
+posterior of a normalised model. The minimum is bounded below by bound propagation,
+
+    p_worst(eps) = 1 / (1 + sum_{j != y} exp ub_j),   ub_j >= max_{x'} f_j(w, x') - f_y(w, x')
+
+with the *margin* f_j - f_y bounded as one function (the last affine layer merged in). A two-point
+p_eps (weight lam at 0) and K drawn radii are both
+
+    p_rob = M_power( p_clean, p_worst(eps_1), ..., p_worst(eps_K);  weights lam, (1 - lam)/K, ... )
+
+the weighted power mean, inside the log. `power = 1` is the arithmetic mean, the expectation above.
+It has a bad optimum: where p_worst is small against p_clean its share of the gradient is
+
+    (1 - lam) p_worst / (lam p_clean + (1 - lam) p_worst)  ->  0
+
+and a network pays log(1/lam) for ever, never becoming robust. `power = 0` is the geometric mean,
+lam log p_clean + (1 - lam) mean_k log p_worst(eps_k): the shares are lam and 1 - lam whatever the
+values. By Jensen it is a lower bound on the arithmetic one, so its ELBO is still a lower bound on
+the robust evidence. Powers between anneal from one to the other.
+
+Source: Wicker et al., "Bayesian Inference with Certifiable Adversarial Robustness", AISTATS 2021,
+section 4; the geometric form as in the mixed cross-entropy of Gowal et al. 2018.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jaxtyping import Array, Float
+
+from bnncert.bounds import bound
+from bnncert.bounds.margins import margin_bounds
+from bnncert.sets import Box, ball, check_radius, is_concrete
+from bnncert.types import Apply, Key, LogLikelihood, Params, Threat
+
+Attack = Callable[[Key, Apply, Params, Array, Array, Array], Any]
+"""`attack(key, apply, samples, x, y, eps) -> result` with the attacked input in `result.x`."""
+
+
+def continuous_threat(
+    key: Key, radius: dist.Distribution, num_radii: int, power: float | Array = 0.0
+) -> Threat:
+    """A draw of K radii from a continuous p_eps (Exponential, Rayleigh, Uniform, ...).
+
+    Args:
+        key: random key.
+        radius: NumPyro distribution of a scalar radius >= 0, in the units of the input.
+        num_radii: K, the number of radii; the cost of the likelihood grows with it.
+        power: of the mixture.
+
+    Returns:
+        A `Threat` with `eps` of shape (K,) and lam = 0.
+
+    Raises:
+        ValueError: for a distribution of vectors or of negative radii, or num_radii < 1.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> continuous_threat(jax.random.key(0), dist.Uniform(0.0, 0.1), 4).eps.shape
+        (4,)
+    """
+    if num_radii < 1:
+        raise ValueError(f"num_radii = {num_radii}: draw at least one radius.")
+    if radius.batch_shape or radius.event_shape:
+        raise ValueError(
+            f"radius has shape {radius.batch_shape + radius.event_shape}: give a distribution of "
+            "scalars."
+        )
+    eps = jnp.asarray(radius.sample(key, (num_radii,)))
+    if is_concrete(eps) and bool((eps < 0).any()):
+        raise ValueError(
+            f"radius drew {eps}: radii must not be negative (a Normal? use a HalfNormal)."
+        )
+    return Threat(eps, jnp.zeros(()), jnp.asarray(power, eps.dtype))
+
+
+def clean_categorical(apply: Apply) -> LogLikelihood:
+    """The ordinary log-likelihood `log softmax_y f(w, x)`, as if lam = 1; the threat is not used.
+
+    Args:
+        apply: `(params, x) -> logits (C,)` for one example.
+
+    Returns:
+        `loglik(key, params, x, y, threat)` in nats.
+    """
+
+    def loglik(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
+        del key, threat
+        return jax.nn.log_softmax(apply(params, x))[y]
+
+    return loglik
+
+
+def robust_categorical(
+    apply: Apply, *, method: str = "ibp", clip: tuple[float, float] | None = None
+) -> LogLikelihood:
+    """The certified robust log-likelihood of classification.
+
+        log M_power( p_clean, p_worst(eps_1), ..., p_worst(eps_K) )
+
+    Args:
+        apply: `(params, x) -> logits (C,)` for one example.
+        method: of the bounds, as for `bnncert.bound`.
+        clip: `(low, high)`: the adversary stays in this range of values.
+
+    Returns:
+        `loglik(key, params, x, y, threat)` in nats, with `threat.eps` of shape () or (K,). lam = 1
+        gives the ordinary log-likelihood, lam = 0 that of the worst case alone. lam, power and eps
+        are not differentiated: they are scheduled, not learned.
+
+    Raises:
+        ValueError, UnsupportedPrimitiveError: as `bnncert.bound`.
+
+    Cost: one clean evaluation and K bounds ("ibp": about 2 evaluations each).
+    """
+    worst = certified_categorical(apply, method=method, clip=clip)
+
+    def loglik(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
+        clean = jax.nn.log_softmax(apply(params, x))[y]
+        worsts = _per_radius(lambda eps: worst(key, params, x, y, Threat(eps)), threat)
+        return _mixture(clean, worsts, threat)
+
+    return loglik
+
+
+def certified_categorical(
+    apply: Apply, *, method: str = "ibp", clip: tuple[float, float] | None = None
+) -> LogLikelihood:
+    """A lower bound on the log-likelihood of the worst case, `log min_{x'} softmax_y f(w, x')`.
+
+    Args:
+        apply: `(params, x) -> logits (C,)` for one example.
+        method: of the bounds, as for `bnncert.bound`.
+        clip: `(low, high)`: the adversary stays in this range of values.
+
+    Returns:
+        `loglik(key, params, x, y, threat)` in nats; `threat.eps` is one radius.
+
+    Raises:
+        ValueError, UnsupportedPrimitiveError: as `bnncert.bound`; several radii, when called.
+    """
+
+    bounded = margin_bounds(apply, method)
+
+    def loglik(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
+        del key
+        if jnp.ndim(threat.eps) > 0:
+            raise ValueError(
+                f"threat.eps has shape {jnp.shape(threat.eps)}: this is the worst case at one "
+                "radius; for K of them use robust_categorical."
+            )
+        upper = bounded(params, ball(x, jax.lax.stop_gradient(threat.eps), clip=clip), y).upper
+        return -jax.nn.logsumexp(upper)  # row y is exactly 0: the 1 of the formula
+
+    return loglik
+
+
+def attacked_categorical(apply: Apply, attack: Attack) -> LogLikelihood:
+    """The robust log-likelihood with the worst case *found* by an attack: adversarial training.
+
+    An upper bound on the true worst case: nothing is certified.
+
+    Args:
+        apply: `(params, x) -> logits (C,)` for one example.
+        attack: e.g. `partial(bnncert.attack.pgd, steps=7, clip=(0.0, 1.0))`.
+
+    Returns:
+        `loglik(key, params, x, y, threat)` in nats, as `robust_categorical`; gradients reach the
+        weights at the attacked input, not through the attack.
+    """
+
+    def loglik(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
+        clean = jax.nn.log_softmax(apply(params, x))[y]
+        fixed = jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf[None], params))
+
+        def worst(eps: Array) -> Array:
+            found = attack(key, apply, fixed, x, y, eps).x
+            return jax.nn.log_softmax(apply(params, jax.lax.stop_gradient(found)))[y]
+
+        return _mixture(clean, _per_radius(worst, threat), threat)
+
+    return loglik
+
+
+def robust_gaussian(
+    apply: Apply,
+    *,
+    noise_scale: float,
+    method: str = "ibp",
+    clip: tuple[float, float] | None = None,
+) -> LogLikelihood:
+    """The certified robust log-likelihood of regression, y ~ N(f(w, x), noise_scale^2).
+
+    The worst case puts the mean at the end of its interval that is farther from y.
+
+    Args:
+        apply: `(params, x) -> mean`, any shape, for one example.
+        noise_scale: standard deviation of the noise, in the units of y.
+        method: of the bounds, as for `bnncert.bound`.
+        clip: `(low, high)`: the adversary stays in this range of values.
+
+    Returns:
+        `loglik(key, params, x, y, threat)` in nats, summed over the outputs.
+
+    Raises:
+        ValueError: a noise scale that is not positive.
+    """
+    if not noise_scale > 0:
+        raise ValueError(f"noise_scale = {noise_scale}: a standard deviation must be positive.")
+    bounded = bound(apply, method)
+
+    def log_prob(error: Array) -> Array:
+        return dist.Normal(0.0, noise_scale).log_prob(error).sum()
+
+    def loglik(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
+        del key
+
+        def worst(eps: Array) -> Array:
+            mean: Box = bounded(params, ball(x, jax.lax.stop_gradient(eps), clip=clip))
+            return log_prob(jnp.maximum(jnp.abs(mean.upper - y), jnp.abs(y - mean.lower)))
+
+        clean = log_prob(apply(params, x) - y)
+        return _mixture(clean, _per_radius(worst, threat), threat)
+
+    return loglik
+
+
+def log_power_mean(
+    logs: Float[Array, " n"], weights: Float[Array, " n"], power: Float[Array, ""] | float
+) -> Float[Array, ""]:
+    """`log ( sum_i w_i p_i^power )^(1/power)` from `log p_i`; the geometric mean at power 0.
+
+    Stable for every power in [0, 1]: through log1p and expm1 where the sum is near 1 (a small
+    power, or nearly all weight on the largest), elsewhere as a log-sum-exp.
+
+    Args:
+        logs: log p_i, in nats.
+        weights: non-negative, of sum 1.
+        power: 0 geometric, 1 arithmetic.
+    """
+    top = jax.lax.stop_gradient(jnp.max(logs))
+    below = logs - top
+    geometric = jnp.sum(weights * below)
+    safe = jnp.where(power > 0, power, 1.0)
+    scaled = safe * below
+    excess = jnp.sum(weights * jnp.expm1(scaled))  # of the sum over 1, in [-1, 0]
+    near = excess > -0.5
+    # Each branch sees harmless values where the other is taken: no NaN reaches a gradient.
+    by_log1p = jnp.log1p(jnp.where(near, excess, 0.0))
+    by_sum = jax.nn.logsumexp(jnp.where(near, 0.0, scaled), b=weights)
+    mean = jnp.where(near, by_log1p, by_sum) / safe
+    return top + jnp.where(power > 0, mean, geometric)
+
+
+def _mixture(clean: Array, worsts: Array, threat: Threat) -> Array:
+    for name, value in (("lam", threat.lam), ("power", threat.power)):
+        # NumPy: under `jit`, JAX would stage a comparison of known numbers too.
+        if is_concrete(value) and not 0 <= np.asarray(value) <= 1:
+            raise ValueError(f"threat.{name} = {value}: it must be in [0, 1].")
+    lam, power = jax.lax.stop_gradient((jnp.asarray(threat.lam), jnp.asarray(threat.power)))
+    count = worsts.shape[0]
+    weights = jnp.concatenate([lam[None], jnp.full((count,), (1 - lam) / count)])
+    logs = jnp.concatenate([clean[None], worsts])
+    return log_power_mean(logs, weights, power)
+
+
+def _per_radius(worst: Callable[[Array], Array], threat: Threat) -> Array:
+    """The worst case at each radius, shape (K,); one radius costs no extra axis."""
+    eps = jnp.asarray(threat.eps)
+    if eps.ndim > 1:
+        raise ValueError(f"threat.eps has shape {eps.shape}: give one radius, or K of shape (K,).")
+    check_radius(threat.eps, "threat.eps")
+    # At lam = 1 no worst case counts: an overflow there must not reach the gradient as 0 * inf.
+    eps = jnp.where(jnp.asarray(threat.lam) < 1, eps, jnp.zeros_like(eps))
+    return worst(eps)[None] if eps.ndim == 0 else jax.vmap(worst)(eps)

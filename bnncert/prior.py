@@ -1,0 +1,197 @@
+"""Priors over weights: a pytree of NumPyro distributions with the structure of the params.
+
+    log p(w) = sum over random leaves of log p_leaf(w_leaf)        (nats)
+
+A leaf whose prior is None is deterministic: it keeps the value it has in the params, and adds
+nothing to any density. A network with a few random leaves is a partly Bayesian one.
+
+NumPyro's distributions are themselves pytrees: to map over a prior, pass `is_leaf=is_leaf`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jaxtyping import Array, Float
+
+from bnncert.sets import is_concrete
+from bnncert.types import Key, Params
+
+Prior = Any  # a pytree of `dist.Distribution | None`
+
+
+def is_leaf(node: Any) -> bool:
+    """Whether a node of a prior is a leaf of it: a distribution, or None."""
+    return node is None or isinstance(node, dist.Distribution)
+
+
+def normal(
+    params: Params,
+    scale: float | Float[Array, ""] = 1.0,
+    *,
+    where: Callable[[str], bool] | None = None,
+) -> Prior:
+    """Independent N(0, scale^2) over every weight of the leaves that `where` picks.
+
+    Args:
+        params: the network's params; only names, shapes and dtypes are read.
+        scale: standard deviation of every weight, > 0.
+        where: takes a leaf's name ("dense/kernel") and says whether it is random; all are if it is
+            None. Leaves that do not hold floats are deterministic in any case.
+
+    Returns:
+        A prior with the structure of `params`.
+
+    Raises:
+        ValueError: if `scale` is not positive and finite, or `where` leaves no leaf random.
+
+    Example:
+        >>> params = {"dense": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}
+        >>> names(normal(params, 0.1, where=lambda name: name.endswith("kernel")))
+        ('dense/kernel',)
+    """
+    if is_concrete(scale) and not 0 < scale < jnp.inf:
+        raise ValueError(f"the prior's scale must be positive and finite, got {scale}")
+
+    def leaf(path: tuple[Any, ...], value: Any) -> dist.Distribution | None:
+        if value is None or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            return None
+        if where is not None and not where(_name(path)):
+            return None
+        loc = jnp.zeros(jnp.shape(value), jnp.result_type(value))
+        return dist.Normal(loc, jnp.asarray(scale, loc.dtype)).to_event(loc.ndim)
+
+    prior = jax.tree_util.tree_map_with_path(leaf, params, is_leaf=is_leaf)
+    if not sites(prior):
+        raise ValueError(f"no leaf is random: `where` picks no float leaf of {list(named(params))}")
+    return prior
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """The leaves of a prior, or of params, by name ("dense/kernel"); None counts as a leaf.
+
+    Raises:
+        ValueError: if two leaves have the same name (a "/" inside a key can do that).
+    """
+    found: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
+        name = _name(path)
+        if name in found:
+            raise ValueError(f"two leaves are named {name!r}: rename one of their keys")
+        found[name] = leaf
+    return found
+
+
+def sites(prior: Prior) -> dict[str, dist.Distribution]:
+    """The random leaves' distributions by name, in the order of the tree's leaves.
+
+    Example:
+        >>> list(sites({"bias": None, "kernel": dist.Normal(0.0, 1.0)}))
+        ['kernel']
+    """
+    return {name: leaf for name, leaf in named(prior).items() if leaf is not None}
+
+
+def names(prior: Prior) -> tuple[str, ...]:
+    """The random leaves' names: the path to each, joined by "/"."""
+    return tuple(sites(prior))
+
+
+def replace(params: Params, values: Mapping[str, Array]) -> Params:
+    """The params with the named leaves replaced: how sampled sites become weights again.
+
+    Args:
+        params: any params.
+        values: new leaves by name, as `names` gives them.
+
+    Raises:
+        ValueError: if a name is not that of a leaf.
+
+    Example:
+        >>> print(replace({"w": jnp.zeros(2), "b": jnp.ones(1)}, {"w": jnp.ones(2)})["w"])
+        [1. 1.]
+    """
+    leaves = named(params)
+    unknown = sorted(set(values) - set(leaves))
+    if unknown:
+        raise ValueError(f"params have no leaf named {unknown}; their leaves are {list(leaves)}")
+    treedef = jax.tree.structure(params, is_leaf=is_leaf)
+    return jax.tree.unflatten(treedef, [values.get(name, leaf) for name, leaf in leaves.items()])
+
+
+def sample(key: Key, prior: Prior, params: Params) -> Params:
+    """One draw from the prior; deterministic leaves keep their values in `params`.
+
+    Args:
+        key: a PRNG key.
+        prior: a pytree of distributions and None.
+        params: gives the deterministic leaves, and the dtype of the others.
+
+    Returns:
+        Params of the same structure, shapes and dtypes.
+
+    Raises:
+        ValueError: if prior and params do not match, see `check`.
+    """
+    check(prior, params)
+    leaves, found = named(params), sites(prior)
+    keys = jax.random.split(key, len(found))
+    draws = {
+        name: jnp.asarray(leaf.sample(k), jnp.result_type(leaves[name]))
+        for k, (name, leaf) in zip(keys, found.items(), strict=True)
+    }
+    return replace(params, draws)
+
+
+def log_prob(prior: Prior, params: Params) -> Float[Array, ""]:
+    """Log density of the params: nats, summed over all weights of the random leaves.
+
+    Args:
+        prior: a pytree of distributions and None.
+        params: where to evaluate it.
+
+    Returns:
+        A scalar; 0 if no leaf is random.
+
+    Raises:
+        ValueError: if prior and params do not match, see `check`.
+
+    Example:
+        >>> print(f"{log_prob({'w': dist.Normal(0.0, 1.0)}, {'w': jnp.array(0.0)}):.4f}")
+        -0.9189
+    """
+    check(prior, params)
+    leaves = named(params)
+    terms = [jnp.sum(leaf.log_prob(leaves[name])) for name, leaf in sites(prior).items()]
+    return sum(terms, jnp.zeros(()))
+
+
+def check(prior: Prior, params: Any) -> None:
+    """Raise unless the prior has the params' structure and, leaf by leaf, their shapes.
+
+    Raises:
+        ValueError: naming the leaves that only one of the two has, or the leaf whose distribution
+            has another shape, with both shapes.
+    """
+    leaves, priors = named(params), named(prior)
+    if leaves.keys() != priors.keys():
+        raise ValueError(
+            "the prior must have the params' structure, with None for a deterministic leaf: "
+            f"only the params have {sorted(leaves.keys() - priors.keys())}, "
+            f"only the prior has {sorted(priors.keys() - leaves.keys())}"
+        )
+    for name, leaf in sites(prior).items():
+        if leaves[name] is None:
+            raise ValueError(f"leaf {name!r} has a prior, but the params hold None there")
+        if leaf.shape() != jnp.shape(leaves[name]):
+            raise ValueError(
+                f"the prior of leaf {name!r} has shape {leaf.shape()}, the params have "
+                f"{jnp.shape(leaves[name])}; give the distribution the leaf's shape with "
+                "`.expand(shape).to_event(len(shape))`"
+            )
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

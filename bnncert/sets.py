@@ -1,0 +1,190 @@
+"""Sets of inputs or of weights: boxes, and balls of the L1 and L2 norms.
+
+    Box     { x : lower <= x <= upper }                elementwise
+    LpBall  { x : |x - center|_p <= eps },  p in {1, 2}
+
+A linear function a.x is bounded over them by its dual norm: with 1/p + 1/q = 1,
+
+    max over a box   a.c + |a|.r          c = (lower + upper)/2,  r = (upper - lower)/2
+    max over a ball  a.c + eps |a|_q
+
+They are pytrees: `jit`, `vmap` and `grad` take and return them. Values are checked where they are
+used (`bnncert.bound`), not here: a transformation may put other things in their fields.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Float
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Box:
+    """The box `lower <= x <= upper`, elementwise.
+
+    Attributes:
+        lower: any shape.
+        upper: the shape of `lower`.
+    """
+
+    lower: Any
+    upper: Any
+
+    @property
+    def center(self) -> Array:
+        """The middle; exact where `lower == upper`."""
+        return 0.5 * (self.lower + self.upper)
+
+    @property
+    def radius(self) -> Array:
+        """Half the width."""
+        return 0.5 * (self.upper - self.lower)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LpBall:
+    """The ball `|x - center|_p <= eps`, the norm taken over all of x.
+
+    Attributes:
+        center: any shape.
+        eps: radius, a scalar; under `vmap` one for each example.
+        p: 1 or 2.
+    """
+
+    center: Any
+    eps: Any
+    p: int = field(metadata={"static": True})
+
+
+Set = Box | LpBall
+
+
+def is_set(value: object) -> bool:
+    """Whether `value` is a `Box` or an `LpBall`."""
+    return isinstance(value, Set)
+
+
+def ball(
+    x: Float[Array, "..."],
+    eps: Float[ArrayLike, ""],
+    *,
+    p: int | float = jnp.inf,
+    clip: tuple[float, float] | None = None,
+) -> Set:
+    """The ball of radius `eps` around `x`.
+
+    Args:
+        x: center, any shape.
+        eps: radius in the units of `x` (for images: pixels in [0, 1]).
+        p: inf for a `Box`; 1 or 2 for an `LpBall`.
+        clip: `(low, high)`: intersect with this range of values; only for p = inf.
+
+    Returns:
+        A `Box` (p = inf) or an `LpBall`.
+
+    Raises:
+        ValueError: for another p, for `clip` with an `LpBall`, for a negative or NaN `eps`.
+        TypeError: for an `x` of integers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> box = ball(jnp.array([0.0, 0.5]), 0.1, clip=(0.0, 1.0))
+        >>> [round(float(v), 2) for v in (*box.lower, *box.upper)]
+        [0.0, 0.4, 0.1, 0.6]
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"x has dtype {x.dtype}: a ball needs floating-point values. For images, "
+            "scale them first: x.astype(jnp.float32) / 255."
+        )
+    check_radius(eps)
+    if p == jnp.inf:
+        lower, upper = x - eps, x + eps
+        if clip is not None:
+            low, high = check_clip(clip)
+            # x itself stays in the set even where it lies outside the range.
+            lower, upper = (
+                jnp.maximum(lower, jnp.minimum(low, x)),
+                jnp.minimum(upper, jnp.maximum(high, x)),
+            )
+        return Box(lower, upper)
+    if p not in (1, 2):
+        raise ValueError(f"p = {p}: choose 1, 2 or jnp.inf.")
+    if clip is not None:
+        raise ValueError(
+            f"clip = {clip} with p = {p}: an L{p} ball is not clipped; use p = jnp.inf, or "
+            "clip=None."
+        )
+    return LpBall(x, jnp.asarray(eps, x.dtype), int(p))
+
+
+def check_radius(eps: Any, name: str = "eps") -> None:
+    """Raises ValueError if a radius is known and negative, infinite or NaN; tracers pass."""
+    if is_concrete(eps):
+        values = np.asarray(eps)
+        if not (np.isfinite(values).all() and (values >= 0).all()):
+            raise ValueError(f"{name} = {eps}: a radius must be finite and not negative.")
+
+
+def check_clip(clip: tuple[float, float]) -> tuple[float, float]:
+    """Returns `clip` as `(low, high)`; raises ValueError if it is no increasing pair."""
+    low, high = clip
+    if is_concrete(low) and is_concrete(high) and not low < high:
+        raise ValueError(f"clip = {clip}: give (low, high) with low < high, e.g. (0.0, 1.0).")
+    return low, high
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether the numbers of `value` are known now (it is no tracer)."""
+    return not isinstance(value, Tracer)
+
+
+def check_set(region: Set, where: str = "a set") -> None:
+    """Checks a set at a public edge: structure and dtype always, values where they are known.
+
+    Raises:
+        TypeError: fields that are not floating-point.
+        ValueError: shapes that differ, lower > upper, NaN or infinite values, a bad radius or p.
+    """
+    for name, value in vars(region).items():
+        if name != "p" and not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise TypeError(
+                f"{where}: {type(region).__name__}.{name} has dtype {jnp.result_type(value)}; "
+                "a set needs floating-point values (an image of integers: scale it, x / 255)."
+            )
+    if isinstance(region, LpBall):
+        if region.p not in (1, 2):
+            raise ValueError(
+                f"{where}: LpBall with p = {region.p}; choose 1 or 2, or a Box for inf."
+            )
+        if jnp.shape(region.eps) != ():
+            raise ValueError(
+                f"{where}: LpBall.eps has shape {jnp.shape(region.eps)}; it is one radius for one "
+                "example: use jax.vmap for a batch."
+            )
+        check_radius(region.eps, f"{where}: LpBall.eps")
+        if is_concrete(region.center) and not np.isfinite(np.asarray(region.center)).all():
+            raise ValueError(f"{where}: LpBall.center holds NaN or infinite values.")
+        return
+    if jnp.shape(region.lower) != jnp.shape(region.upper):
+        raise ValueError(
+            f"{where}: Box.lower has shape {jnp.shape(region.lower)} but Box.upper "
+            f"{jnp.shape(region.upper)}; give both the shape of the input."
+        )
+    if is_concrete(region.lower) and is_concrete(region.upper):
+        lower, upper = np.asarray(region.lower), np.asarray(region.upper)
+        if not (np.isfinite(lower).all() and np.isfinite(upper).all()):
+            raise ValueError(f"{where}: a Box with NaN or infinite sides; give finite ones.")
+        if (lower > upper).any():
+            i = tuple(int(k) for k in np.argwhere(lower > upper)[0])
+            raise ValueError(
+                f"{where}: Box with lower > upper at {i}: {lower[i]} > {upper[i]}; swap them, or "
+                "use bnncert.ball(x, eps)."
+            )

@@ -1,0 +1,1 @@
+"""Everything that reads files, saves, prints, plots or parses arguments."""

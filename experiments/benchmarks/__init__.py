@@ -1,0 +1,1 @@
+"""Timings of the library, each a script: `python -m experiments.benchmarks.NAME`."""

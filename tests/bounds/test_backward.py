@@ -1,0 +1,110 @@
+"""Backward rows: Jacobians of affine functions, chunks, and concretisation by the dual norm."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnncert.bounds import bound, linear_bounds
+from bnncert.bounds.backward import Coefficients, Offset, Row, concretize
+from bnncert.bounds.relaxations import LOWER_SLOPES
+from bnncert.sets import Box, LpBall, ball
+from tests.bounds import networks
+from tests.bounds.networks import KINDS
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+@pytest.mark.parametrize("name", ["mlp", "l2-image"])
+def test_chunked_rows_equal_all_at_once(name, batch_size, float64):
+    params, args = networks.sample(name, jnp.float64)
+    whole = networks.boxes(name)(params, args)["crown"]
+    f = partial(KINDS[name].apply, networks.member(params, 0))
+    found = jax.jit(bound(f, "crown", batch_size=batch_size))(*networks.member(args, 0))
+    np.testing.assert_allclose(found.lower, whole.lower[0], rtol=1e-12)
+    np.testing.assert_allclose(found.upper, whole.upper[0], rtol=1e-12)
+
+
+def test_chunked_rows_under_vmap(float64):
+    params, args = networks.sample("mlp", jnp.float64)
+    f = partial(KINDS["mlp"].apply, networks.member(params, 0))
+    for transformed in (bound, linear_bounds):
+        few, all_ = (jax.vmap(transformed(f, batch_size=n))(*args) for n in (2, 100))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13), few, all_)
+
+
+def test_linear_bounds_of_an_affine_function_are_its_jacobian(float64):
+    params, args = networks.sample("affine", jnp.float64)
+    f = partial(KINDS["affine"].apply, networks.member(params, 0))
+    (x,) = networks.member(args, 0)
+    found = linear_bounds(f)(x)
+    for side in found:
+        np.testing.assert_allclose(side.A[0], jax.jacobian(f)(x.center), atol=1e-12)
+        np.testing.assert_allclose(side.b, f(jnp.zeros(4)), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["leaky", "tanh", "shapes", "several", "weights-and-input"])
+def test_linear_functions_enclose_the_network(name, float64):
+    """At random points, with the structure of the Jacobian: output tree by set tree."""
+    params, args = networks.member(networks.sample(name, jnp.float64), 0)
+    f = partial(KINDS[name].apply, params)
+    found = jax.jit(linear_bounds(f))(*args)
+    points = networks.starts(np.random.default_rng(3), args, 200)
+    is_linear = lambda v: type(v).__name__ == "LinearBounds"  # noqa: E731
+    values = jax.tree.leaves(jax.vmap(lambda p: f(*p))(points))
+    for value, lines in zip(values, jax.tree.leaves(found, is_leaf=is_linear), strict=True):
+        sides = []
+        for side in lines:
+            assert jax.tree.structure(side.A) == jax.tree.structure(points)
+            parts = zip(jax.tree.leaves(side.A), jax.tree.leaves(points), strict=True)
+            total = side.b[None]
+            for a, x in parts:
+                rank = x.ndim - 1
+                axes = [list(range(a.ndim - rank, a.ndim)), list(range(1, rank + 1))]
+                total = total + np.moveaxis(np.tensordot(a, x, axes=axes), -1, 0)
+            sides.append(total)
+        scale = 1e-10 * (1 + np.abs(value).max())
+        assert (sides[0] <= value + scale).all() and (value <= sides[1] + scale).all()
+
+
+def test_linear_bounds_concretise_to_the_crown_box(float64):
+    """Where nothing was intersected the two are the same bound."""
+    f = lambda x: jax.nn.relu(x @ jnp.array([[1.0, -2.0], [0.5, 1.0]]))  # noqa: E731
+    box = Box(jnp.array([-1.0, -0.5]), jnp.array([1.0, 1.5]))
+    lines, expected = linear_bounds(f)(box), bound(f, "crown")(box)
+    upper = lines.upper.A[0] @ box.center + jnp.abs(lines.upper.A[0]) @ box.radius + lines.upper.b
+    np.testing.assert_allclose(upper, expected.upper, rtol=1e-12)
+
+
+@pytest.mark.parametrize("lower_slope", LOWER_SLOPES)
+def test_every_lower_slope_is_sound(lower_slope, float64):
+    params, args = networks.member(networks.sample("clipped", jnp.float64), 0)
+    f = partial(KINDS["clipped"].apply, params)
+    box = jax.jit(bound(f, "crown", lower_slope=lower_slope))(*args)
+    points = networks.starts(np.random.default_rng(3), args, 500)
+    values = jax.vmap(f)(*points)
+    assert (box.lower <= values + 1e-12).all() and (values <= box.upper + 1e-12).all()
+
+
+@pytest.mark.parametrize("region", [1, 2, np.inf])
+def test_concretisation_is_the_dual_norm(region, float64):
+    a = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)))
+    center, eps = jnp.arange(6.0).reshape(2, 3), 0.5
+    ball_ = LpBall(center, eps, region) if region != np.inf else Box(center - eps, center + eps)
+    norm = {1: jnp.abs(a).max(), 2: jnp.sqrt((a**2).sum()), np.inf: jnp.abs(a).sum()}[region]
+    row = Row({0: Coefficients(a, 2 * a)}, Offset(1.0, 3.0))
+    box = concretize(row, [ball_])
+    np.testing.assert_allclose(box.lower, jnp.vdot(a, center) - eps * norm + 1.0, rtol=1e-12)
+    np.testing.assert_allclose(
+        box.upper, 2 * jnp.vdot(a, center) + 2 * eps * norm + 3.0, rtol=1e-12
+    )
+
+
+def test_the_dual_norm_of_zero_has_a_finite_gradient():
+    def width(w, p):
+        return jnp.sum(bound(lambda x: w @ x, "crown")(ball(jnp.ones(3), 0.1, p=p)).radius)
+
+    for p in (1, 2):
+        slope = jax.grad(width)(jnp.zeros((2, 3)), p)
+        assert bool(jnp.isfinite(slope).all())

@@ -1,0 +1,49 @@
+"""Shapes in signatures are checked in tests, and only there; fixtures for every test."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jaxtyping
+import pytest
+
+# Before the first import of either package: the hook only sees what is imported after it.
+jaxtyping.install_import_hook(["bnncert", "experiments"], "beartype.beartype")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The optional folder of prepared data and reference bounds."""
+    default = REPOSITORY.parent / "shared"
+    folder = Path(os.environ.get("BNNCERT_SHARED", default)).expanduser()
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder}: set BNNCERT_SHARED to one with data/tfds and reference")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data(shared: Path) -> Path:
+    """A TFDS data folder with mnist, fashion_mnist and cifar10, prepared."""
+    return _subfolder(shared, "data/tfds")
+
+
+@pytest.fixture(scope="session")
+def reference(shared: Path) -> Path:
+    """nets.npz and bounds.npz: bounds of small networks by an independent implementation."""
+    return _subfolder(shared, "reference")
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Arrays made in the test are float64 by default."""
+    with jax.enable_x64(True):
+        yield
+
+
+def _subfolder(shared: Path, name: str) -> Path:
+    if not (shared / name).is_dir():
+        pytest.skip(f"{shared} has no {name}")
+    return shared / name
