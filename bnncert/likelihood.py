@@ -148,7 +148,6 @@ def certified_categorical(
     Raises:
         ValueError, UnsupportedPrimitiveError: as `bnncert.bound`; several radii, when called.
     """
-
     bounded = margin_bounds(apply, method)
 
     def loglik(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Num
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +71,7 @@ def is_set(value: object) -> bool:
 
 
 def ball(
-    x: Float[Array, "..."],
+    x: Num[ArrayLike, "..."],
     eps: Float[ArrayLike, ""],
     *,
     p: int | float = jnp.inf,

@@ -23,6 +23,7 @@ def test_clipping_keeps_the_range_and_the_center():
     """The nominal input stays in the set even where it lies outside the range."""
     x = jnp.array([0.05, 0.95, 0.5, 1.5, -0.5])
     box = ball(x, 0.1, clip=(0.0, 1.0))
+    assert isinstance(box, Box)
     np.testing.assert_allclose(box.lower, [0.0, 0.85, 0.4, 1.4, -0.5], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(box.upper, [0.15, 1.0, 0.6, 1.5, -0.4], rtol=1e-6)
     assert ((box.lower <= x) & (x <= box.upper)).all()
@@ -40,7 +41,7 @@ def test_sets_pass_through_transformations():
     assert isinstance(boxes, Box) and boxes.lower.shape == (2, 3)
     np.testing.assert_allclose(boxes.radius[:, 0], [0.1, 0.2], rtol=1e-5)
     balls = jax.vmap(lambda v: ball(v, 0.1, p=2))(x)
-    assert balls.p == 2 and balls.eps.shape == (2,)
+    assert isinstance(balls, LpBall) and balls.p == 2 and balls.eps.shape == (2,)
     radii = jax.vmap(lambda b: b.eps, in_axes=(LpBall(0, 0, 2),))(balls)  # pyright: ignore
     np.testing.assert_allclose(radii, 0.1, rtol=1e-6)
     slope = jax.grad(lambda b: jnp.sum(b.upper**2))(Box(jnp.ones(2), 3 * jnp.ones(2)))
@@ -49,8 +50,12 @@ def test_sets_pass_through_transformations():
 
 
 def test_clip_is_differentiable_in_eps():
-    width = jax.grad(lambda eps: jnp.sum(ball(jnp.array([0.05, 0.5]), eps, clip=(0.0, 1.0)).radius))
-    np.testing.assert_allclose(width(0.1), 0.5 + 1.0)
+    def width(eps):
+        box = ball(jnp.array([0.05, 0.5]), eps, clip=(0.0, 1.0))
+        assert isinstance(box, Box)
+        return jnp.sum(box.radius)
+
+    np.testing.assert_allclose(jax.grad(width)(0.1), 0.5 + 1.0)
 
 
 @pytest.mark.parametrize(
@@ -80,4 +85,4 @@ def test_bad_sets_are_refused(call, error, text):
 
 def test_images_of_integers_are_refused():
     with pytest.raises(TypeError, match=r"uint8.*255"):
-        ball(jnp.zeros((2, 2), jnp.uint8), 0.1)
+        ball(np.zeros((2, 2), np.uint8), 0.1)

@@ -50,7 +50,10 @@ def margin_bounds(
     def bounded(params: Params, region: Set, c: Int[Array, ""]) -> Box:
         classes = _num_classes(apply, params, region)
         if method != "ibp" or classes > _MOST_CLASSES_BY_PAIRS:
-            return by_rows(params, region, c)
+            box = by_rows(params, region, c)
+            # Exact even where an overflow left no bound.
+            itself = jnp.arange(classes) == c
+            return jax.tree.map(lambda ends: jnp.where(itself, 0.0, ends), box)
         lower, upper, where = by_pairs(params, region)
         return Box(lower[where[c]], upper[where[c]])
 

@@ -21,14 +21,14 @@ place of a confidence above 1/2, which certifies far less on hard data.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from bnncert.bounds import bound
+from bnncert.bounds.margins import all_margin_bounds, margin_bounds
 from bnncert.sets import Box, LpBall, Set, is_concrete, is_set
 from bnncert.types import Apply, Params, Samples
 
@@ -106,15 +106,10 @@ def decision(
     predicted = jnp.argmax(average)
     classes = average.shape[0]
 
-    def margins(params: Params, value: Array, c: Array) -> Array:
-        logits = apply(params, value)
-        one_hot = jax.nn.one_hot(c, classes, dtype=logits.dtype)
-        return (jnp.eye(classes, dtype=logits.dtype) - one_hot) @ logits
-
-    bounded = bound(margins, method, rounding=rounding)
+    bounded = margin_bounds(apply, method, rounding=rounding)
 
     def certify(params: Params) -> tuple[Array, Box]:
-        box = _of_class(bounded(params, x_set, predicted), predicted)
+        box = bounded(params, x_set, predicted)
         # [j, k]: the margin m_k at which softmax_c - softmax_j is smallest
         others = jnp.where(box.upper[:, None] > 0, box.lower[None, :], box.upper[None, :])
         worst = jnp.where(jnp.eye(classes, dtype=bool), box.upper[:, None], others)
@@ -155,7 +150,7 @@ def predictive(
     Raises:
         TypeError, ValueError: as `decision`.
 
-    Cost: S bounds of C^2 margins; `decision` bounds C.
+    Cost: S bounds of C (C - 1) / 2 margins; `decision` bounds C.
 
     Example:
         >>> import jax.numpy as jnp
@@ -166,21 +161,10 @@ def predictive(
     """
     _check(samples, x_set, batch_size)
 
-    def margins(params: Params, value: Array) -> Array:
-        logits = _logits(apply, params, value)
-        classes = logits.shape[0]
-        unit = np.eye(classes)
-        pairs = jnp.asarray(
-            (unit[None, :, :] - unit[:, None, :]).reshape(-1, classes), logits.dtype
-        )
-        return (pairs @ logits).reshape(classes, classes)  # [c, k]: f_k - f_c
-
-    bounded = bound(margins, method, rounding=rounding)
+    bounded = all_margin_bounds(partial(_logits, apply), method, rounding=rounding)
 
     def certify(params: Params) -> Box:
-        box = bounded(params, x_set)
-        of_each = jax.vmap(_of_class)(box, jnp.arange(box.lower.shape[0]))
-        return jax.vmap(_probability)(of_each)
+        return jax.vmap(_probability)(bounded(params, x_set))
 
     boxes = _sweep(certify, samples, batch_size)
     return jax.tree.map(lambda ends: ends.mean(0), boxes)
@@ -230,12 +214,6 @@ def _probability(margins: Box) -> Box:
     """Of class c, from bounds on the margins f_k - f_c (of which that of c itself is 0)."""
     lower, upper = -jax.nn.logsumexp(margins.upper), -jax.nn.logsumexp(margins.lower)
     return Box(jnp.exp(lower), jnp.exp(upper))
-
-
-def _of_class(margins: Box, c: Array) -> Box:
-    """Bounds on the margins f_k - f_c, with that of c itself, 0, exact even after an overflow."""
-    itself = jnp.arange(margins.lower.shape[0]) == c
-    return jax.tree.map(lambda ends: jnp.where(itself, 0.0, ends), margins)
 
 
 def _inside(x: Array, x_set: Set) -> Array:

@@ -5,7 +5,8 @@
 in nats, summed over the data. A minibatch of B data stands for all N: its log-likelihood is scaled
 by N / B (B without the padding, which may hold any finite values). One draw of the weights serves a
 whole minibatch: behind the bounds on an input set must stand one network, which rules out local
-reparameterisation. The KL is in closed form. A `kl_weight` below 1 tempers the posterior: report it.
+reparameterisation. The KL is in closed form. A `kl_weight` below 1 tempers the posterior; report
+it.
 
 q starts at given weights, a network's own initialisation, with small scales: bounds widen with the
 posterior's noise (a layer adds about .8 fan_in scale), and NumPyro's default start, uniform in +-2,

@@ -61,7 +61,7 @@ def test_linear_functions_enclose_the_network(name, float64):
             total = side.b[None]
             for a, x in parts:
                 rank = x.ndim - 1
-                axes = [list(range(a.ndim - rank, a.ndim)), list(range(1, rank + 1))]
+                axes = (list(range(a.ndim - rank, a.ndim)), list(range(1, rank + 1)))
                 total = total + np.moveaxis(np.tensordot(a, x, axes=axes), -1, 0)
             sides.append(total)
         scale = 1e-10 * (1 + np.abs(value).max())

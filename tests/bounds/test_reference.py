@@ -35,6 +35,7 @@ def mlp(weight, net, activation, depth):
             if i == depth or i == len(LAYERS) - 1:
                 return x
             x = activation(x)
+        raise AssertionError(depth)
 
     return f
 

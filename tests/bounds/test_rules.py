@@ -1,6 +1,7 @@
 """Interval rules are exact where coordinates are independent: equal to all corners tried."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from bnncert.sets import Box
 
 RNG = np.random.default_rng(0)
 M = RNG.normal(size=(3, 6))
-KERNEL = RNG.normal(size=(2, 2, 1, 2))
+KERNEL: Any = RNG.normal(size=(2, 2, 1, 2))
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 
 AFFINE_CASES = {

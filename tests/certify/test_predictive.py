@@ -90,7 +90,7 @@ def test_holds_at_random_corner_and_attacked_points_of_the_averaged_predictive(c
         sets = boxes(XS, eps, clip)
         nominal = at_points(samples, XS).argmax(axis=1)
         attacked = attacker(clip)(samples, XS, nominal, jnp.float32(eps))
-        for method in ("ibp", "crown"):
+        for method in ("ibp", "crown") if count == 3 else ("ibp",):
             found, probs = decide(method=method)(samples, sets, XS)
             np.testing.assert_array_equal(found.predicted, nominal)
             for i, c in enumerate(nominal):
@@ -284,7 +284,7 @@ def test_a_model_that_returns_no_logits_of_one_example_is_not_certified():
 # --- JAX ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 4, 8, 20])
+@pytest.mark.parametrize("batch_size", [3, 8, 20])
 def test_chunks_change_nothing(batch_size):
     samples, sets = network(jax.random.key(2), 8), boxes(XS, 0.1)
     expected = decide(method="ibp")(samples, sets, XS)
@@ -323,7 +323,7 @@ def test_float32_weights_stay_float32_under_x64():
 def test_certified_is_at_most_attacked_on_a_trained_posterior():
     """Three blobs, trained for robustness: each image certified or broken, never both."""
     rng = np.random.default_rng(0)
-    num, clip = 90, (0.0, 1.0)
+    num, clip = 12 * BATCH, (0.0, 1.0)
     centers = np.array([[0.2, 0.2, 0.5, 0.5], [0.8, 0.2, 0.5, 0.5], [0.5, 0.8, 0.5, 0.5]])
     y = np.arange(num) % CLASSES
     x = np.clip(centers[y] + 0.12 * rng.normal(size=(num, SIZE)), 0, 1)
@@ -348,14 +348,18 @@ def test_certified_is_at_most_attacked_on_a_trained_posterior():
     q = algorithm.posterior(train(algorithm.init(KEY, start)))
     samples = q.sample(jax.random.key(4), 8)
     assert jax.tree.leaves(samples)[0].std(axis=0).min() > 0  # eight different networks
-    clean = at_points(samples, data.x).argmax(axis=1) == data.y
     counts = []
     for eps in (0.02, 0.1, 0.2):
-        found, _ = decide(method="ibp")(samples, boxes(data.x, eps, clip), data.x)
-        certified = found.robust & (found.predicted == data.y)
-        withstood = ~attacker(clip)(samples, data.x, data.y, jnp.float32(eps)).broken
-        assert not (certified & ~withstood).any()
-        assert not (withstood & ~clean).any()
-        counts.append((int(certified.sum()), int(withstood.sum()), int(clean.sum())))
-    (first, *_, (last, attacked, clean)) = counts
-    assert first[0] > 0.7 * num and last < attacked < clean
+        total = np.zeros(3, int)
+        for start in range(0, num, BATCH):
+            x, y = data.x[start : start + BATCH], data.y[start : start + BATCH]
+            clean = at_points(samples, x).argmax(axis=1) == y
+            found, _ = decide(method="ibp")(samples, boxes(x, eps, clip), x)
+            certified = found.robust & (found.predicted == y)
+            withstood = ~attacker(clip)(samples, x, y, jnp.float32(eps)).broken
+            assert not (certified & ~withstood).any()
+            assert not (withstood & ~clean).any()
+            total += [int(v.sum()) for v in (certified, withstood, clean)]
+        counts.append(total)
+    assert counts[0][0] > 0.7 * num
+    assert (np.diff(counts[2]) > 0).all()  # certified < withstood < clean: all three are seen

@@ -1,6 +1,7 @@
 """Maximum a posteriori: the objective it states, its gradient, and ridge regression."""
 
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -124,7 +125,7 @@ def test_reaches_ridge_regression():
     assert np.abs(ridge - np.linalg.lstsq(x, y)[0]).max() > 0.01  # the prior is seen
 
     start = jnp.zeros(3)
-    algorithm = maximum.build(
+    algorithm: Any = maximum.build(
         likelihood.robust_gaussian(lambda w, x: w @ x, noise_scale=noise),
         prior.normal(start, scale),
         num_data=num,

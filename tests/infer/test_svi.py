@@ -1,6 +1,7 @@
 """Bayes by Backprop: its ELBO is NumPyro's and the hand-written one; its optimum the known one."""
 
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -52,7 +53,7 @@ def batch(indices, mask=None):
     return Batch(X[indices], Y[indices], jnp.ones(len(indices)) if mask is None else mask)
 
 
-def build(loglik=cheap, prior=PRIOR, **options):
+def build(loglik=cheap, prior=PRIOR, **options) -> Any:
     settings = {"num_data": NUM, "optimizer": optax.sgd(1e-3), "kl_weight": KL_WEIGHT} | options
     return svi.build(loglik, prior, **settings)
 
@@ -83,7 +84,7 @@ def elbo_by_hand(q, weights, here, kl_weight=KL_WEIGHT, loglik=cheap):
 
 def independent_model(x, y):
     """A user's own NumPyro model and guide of the same posterior, without this library."""
-    sites = {
+    sites: Any = {
         name: numpyro.sample(name, dist.Normal(jnp.zeros(leaf.shape), PRIOR_SCALE).to_event())
         for name, leaf in sorted(PARAMS.items())
     }
@@ -286,7 +287,7 @@ def test_reaches_the_mean_field_optimum_of_conjugate_linear_regression():
     )  # not the exact sds
 
     start = jnp.ones(3)
-    algorithm = svi.build(
+    algorithm: Any = svi.build(
         likelihood.robust_gaussian(lambda w, x: w @ x, noise_scale=noise),
         prior.normal(start, scale),
         num_data=num,
@@ -351,7 +352,7 @@ def test_a_restored_state_continues_in_a_fresh_process():
 
     fresh = build()
     arrays = [
-        jax.random.wrap_key_data(value)
+        jax.random.wrap_key_data(jnp.asarray(value))
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         else jnp.asarray(value)
         for value, leaf in zip(saved, leaves, strict=True)
