@@ -106,7 +106,8 @@ def ball(
         )
     check_radius(eps)
     if p == jnp.inf:
-        lower, upper = x - eps, x + eps
+        reach = jnp.asarray(eps, x.dtype)
+        lower, upper = x - reach, x + reach
         if clip is not None:
             low, high = check_clip(clip)
             # x itself stays in the set even where it lies outside the range.

@@ -217,6 +217,11 @@ def validate(config: RunConfig) -> None:
             value = _lookup(config, option)
             if not holds(value):
                 raise ValueError(f"{_flag(option)} must be {requirement}, got {value}")
+    if config.inference == "bbb" and config.train.kl_weight == 0:
+        raise ValueError(
+            "--train.kl-weight must be > 0 with --inference bbb, got 0: without its prior a "
+            "posterior shrinks to a point; for that, use --inference map"
+        )
     covered = config.train.warmup + config.train.ramp
     if covered > 1:
         raise ValueError(

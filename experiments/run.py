@@ -103,7 +103,8 @@ def open_folder(config: RunConfig) -> Path:
         return folder
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; choose another --out")
-    if folder.exists() and any(folder.iterdir()):
+    # A config.tmp alone is a run that was killed before it began.
+    if folder.exists() and any(path.name != "config.tmp" for path in folder.iterdir()):
         raise FileExistsError(
             f"{folder} is not empty: it may hold another run, and nothing in it was touched. "
             "Choose another --out, or continue that run with --resume"

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A package's __init__ stands where the package's own name stands: it re-exports what is above it.
 ORDER = """
     types sets
-    bounds.graph bounds.convolution bounds.relaxations bounds.rules bounds.interval
-    bounds.backward bounds.forward
+    bounds.recognition bounds.graph bounds.convolution bounds.relaxations bounds.rules
+    bounds.interval bounds.backward bounds.forward
     bounds.alpha bounds.rounding bounds.api bounds.margins bounds
     likelihood prior posterior
     infer.map infer.svi infer.natural_gradient infer.vogn infer.noisy_adam infer.ivon infer.swag
@@ -111,9 +111,9 @@ def test_only_public_jax(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=relative)
-def test_two_files_look_at_jaxprs(path: Path) -> None:
-    # The second is a workaround of a compiler's limitation, kept apart to be deleted one day.
-    if path.name in ("graph.py", "convolution.py") and path.parent.name == "bounds":
+def test_three_files_look_at_jaxprs(path: Path) -> None:
+    # `convolution.py` works around a compiler's limitation: kept apart, to be deleted one day.
+    if path.name in ("graph.py", "recognition.py", "convolution.py"):
         return
     source = path.read_text()
     names = imported(source) | attributes(source)

@@ -6,14 +6,10 @@ may be a tracer: that is how `vmap` over weights works), calls are inlined. Ever
 
     Node(op, operands, evaluate, ...)        operands: Ref(index) of a node, or an array
 
-and never a jaxpr. This is the one module that looks inside JAX (public API only: `jax.extend`).
-
-Functions that JAX names itself (`jax.nn.softplus`, `jax.nn.leaky_relu`) become one node: op by op
-they compare and select on bounded values, which no relaxation follows. A name proves nothing, so
-the call is compared with a fresh trace of the function, equation by equation.
+and never a jaxpr: this module looks inside JAX for them (public API only, `jax.extend`), with the
+help of `recognition.py` and `convolution.py`.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +21,7 @@ import numpy as np
 from jax.extend import core, source_info_util
 from jaxtyping import Array, ArrayLike, PyTree
 
+from bnncert.bounds.recognition import recognise
 from bnncert.sets import Set, check_set, is_set
 
 # Calls that are inlined, and the parameter that holds their body.
@@ -40,7 +37,14 @@ _CALLS = {
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
 # Operations that return their operand. `stop_gradient` must be one of them: its transpose is zero.
-_IDENTITIES = ("stop_gradient", "copy", "copy_p", "optimization_barrier", "name")
+_IDENTITIES = (
+    "stop_gradient",
+    "copy",
+    "copy_p",
+    "name",
+    "optimization_barrier",
+    "sharding_constraint",
+)
 # Elementwise operations whose scalar operands JAX leaves to broadcast by themselves.
 _PROMOTING = ("add", "sub", "mul", "div", "max", "min", "clamp")
 _MATRIX_PRODUCTS = ("dot_general", "conv_general_dilated")
@@ -147,9 +151,8 @@ def trace(f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any]) -> Grap
     nodes = [_input_node(aval, i) for i, aval in zip(where, avals, strict=True)]
     refs = [Ref(i) for i in range(len(nodes))]
     outputs = _walk(closed.jaxpr, closed.consts, refs, nodes)
-    return Graph(
-        tuple(nodes), inputs, tuple(outputs), in_tree, tuple(where), jax.tree.structure(out_shape)
-    )
+    live, outputs = _prune(nodes, outputs, len(inputs))
+    return Graph(live, inputs, outputs, in_tree, tuple(where), jax.tree.structure(out_shape))
 
 
 def unsupported(node: Node, supported: Sequence[str], hint: str = "") -> UnsupportedPrimitiveError:
@@ -161,6 +164,23 @@ def unsupported(node: Node, supported: Sequence[str], hint: str = "") -> Unsuppo
         f"{len(node.operands)}, called at {source}.{' ' + hint if hint else ''} "
         f"Supported: {', '.join(sorted(supported))}."
     )
+
+
+def _prune(
+    nodes: Sequence[Node], outputs: Sequence[Operand], num_sets: int
+) -> tuple[tuple[Node, ...], tuple[Operand, ...]]:
+    """Drops the nodes that no output needs: they are neither bounded nor in need of a rule."""
+    needed = {o.index for o in outputs if isinstance(o, Ref)} | set(range(num_sets))
+    for index in range(len(nodes) - 1, -1, -1):
+        if index in needed:
+            needed |= set(nodes[index].refs)
+    place = {old: new for new, old in enumerate(sorted(needed))}
+
+    def moved(operands: Sequence[Operand]) -> tuple[Operand, ...]:
+        return tuple(Ref(place[o.index]) if isinstance(o, Ref) else o for o in operands)
+
+    live = (nodes[index] for index in sorted(needed))
+    return tuple(node._replace(operands=moved(node.operands)) for node in live), moved(outputs)
 
 
 def _aval(region: Set) -> jax.ShapeDtypeStruct:
@@ -217,7 +237,8 @@ def _step(
     if name in _IDENTITIES:
         return operands
     if name in _CALLS:
-        recognised = _recognise(eqn, operands)
+        bounded = [i for i, o in enumerate(operands) if isinstance(o, Ref)]
+        recognised = recognise(eqn, operands[1:]) if bounded == [0] else None
         if recognised is not None:
             function, constants = recognised
             return [add(str(eqn.params["name"]), (operands[0], *constants), function)]
@@ -226,8 +247,10 @@ def _step(
         operands = [_broadcast(nodes, eqn, source, o) for o in operands]
     if name == "clamp":
         low, x, high = operands
-        constant = not isinstance(low, Ref) and not isinstance(x, Ref)
-        above = jnp.maximum(x, low) if constant else _extremum(add, "max", x, low)
+        if isinstance(low, Ref) or isinstance(x, Ref):
+            above = _extremum(add, "max", x, low)
+        else:
+            above = jnp.maximum(x, low)
         return [_extremum(add, "min", above, high)]
     if name in ("max", "min"):
         return [_extremum(add, name, *operands)]
@@ -318,94 +341,3 @@ def _bind(eqn: core.JaxprEqn) -> Callable[..., Any]:
     if eqn.primitive.name in _MATRIX_PRODUCTS:
         params["precision"] = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
     return partial(eqn.primitive.bind, **eqn.primitive.get_bind_params(params))
-
-
-# --- functions recognised by name, then checked ---------------------------------------------------
-
-
-def _softplus_reference(body: core.Jaxpr, constants: Sequence[Any]) -> tuple[Callable, tuple]:
-    del body, constants
-    return jax.nn.softplus, ()
-
-
-def _leaky_relu_reference(body: core.Jaxpr, constants: Sequence[Any]) -> tuple[Callable, tuple]:
-    """The slope is an operand of the call, or a literal inside its body."""
-    if constants:
-        return jax.nn.leaky_relu, tuple(constants)
-    slopes = [
-        atom.val
-        for eqn in body.eqns
-        if eqn.primitive.name == "mul"
-        for atom in eqn.invars
-        if isinstance(atom, core.Literal)
-    ]
-    slope = slopes[0] if slopes else 0.01
-    return jax.nn.leaky_relu, (float(slope),)
-
-
-_RECOGNISED = {"softplus": _softplus_reference, "leaky_relu": _leaky_relu_reference}
-
-
-def _recognise(eqn: core.JaxprEqn, operands: Sequence[Any]) -> tuple[Callable, tuple] | None:
-    """The function that a jitted call is, with its constant operands; None where it is not."""
-    reference = _RECOGNISED.get(str(eqn.params.get("name")))
-    body = eqn.params.get("jaxpr")
-    if reference is None or not isinstance(body, core.ClosedJaxpr) or body.consts:
-        return None
-    if not isinstance(operands[0], Ref) or any(isinstance(o, Ref) for o in operands[1:]):
-        return None
-    function, constants = reference(body.jaxpr, operands[1:])
-    # As in the call: literals were Python numbers, operands were arrays.
-    traced = [
-        jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
-        for aval in map(_array_aval, eqn.invars)
-    ]
-    literals = constants if len(operands) == 1 else ()
-    fresh = jax.make_jaxpr(lambda *a: inspect.unwrap(function)(*a, *literals))(*traced)
-    # A Python number, weakly typed in the call, is an array by now: it must not widen the result.
-    dtype = _array_aval(eqn.outvars[0]).dtype
-    constants = tuple(jnp.asarray(c, dtype) for c in constants)
-    return (function, constants) if _same(fresh.jaxpr, body.jaxpr) else None
-
-
-def _same(a: core.Jaxpr, b: core.Jaxpr) -> bool:
-    """Whether two jaxprs are equal up to the names of their variables."""
-    if len(a.eqns) != len(b.eqns) or len(a.invars) != len(b.invars) or a.constvars or b.constvars:
-        return False
-    names: dict[Any, Any] = dict(zip(a.invars, b.invars, strict=True))
-
-    def same_atom(u: Any, v: Any) -> bool:
-        if isinstance(u, core.Literal) or isinstance(v, core.Literal):
-            both = isinstance(u, core.Literal) and isinstance(v, core.Literal)
-            return both and u.aval.dtype == v.aval.dtype and np.array_equal(u.val, v.val)
-        return names.get(u) is v
-
-    for p, q in zip(a.eqns, b.eqns, strict=True):
-        if p.primitive is not q.primitive or len(p.invars) != len(q.invars):
-            return False
-        if not all(map(same_atom, p.invars, q.invars)) or not _same_params(p.params, q.params):
-            return False
-        if _dtypes(p.outvars) != _dtypes(q.outvars):
-            return False
-        names.update(zip(p.outvars, q.outvars, strict=True))
-    return len(a.outvars) == len(b.outvars) and all(map(same_atom, a.outvars, b.outvars))
-
-
-def _dtypes(variables: Sequence[Any]) -> list[Any]:
-    return [_array_aval(variable).dtype for variable in variables]
-
-
-def _array_aval(atom: Any) -> Any:
-    return atom.aval
-
-
-def _same_params(p: dict[str, Any], q: dict[str, Any]) -> bool:
-    if p.keys() != q.keys():
-        return False
-    for u, v in zip(p.values(), q.values(), strict=True):
-        if isinstance(u, core.ClosedJaxpr) and isinstance(v, core.ClosedJaxpr):
-            if u.consts or v.consts or not _same(u.jaxpr, v.jaxpr):
-                return False
-        elif not callable(u) and u != v:  # derivative rules are objects made anew at each trace
-            return False
-    return True

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-from bnncert.bounds import UnsupportedPrimitiveError, bound
+from bnncert.bounds import UnsupportedPrimitiveError, bound, linear_bounds
 from bnncert.bounds.api import METHODS
 from bnncert.bounds.graph import Ref, trace
 from bnncert.sets import Box
@@ -269,3 +269,16 @@ def test_matrix_products_run_at_the_highest_precision(method):
         assert len(found) > 3
         highest = jax.lax.Precision.HIGHEST
         assert all(p in (highest, (highest, highest)) for p in found), found
+
+
+def test_what_no_output_needs_needs_no_rule() -> None:
+    weight = jnp.array([[1.0, -2.0]])
+    box = bound(lambda x: (jnp.sin(x), weight @ x)[1], "crown")(Box(jnp.zeros(2), jnp.ones(2)))
+    assert box.lower.tolist() == [-2.0] and box.upper.tolist() == [1.0]
+
+
+def test_a_single_output_layer_keeps_its_input() -> None:
+    """Of W (1, n) and x (n,), as large as each other, the weight is eliminated."""
+    weight, x = Box(jnp.full((1, 2), 0.9), jnp.ones((1, 2))), Box(jnp.zeros(2), jnp.ones(2))
+    found = linear_bounds(lambda w, x: w @ x)(weight, x)
+    assert jnp.allclose(found.lower.A[1], 0.9) and jnp.allclose(found.upper.A[1], 1.0)

@@ -134,9 +134,9 @@ def test_boxes_before_each_relu_are_equal(case, nets, bounds, float64):
         for method, name in (("ibp", "IBP"), ("crown", "CROWN")):
             found = over_ball(bound(cut, method), bounds, case)
             lower, upper = (bounds[f"{case}/{name}/pre{k}/{side}"] for side in ("lb", "ub"))
-            if name == "CROWN":  # ours are intersected
-                lower = np.maximum(lower, bounds[f"{case}/IBP/pre{k}/lb"])
-                upper = np.minimum(upper, bounds[f"{case}/IBP/pre{k}/ub"])
+            if name == "CROWN":  # ours are intersected with the methods below
+                below = over_ball(bound(cut, "crown-ibp"), bounds, case)
+                lower, upper = np.maximum(lower, below.lower), np.minimum(upper, below.upper)
             np.testing.assert_allclose(found.lower, lower, atol=ATOL, rtol=0)
             np.testing.assert_allclose(found.upper, upper, atol=ATOL, rtol=0)
 

@@ -82,21 +82,25 @@ def elbo_by_hand(q, weights, here, kl_weight=KL_WEIGHT, loglik=cheap):
     return NUM / len(data.x) * terms.sum() - kl_weight * kl, kl
 
 
+def normal(loc, scale) -> Any:
+    return dist.Normal(loc, scale).to_event()
+
+
 def independent_model(x, y):
     """A user's own NumPyro model and guide of the same posterior, without this library."""
     sites: Any = {
-        name: numpyro.sample(name, dist.Normal(jnp.zeros(leaf.shape), PRIOR_SCALE).to_event())
+        name: numpyro.sample(name, normal(jnp.zeros(leaf.shape), jnp.float32(PRIOR_SCALE)))
         for name, leaf in sorted(PARAMS.items())
     }
     with numpyro.plate("all", NUM, subsample_size=len(x)):
         logits = jnp.tanh(x @ sites["w"].T) @ sites["v"].T + sites["b"]
-        numpyro.sample("y", dist.Categorical(logits=logits), obs=y)
+        numpyro.sample("y", dist.CategoricalLogits(logits), obs=y)
 
 
 def independent_guide(x, y):
     q = ALGORITHM.posterior(STATE)
     for name in sorted(PARAMS):
-        numpyro.sample(name, dist.Normal(q.loc[name], q.scale[name]).to_event())
+        numpyro.sample(name, normal(q.loc[name], q.scale[name]))
 
 
 @pytest.mark.smoke

@@ -43,9 +43,10 @@ def chord(x: Box) -> Chord:
 def weight_operand(a: Box, b: Box) -> int:
     """Which operand of a product is eliminated as the weight: 0 or 1, the one of more coordinates.
 
-    Either choice is sound. The other operand is the one the bound stays linear in.
+    Of equal ones, that of more axes: the matrix (1, n) beside a vector. Either choice is sound. The
+    other operand is the one the bound stays linear in.
     """
-    return 0 if a.lower.size > b.lower.size else 1
+    return 0 if (a.lower.size, a.lower.ndim) > (b.lower.size, b.lower.ndim) else 1
 
 
 def _dot_general(node: Node, a: Box, b: Box) -> Box:
