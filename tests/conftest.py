@@ -1,5 +1,6 @@
 """Shapes in signatures are checked in tests, and only there; fixtures for every test."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,14 @@ def shared_data(shared: Path) -> Path:
 def reference(shared: Path) -> Path:
     """nets.npz and bounds.npz: bounds of small networks by an independent implementation."""
     return _subfolder(shared, "reference")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_functions_are_dropped() -> Iterator[None]:
+    """Each holds memory maps, of which a process may have 65,530: thousands of them crash it."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
