@@ -18,6 +18,7 @@ import numpy as np
 import bnncert
 from bnncert.posterior import Samples, spread
 from experiments import outcomes
+from experiments.allocator import keep_freed_pages
 from experiments.config import RunConfig, from_dict, output_folder, parse, to_dict
 from experiments.data import Dataset, load, validation_split
 from experiments.evaluation import Evaluated, SoundnessError, evaluate
@@ -32,6 +33,7 @@ SPLIT_SEED = 0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     config = parse(arguments)
+    keep_freed_pages()
     try:
         folder = run(config)
     except (OSError, TypeError, ValueError, TrainingError, SoundnessError) as error:

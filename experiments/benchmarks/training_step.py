@@ -22,6 +22,7 @@ from bnncert import prior as priors
 from bnncert.infer import svi
 from bnncert.likelihood import Threat, clean_categorical, robust_categorical
 from bnncert.types import Batch
+from experiments.allocator import keep_freed_pages
 from experiments.data import Dataset, Split
 from experiments.models import build
 from experiments.training import PIXELS
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=40, help="timings of each step")
     parser.add_argument("--models", nargs="+", default=["mlp", "cnn"], choices=["mlp", "cnn"])
     options = parser.parse_args(arguments)
+    keep_freed_pages()
     print(f"{jax.devices()[0].device_kind}, batch {options.batch_size}, jax {jax.__version__}")
     print(f"{'model':6}{'plain ms':>10}{'robust ms':>11}{'ratio':>7}{'epoch s':>9}")
     for model in options.models:
