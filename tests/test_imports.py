@@ -11,9 +11,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # A package's __init__ stands where the package's own name stands: it re-exports what is above it.
 ORDER = """
     types sets
-    bounds.recognition bounds.graph bounds.convolution bounds.relaxations bounds.rules
-    bounds.interval bounds.backward bounds.forward
-    bounds.alpha bounds.rounding bounds.api bounds.margins bounds
+    bounds.operands bounds.recognition bounds.rewriting bounds.graph bounds.convolution
+    bounds.relaxations.lines bounds.relaxations.curves bounds.relaxations.smooth
+    bounds.relaxations.powers bounds.relaxations.waves bounds.relaxations.planes
+    bounds.relaxations.products bounds.relaxations.reductions bounds.relaxations
+    bounds.rules bounds.interval bounds.relax bounds.backward bounds.forward bounds.sweeps
+    bounds.alpha bounds.rounding bounds.api bounds.margins bounds.joint bounds
     likelihood prior posterior
     infer.map infer.svi infer.natural_gradient infer.vogn infer.noisy_adam infer.ivon infer.swag
     infer.mcmc infer.sgmcmc infer.laplace infer.ensemble infer

@@ -12,8 +12,9 @@ import optax
 import pytest
 
 import bnncert as bc
-from bnncert.bounds import api
-from bnncert.bounds.rules import AFFINE, BILINEAR, MONOTONE
+from bnncert.bounds import api, relax
+from bnncert.bounds.relaxations import LINES
+from bnncert.bounds.rules import AFFINE, BILINEAR, ELEMENTWISE, MONOTONE, REDUCTIONS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -99,8 +100,9 @@ def test_your_own_model_is_bounded_and_trained(code: str) -> None:
 
 def support_table() -> str:
     """The table of the section "What `bound` supports", from the tables of rules."""
-    lines, plain = set(api._LINES), set(MONOTONE) - set(api._LINES)
-    assert lines <= set(MONOTONE)  # else the table needs a row more
+    elementwise = set(MONOTONE) | set(ELEMENTWISE)
+    lines, planes = set(LINES), set(relax.REDUCTION_PLANES)
+    assert lines <= elementwise and planes <= set(REDUCTIONS)  # else the table needs a row more
 
     def row(kind: str, names: set[str], inside: str) -> str:
         return f"| {kind} | {', '.join(f'`{name}`' for name in sorted(names))} | {inside} |"
@@ -110,9 +112,11 @@ def support_table() -> str:
             "| operations | primitives | linear relaxation |",
             "|---|---|---|",
             row("affine in what is bounded", set(AFFINE), "none needed: exact"),
-            row("elementwise, with lines of their own", lines, "two lines"),
-            row("elementwise, increasing", plain, "two constants: the interval's ends"),
-            row("products of a bounded weight and value", set(BILINEAR), "a chord"),
+            row("elementwise", lines, "two lines"),
+            row("elementwise", elementwise - lines, "two constants: the interval's ends"),
+            row("of an axis", planes, "two planes"),
+            row("of an axis", set(REDUCTIONS) - planes, "two constants: the interval's ends"),
+            row("products of two bounded values", set(BILINEAR), "McCormick, or a chord"),
         ]
     )
 

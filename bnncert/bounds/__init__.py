@@ -2,6 +2,7 @@
 
 from bnncert.bounds.api import Affine, LinearBounds, bound, crown, ibp, linear_bounds
 from bnncert.bounds.graph import UnsupportedPrimitiveError
+from bnncert.bounds.joint import mean_bound
 
 __all__ = [
     "Affine",
@@ -11,4 +12,5 @@ __all__ = [
     "crown",
     "ibp",
     "linear_bounds",
+    "mean_bound",
 ]

@@ -3,14 +3,16 @@
     g = bound(f, method)        g is called as f is, with sets in place of some arrays,
                                 and returns f's outputs with a `Box` for each leaf
 
-| method    | intermediate bounds        | output                                  |
-|-----------|----------------------------|-----------------------------------------|
-| ibp       | intervals                  | intervals                               |
-| crown-ibp | intervals                  | linear bounds, intersected with ibp     |
-| crown     | linear bounds and intervals| linear bounds, intersected with both    |
+| method      | intermediate bounds         | output                               |
+|-------------|-----------------------------|--------------------------------------|
+| ibp         | intervals                   | intervals                            |
+| forward     | forward linear bounds       | the same, intersected with ibp       |
+| crown-ibp   | intervals                   | linear bounds, intersected with ibp  |
+| crown       | linear bounds and intervals | linear bounds, intersected with both |
+| alpha-crown | as crown, optimised         | as crown, optimised, intersected     |
 
-None of the three alone is always inside another, hence the intersections: the boxes of `crown` lie
-inside those of `crown-ibp`, and these inside those of `ibp`.
+None of them alone is always inside another, hence the intersections: the boxes of `alpha-crown` lie
+inside those of `crown`, these inside those of `crown-ibp`, and these inside those of `ibp`.
 
 Sources: Gowal et al. 2018 (IBP); Zhang et al., ICLR 2020 (CROWN-IBP); Zhang et al., NeurIPS 2018
 (CROWN).
@@ -25,20 +27,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from bnncert.bounds import relaxations
-from bnncert.bounds.backward import (
-    Step,
-    chord_step,
-    elementwise_step,
-    linear_row,
-    map_rows,
-    row_bounds,
+from bnncert.bounds.alpha import optimized
+from bnncert.bounds.backward import Step, linear_row, map_rows
+from bnncert.bounds.forward import forward_bounds
+from bnncert.bounds.graph import Graph, trace
+from bnncert.bounds.operands import Operand, Ref
+from bnncert.bounds.sweeps import (
+    Options,
+    intermediate_bounds,
+    interval_bounds,
+    output_bounds,
+    relaxed_steps,
+    sweeper,
 )
-from bnncert.bounds.graph import Graph, Node, Operand, Ref, trace
-from bnncert.bounds.interval import affine_prefix, frontier, intersect, merged_nodes, propagate
-from bnncert.bounds.rules import BILINEAR, affine_rule, interval
 from bnncert.sets import Box
 
-METHODS = ("ibp", "crown-ibp", "crown")
+METHODS = ("ibp", "forward", "crown-ibp", "crown", "alpha-crown")
+LINEAR_METHODS = ("crown-ibp", "crown")
 ROUNDINGS = ("nearest",)
 DEFAULT_BATCH_SIZE = 1024
 """Rows of a backward pass at once; `vmap` multiplies it by its own batch."""
@@ -70,6 +75,8 @@ def bound(
     rounding: str = "nearest",
     batch_size: int = DEFAULT_BATCH_SIZE,
     lower_slope: str = "adaptive",
+    steps: int = 50,
+    unstable_only: bool = False,
 ) -> Callable[..., PyTree]:
     """Bounds on the outputs of a function over sets of inputs, of weights, or of both.
 
@@ -78,11 +85,16 @@ def bound(
     Args:
         f: any JAX function of ONE example (no batch axis: use `jax.vmap` on the result), with any
             outputs.
-        method: "ibp", "crown-ibp" or "crown", from fast to tight.
+        method: "ibp", "crown-ibp", "crown" or "alpha-crown", from fast to tight; "forward", which
+            is for few inputs and many outputs.
         rounding: "nearest": bounds of the function in real arithmetic, computed in the dtype of the
             sets; they may be cut by its rounding errors (float32: some 1e-6 of the values).
         batch_size: rows of a backward pass at once; bounds memory.
         lower_slope: of a ReLU that crosses 0: "adaptive", "zero", "one" or "chord".
+        steps: of the optimiser of "alpha-crown".
+        unstable_only: bound by rows only units that a ReLU's kink crosses, in "crown"; the others
+            keep their intervals, of which nothing depends. For large networks of which few units
+            cross; a loop of unknown length, so that reverse-mode differentiation is lost.
 
     Returns:
         A function called as `f`, where any argument or any leaf inside one may be a `Box` or an
@@ -99,7 +111,9 @@ def bound(
             line of f that calls it.
 
     Cost: in evaluations of f: ibp 2 to 3; crown-ibp one backward pass for each output, crown one
-    for each unit of each hidden layer after the first. Memory: `batch_size` times the widest layer.
+    for each unit of each hidden layer after the first; alpha-crown three times that for each step;
+    forward one for each coordinate of the sets. Memory: `batch_size` times the widest layer;
+    forward: the coordinates of the sets times the widest layer.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -111,12 +125,14 @@ def bound(
     _check("method", method, METHODS)
     _check("rounding", rounding, ROUNDINGS)
     _check("lower_slope", lower_slope, relaxations.LOWER_SLOPES)
-    _check_batch_size(batch_size)
+    _check_positive("batch_size", batch_size, "at least one row must be swept at once")
+    _check_positive("steps", steps, "alpha-crown takes at least one step")
 
     @wraps(f)
     def bounded(*args: Any, **kwargs: Any) -> PyTree:
         graph = trace(f, args, kwargs)
-        boxes = _method_boxes(graph, method, batch_size, lower_slope)
+        options = Options(batch_size, lower_slope, unstable_only)
+        boxes = _method_boxes(graph, method, options, steps)
         return jax.tree.unflatten(graph.out_tree, [_output(o, boxes) for o in graph.outputs])
 
     return bounded
@@ -165,105 +181,38 @@ def linear_bounds(
         >>> (float(found.lower.A[0][0].squeeze()), float(found.lower.b[0]))
         (3.0, 1.0)
     """
-    _check("method", method, METHODS[1:])
+    _check("method", method, LINEAR_METHODS)
     _check("lower_slope", lower_slope, relaxations.LOWER_SLOPES)
-    _check_batch_size(batch_size)
+    _check_positive("batch_size", batch_size, "at least one row must be swept at once")
 
     @wraps(f)
     def linear(*args: Any, **kwargs: Any) -> PyTree:
         graph = trace(f, args, kwargs)
-        boxes = _method_boxes(graph, method, batch_size, lower_slope)
-        steps = _relax(graph, boxes, lower_slope)
+        options = Options(batch_size, lower_slope)
+        sweep = sweeper(graph, options)
+        boxes = interval_bounds(sweep)
+        if method == "crown":
+            boxes = intermediate_bounds(sweep, boxes)
+        steps = relaxed_steps(sweep, boxes)[0]
         found = [_linear_output(graph, o, steps, batch_size) for o in graph.outputs]
         return jax.tree.unflatten(graph.out_tree, found)
 
     return linear
 
 
-def _method_boxes(graph: Graph, method: str, batch_size: int, lower_slope: str) -> list[Box]:
+def _method_boxes(graph: Graph, method: str, options: Options, num_steps: int) -> list[Box]:
     """Boxes for all nodes, those of the outputs intersected with the methods below."""
-    merged = merged_nodes(graph)
-
-    def merge(index: int, boxes: list[Box]) -> Box | None:
-        if index not in merged:
-            return None
-        return row_bounds(graph, index, {}, frontier(graph, boxes), batch_size)
-
-    boxes = propagate(graph, merge)
+    sweep = sweeper(graph, options)
+    boxes = interval_bounds(sweep)
     if method == "ibp":
         return boxes
-    boxes = _bound_outputs(graph, boxes, batch_size, lower_slope)
+    if method == "forward":
+        return forward_bounds(graph, boxes, options.lower_slope)
+    boxes = output_bounds(sweep, boxes)
     if method == "crown-ibp":
         return boxes
-    prefix = affine_prefix(graph)
-    steps: dict[int, Step] = {}
-
-    def sweep(index: int, tighter: list[Box]) -> Box | None:
-        if index in prefix:
-            return boxes[index]  # exact already: merged where it had to be
-        for i, node in enumerate(graph.nodes[: index + 1]):
-            if i not in steps and _is_relaxed(node):
-                steps[i] = _relaxation(node, tighter, lower_slope)
-        swept = row_bounds(graph, index, steps, frontier(graph, tighter), batch_size)
-        return intersect(swept, boxes[index])
-
-    return propagate(graph, sweep)
-
-
-def _bound_outputs(graph: Graph, boxes: list[Box], batch_size: int, lower_slope: str) -> list[Box]:
-    """The boxes, those of the outputs intersected with linear bounds over the others."""
-    steps = _relax(graph, boxes, lower_slope)
-    found = list(boxes)
-    for index in {o.index for o in graph.outputs if isinstance(o, Ref)}:
-        swept = row_bounds(graph, index, steps, graph.inputs, batch_size)
-        found[index] = intersect(boxes[index], swept)
-    return found
-
-
-def _is_relaxed(node: Node) -> bool:
-    return bool(node.refs) and affine_rule(node) is None
-
-
-def _relax(graph: Graph, boxes: list[Box], lower_slope: str) -> dict[int, Step]:
-    relaxed = {i: node for i, node in enumerate(graph.nodes) if _is_relaxed(node)}
-    return {i: _relaxation(node, boxes, lower_slope) for i, node in relaxed.items()}
-
-
-def _relaxation(node: Node, boxes: list[Box], lower_slope: str) -> Step:
-    """How a row passes a nonlinearity: its own lines where it has some, else its interval."""
-    if node.op in BILINEAR and len(node.refs) == 2:
-        return chord_step(node, boxes)
-    operand = node.refs[0]
-    box = boxes[operand]
-    rule = _LINES.get(node.op)
-    if rule is not None and len(node.refs) == 1:
-        constants = [jnp.asarray(o, node.dtype) for o in node.operands if not isinstance(o, Ref)]
-        ends = [jnp.broadcast_to(end, node.shape) for end in (box.lower, box.upper)]
-        lines = rule(lower_slope, *ends, *constants)
-    else:
-        values = interval(node, *(boxes[i] for i in node.refs))
-        lines = relaxations.constant(values.lower, values.upper)
-    return elementwise_step(operand, lines)
-
-
-def _without_slope(lines: Callable[..., relaxations.Lines]) -> Callable[..., relaxations.Lines]:
-    return lambda _, *ends: lines(*ends)
-
-
-def _with_slope(lines: Callable[..., relaxations.Lines]) -> Callable[..., relaxations.Lines]:
-    return lambda lower_slope, *ends: lines(*ends, lower_slope=lower_slope)
-
-
-# Nonlinearities with lines of their own; every other is passed by its interval.
-_LINES: Mapping[str, Callable[..., relaxations.Lines]] = {
-    "max": _with_slope(relaxations.maximum),
-    "min": _with_slope(relaxations.minimum),
-    "leaky_relu": _with_slope(relaxations.leaky_relu),
-    "softplus": _without_slope(relaxations.softplus),
-    "logistic": _without_slope(relaxations.sigmoid),
-    "tanh": _without_slope(relaxations.tanh),
-    "exp": _without_slope(relaxations.exp),
-}
+    boxes = output_bounds(sweep, intermediate_bounds(sweep, boxes))
+    return boxes if method == "crown" else optimized(sweep, boxes, num_steps)
 
 
 def _output(output: Operand, boxes: list[Box]) -> Box:
@@ -285,7 +234,7 @@ def _linear_output(
     node = graph.nodes[output.index]
 
     def one(unit: Array) -> Any:
-        row = linear_row(graph, output.index, unit, steps)
+        row = linear_row(output.index, unit, steps)
         zeros = [jnp.zeros(graph.nodes[i].shape, node.dtype) for i in range(len(graph.inputs))]
         sides = []
         for side in (0, 1):
@@ -320,6 +269,6 @@ def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} = {value!r}: choose one of {', '.join(map(repr, choices))}.")
 
 
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size}: at least one row must be swept at once.")
+def _check_positive(name: str, value: int, why: str) -> None:
+    if value < 1:
+        raise ValueError(f"{name} = {value}: {why}.")

@@ -5,10 +5,10 @@ A row holds, for each node i still to be passed, coefficients with
     sum_i <lower_i, v_i> + lower_offset  <=  value  <=  sum_i <upper_i, v_i> + upper_offset
 
 starting from one entry 1 at the target. Nodes are passed last to first. An affine node is passed by
-its own transpose (`jax.vjp`: no rule for each operation), a nonlinearity by its two lines: a
-positive coefficient takes the line on the same side, a negative one the other. What remains stands
-on the frontier (the sets, or any node that is not passed), and is concretised there by the dual
-norm.
+its own transpose (`jax.vjp`: no rule for each operation), a nonlinearity by its two planes: a
+positive coefficient takes the plane on the same side, a negative one the other, and each is passed
+by its transpose again. What remains stands on the frontier (the sets, or any node that is not
+passed), and is concretised there by the dual norm.
 
 Rows are vmapped. Lower and upper coefficients stay one array until the first relaxation.
 
@@ -25,9 +25,8 @@ from jaxtyping import Array
 
 from bnncert.bounds.convolution import canonical
 from bnncert.bounds.graph import Graph, Node
-from bnncert.bounds.relaxations import Lines
+from bnncert.bounds.relaxations import Lines, Planes
 from bnncert.bounds.rules import AFFINE, affine_rule
-from bnncert.bounds.rules.bilinear import chord, weight_operand
 from bnncert.sets import Box, LpBall, Set
 
 
@@ -56,15 +55,13 @@ Step = Callable[[Coefficients], tuple[list[tuple[int, Coefficients]], Offset]]
 """How a row passes one node: coefficients of its operands, by node, and what the offset gains."""
 
 
-def linear_row(graph: Graph, target: int, row: Array, steps: Mapping[int, Step]) -> Row:
+def linear_row(target: int, row: Array, steps: Mapping[int, Step]) -> Row:
     """The linear bound of `<row, value of target>`.
 
     Args:
-        graph: the traced function.
         target: index of the node.
         row: the shape of its value.
-        steps: how to pass the nodes that are relaxed; one that is neither affine nor here is
-            where the bound stops.
+        steps: how to pass each node; one that is not here is where the bound stops.
     """
     waiting = {target: Coefficients(row, row)}
     remaining: dict[int, Coefficients] = {}
@@ -73,12 +70,10 @@ def linear_row(graph: Graph, target: int, row: Array, steps: Mapping[int, Step])
         if index not in waiting:
             continue
         coefficients = waiting.pop(index)
-        node = graph.nodes[index]
-        step = _affine_step(graph, node) if affine_rule(node) else steps.get(index)
-        if step is None:
+        if index not in steps:
             remaining[index] = coefficients
             continue
-        passed, gained = step(coefficients)
+        passed, gained = steps[index](coefficients)
         lower, upper = lower + gained.lower, upper + gained.upper
         for operand, more in passed:
             waiting[operand] = _add(waiting[operand], more) if operand in waiting else more
@@ -100,22 +95,36 @@ def row_bounds(
     node = graph.nodes[target]
 
     def one(row: Array) -> Box:
-        return concretize(linear_row(graph, target, row, steps), sets)
+        return concretize(linear_row(target, row, steps), sets)
 
     box = map_rows(one, node, batch_size)
     return Box(box.lower.reshape(node.shape), box.upper.reshape(node.shape))
 
 
-def map_rows(one: Callable[[Array], Any], node: Node, batch_size: int) -> Any:
-    """Maps over the unit rows of a node's value, in chunks."""
+def map_rows(one: Callable[..., Any], node: Node, batch_size: int, *each: Any) -> Any:
+    """Maps over the unit rows of a node's value, in chunks.
+
+    Args:
+        one: `(row, *its part of each) -> anything`.
+        node: whose value's coordinates the rows are.
+        batch_size: rows at once.
+        each: pytrees with a leading axis over rows.
+    """
     size = math.prod(node.shape)
     if size <= batch_size:
-        return jax.vmap(one)(jnp.eye(size, dtype=node.dtype).reshape(size, *node.shape))
+        return jax.vmap(one)(jnp.eye(size, dtype=node.dtype).reshape(size, *node.shape), *each)
 
-    def unit(i: Array) -> Any:
-        return one((jnp.arange(size) == i).astype(node.dtype).reshape(node.shape))
+    def unit(xs: tuple) -> Any:
+        i, *parts = xs
+        return one(unit_row(node, i), *parts)
 
-    return jax.lax.map(unit, jnp.arange(size), batch_size=batch_size)
+    return jax.lax.map(unit, (jnp.arange(size), *each), batch_size=batch_size)
+
+
+def unit_row(node: Node, i: Array) -> Array:
+    """The row of the i-th coordinate of a node's value."""
+    size = math.prod(node.shape)
+    return (jnp.arange(size) == i).astype(node.dtype).reshape(node.shape)
 
 
 def concretize(row: Row, sets: Sequence[Set]) -> Box:
@@ -126,67 +135,80 @@ def concretize(row: Row, sets: Sequence[Set]) -> Box:
         if above is not below:
             _, high = _extremes(above, sets[index])
         lower, upper = lower + low, upper + high
-    # Overflow in a line leaves no bound, not a NaN.
+    # Overflow in a plane leaves no bound, not a NaN.
     lower = jnp.where(jnp.isnan(lower), -jnp.inf, lower)
     return Box(lower, jnp.where(jnp.isnan(upper), jnp.inf, upper))
 
 
-def elementwise_step(operand: int, lines: Lines) -> Step:
-    """Passes an elementwise nonlinearity of one bounded operand by its two lines."""
+def affine_steps(graph: Graph) -> dict[int, Step]:
+    """How to pass each affine node."""
+    return {i: _affine_step(graph, node) for i, node in enumerate(graph.nodes) if affine_rule(node)}
+
+
+def planes_step(graph: Graph, planes: Planes, others: Planes | None = None) -> Step:
+    """Passes a relaxed node by its planes.
+
+    Args:
+        graph: the traced function.
+        planes: for the rows' lower side; and for the upper side, unless there are
+        others: for the upper side.
+    """
+    lower_side = _sided(graph, planes, True)
+    upper_side = _sided(graph, planes if others is None else others, False)
 
     def step(coefficients: Coefficients) -> tuple[list[tuple[int, Coefficients]], Offset]:
-        def through(a: Array, plus: tuple[Array, Array], minus: tuple[Array, Array]):
-            positive, negative = jnp.maximum(a, 0), jnp.minimum(a, 0)
-            offset = _dot(positive, plus[1]) + _dot(negative, minus[1])
-            return positive * plus[0] + negative * minus[0], offset
-
-        below = (lines.lower_slope, lines.lower_offset)
-        above = (lines.upper_slope, lines.upper_offset)
-        lower, lower_offset = through(coefficients.lower, below, above)
-        upper, upper_offset = through(coefficients.upper, above, below)
-        return [(operand, Coefficients(lower, upper))], Offset(lower_offset, upper_offset)
+        lower, lower_offset = lower_side(coefficients.lower)
+        upper, upper_offset = upper_side(coefficients.upper)
+        both = map(Coefficients, lower, upper)
+        return list(zip(planes.operands, both, strict=True)), Offset(lower_offset, upper_offset)
 
     return step
 
 
-def chord_step(node: Node, boxes: Sequence[Box]) -> Step:
-    """Passes a product of two bounded values: the weight is eliminated by its chord."""
-    a, b = (boxes[i] for i in node.refs)
-    weight_at = weight_operand(a, b)
-    weight, x = (a, b) if weight_at == 0 else (b, a)
-    kept = node.refs[1 - weight_at]
-    width = weight.upper - weight.lower
-    lam, m = chord(x)
+def _sided(
+    graph: Graph, planes: Planes, lower_side: bool
+) -> Callable[[Array], tuple[tuple[Array, ...], Array]]:
+    """Passes the coefficients of one side: positive ones by the plane of that side."""
+    if planes.lines is not None:
+        return _sided_lines(planes.lines, lower_side)
+    with_, against = (planes.lower, planes.upper) if lower_side else (planes.upper, planes.lower)
+    zeros = _zeros(graph, planes.operands)
+    at_zero, transpose = _transposed(with_, zeros)
+    other_at_zero, other_transpose = _transposed(against, zeros)
 
-    def product(value: Array, by: Array) -> Array:
-        return node.evaluate(by, value) if weight_at == 0 else node.evaluate(value, by)
+    def through(a: Array) -> tuple[tuple[Array, ...], Array]:
+        parts = zip(transpose(jnp.maximum(a, 0)), other_transpose(jnp.minimum(a, 0)), strict=True)
+        return tuple(p + n for p, n in parts), _weighed(a, at_zero, other_at_zero)
 
-    def transposed(row: Array, by: Array) -> Array:
-        return canonical(jax.vjp(lambda value: product(value, by), jnp.zeros_like(m))[1])(row)[0]
+    return through
 
-    rise = product(m, width)
 
-    def step(coefficients: Coefficients) -> tuple[list[tuple[int, Coefficients]], Offset]:
-        def through(row: Array, sign: float) -> tuple[Array, Array]:
-            # sign 1: a lower bound; -1: an upper bound, with the chord's two sides exchanged.
-            positive, negative = jnp.maximum(row, 0), jnp.minimum(row, 0)
-            below, above = (positive, negative) if sign > 0 else (negative, positive)
-            slope = transposed(below, weight.lower) + transposed(above, weight.upper)
-            bent = lam * transposed(below - above, width)
-            return slope + bent, _dot(below - above, rise)
+def _sided_lines(
+    lines: Lines, lower_side: bool
+) -> Callable[[Array], tuple[tuple[Array, ...], Array]]:
+    below, above = (lines.lower_slope, lines.lower_offset), (lines.upper_slope, lines.upper_offset)
+    (slope, offset), (other_slope, other_offset) = (below, above) if lower_side else (above, below)
 
-        lower, lower_offset = through(coefficients.lower, 1.0)
-        upper, upper_offset = through(coefficients.upper, -1.0)
-        return [(kept, Coefficients(lower, upper))], Offset(lower_offset, upper_offset)
+    def through(a: Array) -> tuple[tuple[Array, ...], Array]:
+        passed = jnp.maximum(a, 0) * slope + jnp.minimum(a, 0) * other_slope
+        return (passed,), _weighed(a, offset, other_offset)
 
-    return step
+    return through
+
+
+def _weighed(a: Array, positive: Array, negative: Array) -> Array:
+    """`<max(a, 0), positive> + <min(a, 0), negative>`.
+
+    A sum and no product: XLA fuses it with what made `a`, which a product would have to write out.
+    """
+    return jnp.sum(jnp.where(a > 0, a * positive, a * negative))
 
 
 def _affine_step(graph: Graph, node: Node) -> Step:
     """Passes an affine node: coefficients by its transpose, the offset by its value at 0."""
-    zeros = [jnp.zeros(graph.nodes[i].shape, graph.nodes[i].dtype) for i in node.refs]
-    at_zero, pullback = jax.vjp(lambda *values: node.evaluate(*node.fill(values)), *zeros)
-    transpose = canonical(pullback)
+    at_zero, transpose = _transposed(
+        lambda *values: node.evaluate(*node.fill(values)), _zeros(graph, node.refs)
+    )
     has_offset = AFFINE[node.op].has_offset and len(node.refs) < len(node.operands)
 
     def through(row: Array) -> tuple[tuple[Array, ...], Array | float]:
@@ -204,6 +226,20 @@ def _affine_step(graph: Graph, node: Node) -> Step:
     return step
 
 
+def _zeros(graph: Graph, operands: Sequence[int]) -> list[Array]:
+    return [jnp.zeros(graph.nodes[i].shape, graph.nodes[i].dtype) for i in operands]
+
+
+def _transposed(
+    f: Callable[..., Array], zeros: Sequence[Array]
+) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
+    """An affine function's value at 0, and its transpose."""
+    if not zeros:
+        return f(), lambda row: ()
+    at_zero, pullback = jax.vjp(f, *zeros)
+    return at_zero, canonical(pullback)
+
+
 def _add(a: Coefficients, b: Coefficients) -> Coefficients:
     lower = a.lower + b.lower
     if a.upper is a.lower and b.upper is b.lower:
@@ -214,13 +250,13 @@ def _add(a: Coefficients, b: Coefficients) -> Coefficients:
 def _extremes(a: Array, region: Set) -> tuple[Array, Array]:
     """The smallest and the largest value of `<a, x>` over a set."""
     if isinstance(region, LpBall):
-        middle, reach = _dot(a, region.center), region.eps * _dual_norm(a, region.p)
+        middle, reach = _dot(a, region.center), region.eps * dual_norm(a, region.p)
     else:
         middle, reach = _dot(a, region.center), _dot(jnp.abs(a), region.radius)
     return middle - reach, middle + reach
 
 
-def _dual_norm(a: Array, p: int) -> Array:
+def dual_norm(a: Array, p: int) -> Array:
     """Of the Lp norm: the largest magnitude for p = 1, the Euclidean norm for p = 2."""
     if p == 1:
         return jnp.max(jnp.abs(a), initial=0.0)

@@ -11,9 +11,8 @@ help of `recognition.py` and `convolution.py`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,9 @@ import numpy as np
 from jax.extend import core, source_info_util
 from jaxtyping import Array, ArrayLike, PyTree
 
-from bnncert.bounds.recognition import recognise
+from bnncert.bounds.operands import Operand, Ref
+from bnncert.bounds.recognition import Recognised, find_runs, recognise
+from bnncert.bounds.rewriting import REWRITES
 from bnncert.sets import Set, check_set, is_set
 
 # Calls that are inlined, and the parameter that holds their body.
@@ -56,17 +57,6 @@ source_info_util.register_exclusion(__file__)
 
 class UnsupportedPrimitiveError(NotImplementedError):
     """An operation on bounded values that has no sound rule."""
-
-
-@dataclass(frozen=True)
-class Ref:
-    """An operand that is the value of node `index`."""
-
-    index: int
-
-
-Operand: TypeAlias = Ref | ArrayLike
-"""A bounded value, or a constant: an array or a number."""
 
 
 class Node(NamedTuple):
@@ -215,7 +205,8 @@ def _walk(
             return np.asarray(atom.val, atom.aval.dtype)  # pyright: ignore
         return env[atom]
 
-    for eqn in jaxpr.eqns:
+    runs = find_runs(jaxpr)
+    for place, eqn in enumerate(jaxpr.eqns):
         operands = [read(atom) for atom in eqn.invars]
         if any(isinstance(o, Ref) for o in operands):
             values = _step(eqn, operands, nodes, _source(eqn) or source)
@@ -225,7 +216,18 @@ def _walk(
             out = _bind(eqn)(*operands)
             values = list(out) if eqn.primitive.multiple_results else [out]
         env.update(zip(eqn.outvars, values, strict=True))
+        run = runs.get(place)
+        if run is not None and isinstance(env[run.operand], Ref):
+            # What it was computed from is dropped, where nothing else needs it.
+            add = partial(_derived, nodes, eqn, _source(eqn) or source)
+            env[run.result] = _function(add, run.recognised, env[run.operand])
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _function(add: Callable[..., Ref], recognised: Recognised, operand: Operand) -> Ref:
+    """Appends a recognised function of one bounded value."""
+    operands = (operand, *recognised.constants)
+    return add(recognised.op, operands, recognised.function, **recognised.params)
 
 
 def _step(
@@ -240,20 +242,13 @@ def _step(
         bounded = [i for i, o in enumerate(operands) if isinstance(o, Ref)]
         recognised = recognise(eqn, operands[1:]) if bounded == [0] else None
         if recognised is not None:
-            function, constants = recognised
-            return [add(str(eqn.params["name"]), (operands[0], *constants), function)]
+            return [_function(partial(_derived, nodes, eqn, source), recognised, operands[0])]
         return _inline(eqn, operands, nodes, source)
     if name in _PROMOTING:
         operands = [_broadcast(nodes, eqn, source, o) for o in operands]
-    if name == "clamp":
-        low, x, high = operands
-        if isinstance(low, Ref) or isinstance(x, Ref):
-            above = _extremum(add, "max", x, low)
-        else:
-            above = jnp.maximum(x, low)
-        return [_extremum(add, "min", above, high)]
-    if name in ("max", "min"):
-        return [_extremum(add, name, *operands)]
+    if name in REWRITES:
+        add = partial(_derived, nodes, eqn, source)
+        return REWRITES[name](add, operands, eqn.params)
     if name in ("split", "unstack"):
         bind = _bind(eqn)
         return [
@@ -300,15 +295,21 @@ def _broadcast(nodes: list[Node], eqn: core.JaxprEqn, source: str, operand: Any)
     return _append(nodes, eqn, source, "broadcast_in_dim", (operand,), spread)
 
 
-def _extremum(add: Callable[..., Ref], name: str, a: Any, b: Any) -> Ref:
-    """Appends a max or a min; against a constant, by a selection, whose derivative is cheap."""
-    if isinstance(a, Ref) and isinstance(b, Ref):
-        return add(name, (a, b), jnp.maximum if name == "max" else jnp.minimum)
-    x, constant = (a, b) if isinstance(a, Ref) else (b, a)
-    # Written so that a NaN is handed on.
-    if name == "max":
-        return add(name, (x, constant), lambda v, c: jnp.where(v <= c, c, v))
-    return add(name, (x, constant), lambda v, c: jnp.where(v >= c, c, v))
+def _derived(
+    nodes: list[Node],
+    eqn: core.JaxprEqn,
+    source: str,
+    op: str,
+    operands: Sequence[Operand],
+    evaluate: Callable[..., Array],
+    **params: Any,
+) -> Ref:
+    """Appends an operation that an equation was rewritten to."""
+    values = (nodes[o.index] if isinstance(o, Ref) else o for o in operands)
+    avals = [jax.ShapeDtypeStruct(v.shape, v.dtype) if isinstance(v, Node) else v for v in values]
+    out = jax.eval_shape(evaluate, *avals)
+    nodes.append(Node(op, tuple(operands), evaluate, params, out.shape, out.dtype, source))
+    return Ref(len(nodes) - 1)
 
 
 def _append(

@@ -12,11 +12,14 @@ Source: Gowal et al., "On the Effectiveness of Interval Bound Propagation for Tr
 Robust Models", 2018 (the tail: section 3, "elision of the last layer").
 """
 
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
-from bnncert.bounds.graph import Graph, Ref
+from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.operands import Ref
 from bnncert.bounds.rules import AFFINE, affine_rule, interval
 from bnncert.sets import Box, LpBall, Set
 
@@ -57,8 +60,17 @@ def propagate(graph: Graph, refine: Refine) -> list[Box]:
 
 def bounded_nodes(graph: Graph) -> set[int]:
     """Nodes whose bounds matter: the outputs, and what a nonlinearity is relaxed on."""
-    relaxed = {i for node in graph.nodes if node.refs and not affine_rule(node) for i in node.refs}
-    return relaxed | {o.index for o in graph.outputs if isinstance(o, Ref)}
+    return relaxed_operands(graph) | set(output_nodes(graph))
+
+
+def relaxed_operands(graph: Graph) -> set[int]:
+    """Nodes that a nonlinearity acts on."""
+    return {i for node in graph.nodes if node.refs and not affine_rule(node) for i in node.refs}
+
+
+def output_nodes(graph: Graph) -> list[int]:
+    """Nodes that are outputs."""
+    return sorted({o.index for o in graph.outputs if isinstance(o, Ref)})
 
 
 def affine_prefix(graph: Graph) -> set[int]:
@@ -69,10 +81,19 @@ def affine_prefix(graph: Graph) -> set[int]:
 
 def merged_nodes(graph: Graph) -> set[int]:
     """Nodes to bound as one affine map of their sources: the module's prefix and tail."""
-    outputs = {o.index for o in graph.outputs if isinstance(o, Ref)}
+    outputs = set(output_nodes(graph))
     places = (affine_prefix(graph) & bounded_nodes(graph)) | outputs
     exactness = _exactness(graph)
     return {i for i in places if exactness[i][0] == _LOOSE}
+
+
+def input_sets(graph: Graph) -> list[frozenset[int]]:
+    """For each node, the sets that its value depends on."""
+    found: list[frozenset[int]] = []
+    for index, node in enumerate(graph.nodes):
+        own = (index,) if node.op == "input" else ()
+        found.append(frozenset(own).union(*(found[i] for i in node.refs)))
+    return found
 
 
 def frontier(graph: Graph, boxes: list[Box]) -> list[Set]:
@@ -96,10 +117,26 @@ def intersect(a: Box, b: Box) -> Box:
     return Box(jnp.minimum(lower, upper), jnp.maximum(lower, upper))
 
 
+def nominal(graph: Graph) -> list[Array]:
+    """The value of each node at the centres of the sets."""
+    values: list[Array] = []
+    for index, node in enumerate(graph.nodes):
+        if node.op == "input":
+            values.append(graph.inputs[index].center)
+        else:
+            values.append(node.evaluate(*node.fill([values[i] for i in node.refs])))
+    return values
+
+
 def drop_nan(box: Box) -> Box:
     """No bound where overflow left none: NaN becomes an infinite end."""
     lower = jnp.where(jnp.isnan(box.lower), -jnp.inf, box.lower)
     return Box(lower, jnp.where(jnp.isnan(box.upper), jnp.inf, box.upper))
+
+
+def _keeps_size(graph: Graph, node: Node) -> bool:
+    """Whether a broadcast only adds axes of length 1."""
+    return all(math.prod(graph.nodes[i].shape) == math.prod(node.shape) for i in node.refs)
 
 
 def _exactness(graph: Graph) -> list[tuple[int, frozenset[int]]]:
@@ -123,6 +160,8 @@ def _exactness(graph: Graph) -> list[tuple[int, frozenset[int]]]:
         union = frozenset().union(*sources)
         state = max(states)
         spreads = AFFINE[node.op].spreads
+        if node.op == "broadcast_in_dim" and _keeps_size(graph, node):
+            spreads = "places"
         if spreads == "mixes":
             state = _EXACT if state == _INDEPENDENT else _LOOSE
         elif spreads == "repeats":

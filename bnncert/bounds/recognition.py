@@ -1,45 +1,90 @@
-"""Functions that JAX names itself, recognised by name and then checked.
+"""Functions of `jax.nn` that are to be one node, recognised in what they were traced to.
 
-`jax.nn.softplus` and `jax.nn.leaky_relu` are jitted calls that carry their name. Op by op they
-compare and select on bounded values, which no relaxation follows, so each is to be one node. A name
-proves nothing: the body of the call is compared with that of a fresh trace of the function,
-equation by equation. What differs is left to its parts.
+Op by op many compare and select on bounded values, which no relaxation follows, or multiply two
+values that depend on each other. Two ways lead back to the function:
+
+    a call     most are jitted calls that carry their name: `recognise`
+    a run      gelu, softmax and logsumexp leave their equations among the caller's, one after the
+               other: `find_runs`
+
+A name, or a first equation, proves nothing: what is found is compared with a fresh trace of the
+function, equation by equation. What differs is left to its parts.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core
 
 
-def _softplus_reference(body: core.Jaxpr, constants: Sequence[Any]) -> tuple[Callable, tuple]:
-    del body, constants
-    return jax.nn.softplus, ()
+class Recognised(NamedTuple):
+    """A function of one bounded operand.
+
+    Attributes:
+        op: its name among the rules.
+        function: `(operand, *constants) -> value`.
+        constants: its other operands.
+        params: what its rules must know besides.
+    """
+
+    op: str
+    function: Callable[..., Any]
+    constants: tuple[Any, ...] = ()
+    params: Mapping[str, Any] = {}
 
 
-def _leaky_relu_reference(body: core.Jaxpr, constants: Sequence[Any]) -> tuple[Callable, tuple]:
-    """The slope is an operand of the call, or a literal inside its body."""
-    if constants:
-        return jax.nn.leaky_relu, tuple(constants)
-    slopes = [
-        atom.val
-        for eqn in body.eqns
-        if eqn.primitive.name == "mul"
-        for atom in eqn.invars
-        if isinstance(atom, core.Literal)
-    ]
-    slope = slopes[0] if slopes else 0.01
-    return jax.nn.leaky_relu, (float(slope),)
+class Run(NamedTuple):
+    """Consecutive equations that are one function.
+
+    Attributes:
+        operand: the variable it is a function of.
+        result: the variable of its value.
+        recognised: the function.
+    """
+
+    operand: Any
+    result: Any
+    recognised: Recognised
 
 
-_RECOGNISED = {"softplus": _softplus_reference, "leaky_relu": _leaky_relu_reference}
+class _Parameter(NamedTuple):
+    """A second argument: an operand of the call, or a number inside its body.
+
+    Attributes:
+        primitive: the first equation of the body that holds it.
+        default: where there is none: a factor of 1, say, is left out.
+        least: a smaller one has no rule.
+    """
+
+    primitive: str
+    default: float
+    least: float = -np.inf
 
 
-def recognise(eqn: core.JaxprEqn, constants: Sequence[Any]) -> tuple[Callable, tuple] | None:
+# By name; with its second argument, if it has one.
+_CALLS: Mapping[str, _Parameter | None] = {
+    "softplus": None,
+    "log_sigmoid": None,
+    "selu": None,
+    "silu": None,
+    "mish": None,
+    "hard_tanh": None,
+    "hard_silu": None,
+    "soft_sign": None,
+    "leaky_relu": _Parameter("mul", 0.01),
+    "elu": _Parameter("mul", 1.0, 0.0),
+    "celu": _Parameter("div", 1.0, 1e-6),
+    "squareplus": _Parameter("add", 4.0, 1e-6),
+}
+
+
+def recognise(eqn: core.JaxprEqn, constants: Sequence[Any]) -> Recognised | None:
     """The function of `jax.nn` that a jitted call of one bounded operand is.
 
     Args:
@@ -47,13 +92,20 @@ def recognise(eqn: core.JaxprEqn, constants: Sequence[Any]) -> tuple[Callable, t
         constants: its other operands.
 
     Returns:
-        The function and its constant operands; None where the call is another function.
+        None where the call is another function.
     """
-    reference = _RECOGNISED.get(str(eqn.params.get("name")))
-    body = eqn.params.get("jaxpr")
-    if reference is None or not isinstance(body, core.ClosedJaxpr) or body.consts:
+    name, body = str(eqn.params.get("name")), eqn.params.get("jaxpr")
+    if name not in _CALLS or not isinstance(body, core.ClosedJaxpr) or body.consts:
         return None
-    function, found = reference(body.jaxpr, constants)
+    parameter = _CALLS[name]
+    found = tuple(constants)
+    if parameter is not None and not constants:
+        found = (_literal(body.jaxpr, parameter),)
+    if len(found) != (parameter is not None):
+        return None
+    if parameter is not None and not _is_at_least(found[0], parameter.least):
+        return None
+    function = getattr(jax.nn, name)
     # As in the call: literals were Python numbers, operands were arrays.
     traced = [
         jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
@@ -61,10 +113,99 @@ def recognise(eqn: core.JaxprEqn, constants: Sequence[Any]) -> tuple[Callable, t
     ]
     literals = () if constants else found
     fresh = jax.make_jaxpr(lambda *a: inspect.unwrap(function)(*a, *literals))(*traced)
+    if not _same(fresh.jaxpr, body.jaxpr):
+        return None
     # A Python number, weakly typed in the call, is an array by now: it must not widen the result.
     dtype = _array_aval(eqn.outvars[0]).dtype
-    found = tuple(jnp.asarray(c, dtype) for c in found)
-    return (function, found) if _same(fresh.jaxpr, body.jaxpr) else None
+    return Recognised(name, function, tuple(jnp.asarray(c, dtype) for c in found))
+
+
+def find_runs(jaxpr: core.Jaxpr) -> dict[int, Run]:
+    """Runs of equations that are one function, by the place of their last equation."""
+    runs: dict[int, Run] = {}
+    for place, eqn in enumerate(jaxpr.eqns):
+        for recognised, reference in _candidates(eqn):
+            length = len(reference.eqns)
+            operand = next(v for v in eqn.invars if not isinstance(v, core.Literal))
+            names: dict[Any, Any] = {reference.invars[0]: operand}
+            if _same_eqns(reference.eqns, jaxpr.eqns[place : place + length], names):
+                result = names[reference.outvars[0]]  # pyright: ignore[reportArgumentType]
+                runs[place + length - 1] = Run(operand, result, recognised)
+                break
+    return runs
+
+
+def _candidates(eqn: core.JaxprEqn) -> Iterator[tuple[Recognised, core.Jaxpr]]:
+    """The functions that may begin with this equation, each with a trace of it."""
+    operands = [v for v in eqn.invars if not isinstance(v, core.Literal)]
+    name = eqn.primitive.name
+    if len(operands) != 1 or name not in ("reduce_max", "mul", "integer_pow"):
+        return
+    aval = _array_aval(operands[0])
+    if not jnp.issubdtype(aval.dtype, jnp.floating):
+        return
+    axes = tuple(eqn.params["axes"]) if name == "reduce_max" else ()
+    for recognised in _beginning_with(name, axes):
+        reference = _reference(recognised.function, aval.shape, aval.dtype)
+        if reference.eqns[0].primitive is eqn.primitive:
+            yield recognised, reference
+
+
+@cache
+def _beginning_with(primitive: str, axes: tuple[int, ...]) -> tuple[Recognised, ...]:
+    if primitive != "reduce_max":
+        return (
+            Recognised("gelu", partial(jax.nn.gelu, approximate=False)),
+            Recognised("gelu_tanh", partial(jax.nn.gelu, approximate=True)),
+        )
+    softmaxes = [
+        Recognised(function.__name__, partial(function, axis=axis), params={"axes": axes})
+        for function in (jax.nn.softmax, jax.nn.log_softmax)
+        for axis in _spellings(axes)
+    ]
+    sums = [
+        Recognised(
+            "logsumexp",
+            partial(jax.nn.logsumexp, axis=axis, keepdims=keep),
+            params={"axes": axes, "keepdims": keep},
+        )
+        for axis in _spellings(axes)
+        for keep in (False, True)
+    ]
+    return (*softmaxes, *sums)
+
+
+def _spellings(axes: tuple[int, ...]) -> tuple[Any, ...]:
+    """One axis by itself, or several as a tuple."""
+    return axes if len(axes) == 1 else (axes,)
+
+
+@cache
+def _reference(function: partial, shape: tuple[int, ...], dtype: Any) -> core.Jaxpr:
+    """The equations of a function, out of the call that it may be."""
+    jaxpr = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, dtype)).jaxpr
+    while len(jaxpr.eqns) == 1 and isinstance(
+        body := jaxpr.eqns[0].params.get("jaxpr"), core.ClosedJaxpr
+    ):
+        jaxpr = body.jaxpr
+    return jaxpr
+
+
+def _literal(body: core.Jaxpr, parameter: _Parameter) -> float:
+    numbers = [
+        atom.val
+        for eqn in body.eqns
+        if eqn.primitive.name == parameter.primitive
+        for atom in eqn.invars
+        if isinstance(atom, core.Literal)
+    ]
+    return float(numbers[0]) if numbers else parameter.default
+
+
+def _is_at_least(value: Any, least: float) -> bool:
+    if least == -np.inf:
+        return True
+    return not isinstance(value, Tracer) and bool(np.all(np.asarray(value) >= least))
 
 
 def _same(a: core.Jaxpr, b: core.Jaxpr) -> bool:
@@ -72,22 +213,32 @@ def _same(a: core.Jaxpr, b: core.Jaxpr) -> bool:
     if len(a.eqns) != len(b.eqns) or len(a.invars) != len(b.invars) or a.constvars or b.constvars:
         return False
     names: dict[Any, Any] = dict(zip(a.invars, b.invars, strict=True))
+    if not _same_eqns(a.eqns, b.eqns, names) or len(a.outvars) != len(b.outvars):
+        return False
+    return all(_same_atom(u, v, names) for u, v in zip(a.outvars, b.outvars, strict=True))
 
-    def same_atom(u: Any, v: Any) -> bool:
-        if isinstance(u, core.Literal) or isinstance(v, core.Literal):
-            both = isinstance(u, core.Literal) and isinstance(v, core.Literal)
-            return both and _dtypes([u]) == _dtypes([v]) and np.array_equal(u.val, v.val)
-        return names.get(u) is v
 
-    for p, q in zip(a.eqns, b.eqns, strict=True):
+def _same_eqns(a: Sequence[Any], b: Sequence[Any], names: dict[Any, Any]) -> bool:
+    """Whether two lists of equations are equal; `names` takes the variables of a to those of b."""
+    if len(a) != len(b):
+        return False
+    for p, q in zip(a, b, strict=True):
         if p.primitive is not q.primitive or len(p.invars) != len(q.invars):
             return False
-        if not all(map(same_atom, p.invars, q.invars)) or not _same_params(p.params, q.params):
+        pairs = zip(p.invars, q.invars, strict=True)
+        if not all(_same_atom(u, v, names) for u, v in pairs):
             return False
-        if _dtypes(p.outvars) != _dtypes(q.outvars):
+        if not _same_params(p.params, q.params) or _dtypes(p.outvars) != _dtypes(q.outvars):
             return False
         names.update(zip(p.outvars, q.outvars, strict=True))
-    return len(a.outvars) == len(b.outvars) and all(map(same_atom, a.outvars, b.outvars))
+    return True
+
+
+def _same_atom(u: Any, v: Any, names: Mapping[Any, Any]) -> bool:
+    if isinstance(u, core.Literal) or isinstance(v, core.Literal):
+        both = isinstance(u, core.Literal) and isinstance(v, core.Literal)
+        return both and _dtypes([u]) == _dtypes([v]) and np.array_equal(u.val, v.val)
+    return names.get(u) is v
 
 
 def _dtypes(variables: Sequence[Any]) -> list[Any]:

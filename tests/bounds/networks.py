@@ -18,8 +18,10 @@ import numpy as np
 from flax import linen
 
 from bnncert.bounds import bound
-from bnncert.bounds.api import METHODS
 from bnncert.sets import Box, LpBall, is_set
+
+METHODS = ("ibp", "forward", "crown-ibp", "crown")
+"""All but alpha-crown, which takes long to compile: its tests are in test_alpha.py."""
 
 NETWORKS = 2
 """Networks of each kind."""

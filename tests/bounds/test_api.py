@@ -109,7 +109,7 @@ def test_gradients_equal_finite_differences(float64):
         box = bound(lambda v: jnp.tanh(f(w, v)).sum(), method)(ball(x, eps))
         return box.upper - 0.5 * box.lower
 
-    for method in METHODS:
+    for method in METHODS[:-1]:  # alpha-crown's fractions are held fixed in its derivative
         slope = jax.grad(worst, argnums=1)(w, 0.3, method)
         step = (worst(w, 0.3 + 1e-6, method) - worst(w, 0.3 - 1e-6, method)) / 2e-6
         np.testing.assert_allclose(slope, step, rtol=1e-5)
@@ -150,6 +150,7 @@ def test_linear_bounds_have_the_structure_of_the_arguments():
         (lambda: bound(f, rounding="outward"), ValueError, "rounding = 'outward'"),
         (lambda: bound(f, lower_slope="steep"), ValueError, "lower_slope = 'steep'"),
         (lambda: bound(f, batch_size=0), ValueError, "batch_size = 0"),
+        (lambda: bound(f, "alpha-crown", steps=0), ValueError, "steps = 0"),
         (lambda: linear_bounds(f, "ibp"), ValueError, "method = 'ibp'"),
         (lambda: linear_bounds(f, batch_size=-1), ValueError, "batch_size = -1"),
         (lambda: bound(f)(W, X), ValueError, "no set among the arguments.*bnncert.ball"),

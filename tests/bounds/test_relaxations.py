@@ -1,53 +1,117 @@
 """Lines enclose their nonlinearity on every interval, and are as close as they can be."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnncert.bounds import relaxations
+from bnncert.bounds.graph import Node, Ref
+from bnncert.bounds.relaxations import (
+    FREE,
+    LINES,
+    LOWER_SLOPES,
+    TWO_VARIANTS,
+    Choice,
+    initial_choice,
+)
+from bnncert.bounds.rules import interval
+from bnncert.sets import Box
 
-SLOPES = (0.0, 0.01, 0.2, 1.0, 1.5, -0.6)
-
-
-def lines_of(name, lower_slope="adaptive"):
-    """The function and its lines, `(h, (l, u) -> Lines)`."""
-    rules = {
-        "relu": (jax.nn.relu, partial(relaxations.relu, lower_slope=lower_slope)),
-        "softplus": (jax.nn.softplus, relaxations.softplus),
-        "exp": (jnp.exp, relaxations.exp),
-        "tanh": (jnp.tanh, relaxations.tanh),
-        "sigmoid": (jax.nn.sigmoid, relaxations.sigmoid),
-        "maximum": (
-            lambda x: jnp.maximum(x, 0.7),
-            lambda l, u: relaxations.maximum(l, u, jnp.full_like(l, 0.7), lower_slope),
-        ),
-        "minimum": (
-            lambda x: jnp.minimum(x, -0.3),
-            lambda l, u: relaxations.minimum(l, u, jnp.full_like(l, -0.3), lower_slope),
-        ),
-    }
-    for slope in SLOPES:
-        rules[f"leaky {slope}"] = (
-            partial(jax.nn.leaky_relu, negative_slope=slope),
-            lambda l, u, slope=slope: relaxations.leaky_relu(
-                l, u, jnp.asarray(slope, l.dtype), lower_slope
-            ),
+# By name: the operation, the function, its constants, and where it is defined and representable.
+EVERYWHERE = (-1e4, 1e4)
+POSITIVE = (1e-3, 1e4)
+CASES = {
+    "max": ("max", partial(jnp.maximum, 0.7), (0.7,), EVERYWHERE),
+    "min": ("min", partial(jnp.minimum, -0.3), (-0.3,), EVERYWHERE),
+    "abs": ("abs", jnp.abs, (), EVERYWHERE),
+    "hard_tanh": ("hard_tanh", lambda x: jnp.clip(x, -1, 1), (), EVERYWHERE),
+    **{
+        f"leaky {a}": ("leaky_relu", partial(jax.nn.leaky_relu, negative_slope=a), (a,), EVERYWHERE)
+        for a in (0.0, 0.01, 1.0, 1.5, -0.6)
+    },
+    **{
+        f"elu {a}": ("elu", partial(jax.nn.elu, alpha=a), (a,), EVERYWHERE) for a in (0.0, 1.0, 2.5)
+    },
+    "celu": ("celu", partial(jax.nn.celu, alpha=0.5), (0.5,), EVERYWHERE),
+    # without the cancellation of (x + sqrt(x^2 + b)) / 2
+    "squareplus": (
+        "squareplus",
+        lambda x: jnp.maximum(x, 0) + 1.5 / (jnp.sqrt(x * x + 3) + jnp.abs(x)),
+        (3.0,),
+        EVERYWHERE,
+    ),
+    "gelu": ("gelu", partial(jax.nn.gelu, approximate=False), (), EVERYWHERE),
+    "gelu_tanh": ("gelu_tanh", partial(jax.nn.gelu, approximate=True), (), EVERYWHERE),
+    **{
+        name: (name, getattr(jax.nn, name), (), EVERYWHERE)
+        for name in (
+            "softplus",
+            "log_sigmoid",
+            "selu",
+            "silu",
+            "mish",
+            "hard_silu",
+            "soft_sign",
         )
-    return rules[name]
+    },
+    "logistic": ("logistic", jax.nn.sigmoid, (), EVERYWHERE),
+    "tanh": ("tanh", jnp.tanh, (), EVERYWHERE),
+    "erf": ("erf", jax.lax.erf, (), EVERYWHERE),
+    "atan": ("atan", jnp.arctan, (), EVERYWHERE),
+    "asinh": ("asinh", jnp.arcsinh, (), EVERYWHERE),
+    "cbrt": ("cbrt", jnp.cbrt, (), EVERYWHERE),
+    "sin": ("sin", jnp.sin, (), (-1e3, 1e3)),
+    "cos": ("cos", jnp.cos, (), (-1e3, 1e3)),
+    "exp": ("exp", jnp.exp, (), (-1e4, 60.0)),
+    "exp2": ("exp2", jnp.exp2, (), (-1e4, 60.0)),
+    "expm1": ("expm1", jnp.expm1, (), (-1e4, 60.0)),
+    "log": ("log", jnp.log, (), POSITIVE),
+    "log1p": ("log1p", jnp.log1p, (), (-0.999, 1e4)),
+    "sqrt": ("sqrt", jnp.sqrt, (), (0.0, 1e4)),
+    "rsqrt": ("rsqrt", jax.lax.rsqrt, (), POSITIVE),
+    "reciprocal": ("reciprocal", lambda x: 1 / x, (), POSITIVE),
+    "reciprocal, negative": ("reciprocal", lambda x: 1 / x, (), (-1e4, -1e-3)),
+    "square": ("square", jnp.square, (), EVERYWHERE),
+    **{
+        f"power {n}": ("integer_pow", lambda x, n=n: x**n, (n,), EVERYWHERE)
+        for n in (0, 1, 3, 4, 5)
+    },
+    **{
+        f"power {n} of {side}": ("integer_pow", lambda x, n=n: x ** (1.0 * n), (n,), where)
+        for n in (-2, -3)
+        for side, where in (("positive", (1e-2, 1e4)), ("negative", (-1e4, -1e-2)))
+    },
+    **{
+        f"power {p}": ("pow", lambda x, p=p: x**p, (p,), (0.0 if p > 0 else 1e-2, 1e3))
+        for p in (0.3, 0.5, 1.7, 2.0, -0.7)
+    },
+}
+KINKS = tuple(
+    name for name, case in CASES.items() if case[0] in ("max", "min", "abs", "leaky_relu")
+)
+KINKED = (*KINKS, "hard_tanh", "hard_silu", "elu 2.5", "selu", "elu 0.0")
+SETTINGS = {
+    "variant 0": Choice(variant=0),
+    "variant 1": Choice(variant=1),
+    **{f"fraction {t}": Choice(jnp.float32(t), jnp.float32(t)) for t in (0.0, 0.3, 1.0)},
+}
+SINGULAR = ("cbrt", "sqrt", "log", "rsqrt", "reciprocal", "power 0.3", "gelu_tanh", "selu")
+every_case = pytest.mark.parametrize("name", CASES)
 
 
-PIECEWISE = ("relu", "maximum", "minimum", *(f"leaky {s}" for s in SLOPES))
-SMOOTH = ("softplus", "exp", "tanh", "sigmoid")
-every_rule = pytest.mark.parametrize("name", (*PIECEWISE, *SMOOTH))
+def test_every_operation_is_tested():
+    assert {case[0] for case in CASES.values()} == set(LINES) == FREE
+    assert TWO_VARIANTS < FREE
 
 
+@cache
 def intervals(name, dtype, count=10_000):
     """Ordinary, degenerate, huge, tiny, one-sided intervals, and such as begin or end at 0."""
+    lowest, highest = CASES[name][3]
     rng = np.random.default_rng(0)
-    huge = 60.0 if name == "exp" else 1e4  # e^x overflows
+    huge = max(-lowest, highest)
     scale = rng.choice([1e-6, 1e-3, 0.3, 3.0, 30.0, huge], count)
     l = rng.uniform(-1, 1, count) * scale
     u = rng.uniform(-1, 1, count) * rng.permutation(scale)
@@ -57,108 +121,150 @@ def intervals(name, dtype, count=10_000):
     l[2 * fifth : 2 * fifth + 200] = 0
     u[2 * fifth + 100 : 2 * fifth + 300] = 0
     u[2 * fifth + 300 : 2 * fifth + 400] = -l[2 * fifth + 300 : 2 * fifth + 400]
+    if lowest >= 0 or highest <= 0:
+        l, u = np.abs(l) * np.sign(highest + lowest), np.abs(u) * np.sign(highest + lowest)
+    l, u = np.clip(l, lowest, highest), np.clip(u, lowest, highest)
     l, u = np.minimum(l, u), np.maximum(l, u)
     return jnp.asarray(l, dtype), jnp.asarray(u, dtype)
 
 
-def gaps(name, l, u, lower_slope="adaptive"):
-    """h minus the lower line, and the upper line minus h, at 65 points; over the magnitudes."""
-    h, rule = lines_of(name, lower_slope)
-    lines = rule(l, u)
-    t = jnp.linspace(0, 1, 65, dtype=l.dtype)[:, None]
-    x = jnp.clip(l + t * (u - l), l, u)
-    # In float64: what is tested is the lines, not the rounding of the test.
-    x, l, u, *lines = (np.asarray(v, np.float64) for v in (x, l, u, *lines))
-    value = np.asarray(h(jnp.asarray(x)))
-    scale = (
-        1
-        + np.abs(value).max(0)
-        + np.maximum(np.abs(l), np.abs(u)) * np.maximum(np.abs(lines[0]), np.abs(lines[2]))
-    )
+def constants_of(name, dtype):
+    return [c if isinstance(c, int) else np.asarray(c, dtype) for c in CASES[name][2]]
+
+
+@partial(jax.jit, static_argnames=("name", "variant", "lower_slope"))
+def _lines(name, l, u, lower, upper, variant, lower_slope):
+    choice = Choice(lower, upper, variant, lower_slope)
+    return LINES[CASES[name][0]](l, u, *constants_of(name, l.dtype), choice=choice)
+
+
+def lines_of(name, l, u, choice):
+    spread = [
+        None if f is None else jnp.broadcast_to(jnp.asarray(f, l.dtype), l.shape)
+        for f in (choice.lower, choice.upper)
+    ]
+    return _lines(name, l, u, *spread, choice.variant, choice.lower_slope)
+
+
+@cache
+def grid(name, dtype):
+    """Intervals, and 33 points of each with their values: (l, u, x, h(x)), in float64."""
+    l, u = (np.asarray(v, np.float64) for v in intervals(name, dtype))
+    x = np.clip(l + np.linspace(0, 1, 33)[:, None] * (u - l), l, u)
+    return l, u, x, np.asarray(CASES[name][1](jnp.asarray(x)))
+
+
+def gaps(name, dtype, lines):
+    """h minus the lower line, and the upper line minus h, on a grid; over the magnitudes.
+
+    In float64: what is tested is the lines, not the rounding of the test.
+    """
+    l, u, x, value = grid(name, dtype)
+    lines = [np.asarray(v, np.float64) for v in lines]
+    slope = np.maximum(np.abs(lines[0]), np.abs(lines[2]))
+    scale = 1 + np.abs(value).max(0) + np.maximum(np.abs(l), np.abs(u)) * slope
     below = value - (lines[0] * x + lines[1])
     above = (lines[2] * x + lines[3]) - value
     return below / scale, above / scale
 
 
-@every_rule
-@pytest.mark.parametrize(("dtype", "atol"), [(jnp.float64, 1e-12), (jnp.float32, 2e-6)])
-def test_lines_enclose(name, dtype, atol, float64):
-    below, above = gaps(name, *intervals(name, dtype))
-    assert np.isfinite(below).all() and np.isfinite(above).all()
-    assert below.min() >= -atol and above.min() >= -atol
+def settings(name):
+    """All that differ for this operation."""
+    one_default = CASES[name][0] not in TWO_VARIANTS
+    return [c for key, c in SETTINGS.items() if not (one_default and key == "variant 1")]
 
 
-@pytest.mark.parametrize("name", PIECEWISE)
-@pytest.mark.parametrize("lower_slope", relaxations.LOWER_SLOPES)
+@every_case
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+def test_lines_enclose(name, dtype, float64):
+    l, u = intervals(name, dtype)
+    atol = 1e-12 if dtype == jnp.float64 else 1e-6
+    if name == "exp2" and dtype == jnp.float32:
+        atol = 5e-6  # XLA's own exp2 has an error of 60 ulp at 60
+    for choice in settings(name):
+        below, above = gaps(name, dtype, lines_of(name, l, u, choice))
+        assert np.isfinite(below).all() and np.isfinite(above).all()
+        assert below.min() >= -atol and above.min() >= -atol, choice
+
+
+@pytest.mark.parametrize("name", KINKS)
+@pytest.mark.parametrize("lower_slope", LOWER_SLOPES)
 def test_every_lower_slope_encloses(name, lower_slope, float64):
-    below, above = gaps(name, *intervals(name, jnp.float64), lower_slope)
+    l, u = intervals(name, jnp.float64)
+    below, above = gaps(name, jnp.float64, lines_of(name, l, u, Choice(lower_slope=lower_slope)))
     assert below.min() >= -1e-12 and above.min() >= -1e-12
 
 
-@every_rule
+@every_case
+def test_at_a_point_both_lines_give_the_value(name, float64):
+    l, _ = intervals(name, jnp.float64)
+    value = CASES[name][1](l)
+    for choice in settings(name):
+        lines = lines_of(name, l, l, choice)
+        for slope, offset in (lines[:2], lines[2:]):
+            slack = 1e-14 + 1e-13 * np.abs(value) + 1e-15 * np.abs(l * slope)
+            assert (np.abs(slope * l + offset - value) <= slack).all()
+
+
+@every_case
 def test_lines_touch(name, float64):
     """A line that touches nowhere could be moved closer."""
+    l, u, _, value = grid(name, jnp.float64)
+    bend = np.abs(np.diff(value, 2, axis=0)).max(0)
+    if name in KINKED or CASES[name][3][0] in (0.0, 1e-3, 1e-2, -0.999):
+        bend = np.maximum(bend, value.max(0) - value.min(0))  # between two points of the grid
+    for choice in settings(name):
+        lines = lines_of(name, jnp.asarray(l), jnp.asarray(u), choice)
+        below, above = gaps(name, jnp.float64, lines)
+        scale = 1 + np.abs(value).max(0)
+        narrow = u - l < 1
+        assert (below.min(0) <= 1e-12 + bend / scale)[narrow].all(), choice
+        assert (above.min(0) <= 1e-12 + bend / scale)[narrow].all(), choice
+
+
+@every_case
+def test_no_worse_than_the_interval(name, float64):
+    """The area between the lines: their distance at the middle, times the width."""
+    op, h, constants, _ = CASES[name]
     l, u = intervals(name, jnp.float64)
-    below, above = gaps(name, l, u)
-    # A kink or a point of tangency may lie between two points of the grid.
-    grid = np.asarray((u - l) / 64) ** (1 if name in PIECEWISE else 2)
-    assert (below.min(0) <= 1e-12 + grid).all()
-    assert (above.min(0) <= 1e-12 + grid).all()
+    operands = (Ref(0), *constants_of(name, l.dtype)) if op != "integer_pow" else (Ref(0),)
+    params = {"y": constants[0]} if op == "integer_pow" else {}
+    node = Node(op, operands, lambda x, *_: h(x), params, l.shape, l.dtype, "")
+    box = interval(node, Box(l, u))
+    a, b, c, d = (np.asarray(v) for v in lines_of(name, l, u, Choice()))
+    gap = (c - a) * 0.5 * np.asarray(l + u) + d - b
+    size = np.maximum(np.abs(l), np.abs(u)) * np.maximum(abs(a), abs(c))
+    scale = 1 + np.maximum(np.abs(box.lower), np.abs(box.upper)) + size
+    assert (gap <= np.asarray(box.upper - box.lower) + 1e-9 * scale).all()
+    values = grid(name, jnp.float64)[3]
+    assert (values.min(0) >= box.lower - 1e-13 * scale).all()
+    assert (values.max(0) <= box.upper + 1e-13 * scale).all()
 
 
-@every_rule
-def test_at_a_point_both_lines_give_the_value(name, float64):
-    x = jnp.asarray([-40.0, -1.0, -1e-8, 0.0, 1e-8, 0.7, 40.0])
-    h, rule = lines_of(name)
-    lines = rule(x, x)
-    np.testing.assert_allclose(
-        lines.lower_slope * x + lines.lower_offset, h(x), rtol=1e-13, atol=1e-14
-    )
-    np.testing.assert_allclose(
-        lines.upper_slope * x + lines.upper_offset, h(x), rtol=1e-13, atol=1e-14
-    )
+@every_case
+def test_gradients_are_finite(name, float64):
+    def total(l, u, t, variant):
+        fields = LINES[CASES[name][0]](
+            l, u, *constants_of(name, l.dtype), choice=Choice(t, t, variant)
+        )
+        return sum(jnp.sum(field) for field in fields)
+
+    for dtype in (jnp.float64,) if name not in SINGULAR else (jnp.float64, jnp.float32):
+        l, u = intervals(name, dtype, 2000)
+        half = jnp.full_like(l, 0.4)
+        gradient = jax.jit(jax.grad(total, (0, 1, 2)), static_argnums=3)(l, u, half, 0)
+        for part in gradient:
+            assert bool(jnp.isfinite(part).all())
 
 
-@every_rule
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_gradients_are_finite(name, dtype, float64):
-    _, rule = lines_of(name)
-    l, u = intervals(name, dtype)
-    total = lambda l, u: sum(jnp.sum(field) for field in rule(l, u))  # noqa: E731
-    for slope in jax.grad(total, argnums=(0, 1))(l, u):
-        assert bool(jnp.isfinite(slope).all())
-
-
-def test_relu_takes_the_smaller_area():
-    l, u = jnp.array([-1.0, -2.0, -2.0, -3.0, 1.0]), jnp.array([2.0, 1.0, 2.0, -1.0, 2.0])
-    lines = relaxations.relu(l, u)
-    np.testing.assert_array_equal(lines.lower_slope, [1, 0, 0, 0, 1])
-    np.testing.assert_allclose(lines.upper_slope, [2 / 3, 1 / 3, 1 / 2, 0, 1], rtol=1e-6)
-    np.testing.assert_allclose(lines.upper_offset, [2 / 3, 2 / 3, 1, 0, 0], rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", SMOOTH)
-def test_lines_support_the_envelope(name, float64):
-    """At the middle, where the area is decided, no line could be closer.
-
-    The convex envelope of h at the middle is the least of all chords that span it.
-    """
-    if name == "exp":
-        pytest.skip("its tangent is held near l by choice")
-    h, rule = lines_of(name)
-    rng = np.random.default_rng(1)
-    l = rng.uniform(-6, 4, 60)
-    u = l + rng.uniform(0.05, 8, 60)
-    middle = 0.5 * (l + u)
-    lines = [np.asarray(v) for v in rule(jnp.asarray(l), jnp.asarray(u))]
-    left = l + (middle - l) * np.linspace(0, 1, 401)[:, None]
-    right = u - (u - middle) * np.linspace(0, 1, 401)[:, None]
-    for sign, slope, offset in ((1, lines[0], lines[1]), (-1, -lines[2], -lines[3])):
-        a, b = sign * np.asarray(h(left)), sign * np.asarray(h(right))
-        for i in range(len(l)):
-            span = np.maximum(right[None, :, i] - left[:, None, i], 1e-12)
-            weight = (middle[i] - left[:, None, i]) / span
-            envelope = ((1 - weight) * a[:, None, i] + weight * b[None, :, i])[:-1, :-1].min()
-            line = slope[i] * middle[i] + offset[i]
-            assert line <= envelope + 1e-12
-            assert envelope - line <= 1e-3 * (u[i] - l[i]) ** 2 / 10 + 1e-9, (l[i], u[i])
+@pytest.mark.parametrize(
+    "name", ["max", "min", "leaky 1.5", "hard_tanh", "exp", "tanh", "gelu", "sin", "log", "power 3"]
+)
+def test_initial_choice_gives_the_default_lines(name, float64):
+    l, u = intervals(name, jnp.float64)
+    op, _, _, _ = CASES[name]
+    start = initial_choice(op, l, u, *constants_of(name, l.dtype))
+    found, default = (lines_of(name, l, u, c) for c in (start, Choice()))
+    for a, b in zip(found, default, strict=True):
+        scale = 1 + np.abs(b)
+        assert (np.abs(a - b) <= 1e-6 * scale).all()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bnncert.bounds import bound
-from bnncert.bounds.graph import trace
-from bnncert.bounds.rules import AFFINE, BILINEAR, MONOTONE, affine_rule
-from bnncert.bounds.rules.bilinear import chord
+from bnncert.bounds.graph import Node, Ref, trace
+from bnncert.bounds.relaxations.products import chord
+from bnncert.bounds.rules import AFFINE, MONOTONE, REDUCTIONS, affine_rule, interval
 from bnncert.sets import Box
 
 RNG = np.random.default_rng(0)
@@ -34,6 +34,10 @@ AFFINE_CASES = {
     "pad": lambda x: jnp.pad(x, 1, constant_values=3.0),
     "select_n": lambda x: jnp.where(M[0] > 0, x, -1.0),
     "broadcast_in_dim": lambda x: jnp.broadcast_to(x, (2, 6)),
+    "windows": lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (2,), (1,), "SAME"),
+    "dynamic_update_slice": lambda x: jax.lax.dynamic_update_slice(x, x[:2] - x[4:], (1,)),
+    "scatter": lambda x: x.at[np.array([0, 3])].set(x[1:3] + 1.0),
+    "scatter-add": lambda x: x.at[np.array([0, 3])].add(x[1:3] + 1.0),
     "gather": lambda x: x[np.array([0, 5, 5])],
     "add": lambda x: x + M[0],
     "sub": lambda x: M[0] - x,
@@ -87,6 +91,12 @@ INCREASING = {
     "min": lambda x: jnp.minimum(x, 0.3),
     "leaky_relu": lambda x: jax.nn.leaky_relu(x, -0.5),
     "softplus": jax.nn.softplus,
+    "squareplus": jax.nn.squareplus,
+    "soft_sign": jax.nn.soft_sign,
+    "log_sigmoid": jax.nn.log_sigmoid,
+    "hard_tanh": jax.nn.hard_tanh,
+    "selu": jax.nn.selu,
+    "celu": jax.nn.celu,
     "logistic": jax.nn.sigmoid,
     "tanh": jnp.tanh,
     "exp": jnp.exp,
@@ -124,6 +134,31 @@ def test_monotone_operations_equal_the_extremes(name, float64):
         np.testing.assert_allclose(found.upper, values.max(0), atol=0.02)
 
 
+REDUCED = {
+    "softmax": jax.nn.softmax,
+    "log_softmax": jax.nn.log_softmax,
+    "logsumexp": lambda x: jax.nn.logsumexp(x, axis=1),
+    "reduce_max": lambda x: jnp.max(x, axis=1),
+    "reduce_min": lambda x: jnp.min(x, axis=1),
+    "cummax": lambda x: jax.lax.cummax(x, axis=1),
+    "cummin": lambda x: jax.lax.cummin(x, axis=1),
+    "cumlogsumexp": lambda x: jax.lax.cumlogsumexp(x, axis=1),
+}
+
+
+@pytest.mark.parametrize("name", REDUCED)
+def test_reductions_equal_their_corners(name, float64):
+    """Monotone in each coordinate, so the extremes lie at corners."""
+    assert set(REDUCED) == set(REDUCTIONS)
+    box, f = random_box(2, 3), REDUCED[name]
+    shape = jax.eval_shape(f, box.lower).shape
+    node = Node(name, (Ref(0),), f, {"axes": (1,)}, shape, box.lower.dtype, "")
+    values = jax.vmap(f)(jnp.asarray(corners(box)[0]))
+    found = interval(node, box)
+    np.testing.assert_allclose(found.lower, values.min(0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(found.upper, values.max(0), rtol=1e-12, atol=1e-12)
+
+
 def test_where_a_function_is_not_defined_there_is_no_bound(float64):
     for method in ("ibp", "crown"):
         found = bound(lambda x: 2.0 * jnp.log(x), method)(Box(jnp.array([-1.0]), jnp.array([1.0])))
@@ -137,11 +172,11 @@ def test_where_a_function_is_not_defined_there_is_no_bound(float64):
         ("i,ij->j", (2,), (2, 2)),
         ("bi,bij->bj", (2, 1), (2, 1, 2)),
         ("i,i->", (3,), (3,)),
+        ("i,i->i", (3,), (3,)),
     ],
 )
 def test_products_of_two_boxes_equal_their_corners(spec, a, b, float64):
     boxes = random_box(*a), random_box(*b)
-    assert set(BILINEAR) == {"dot_general"}
 
     def f(x, y):
         return jnp.einsum(spec, x, y)
@@ -188,7 +223,8 @@ def test_affine_is_decided_by_what_is_bounded():
     assert affine_rule(last(lambda x: 2.0 * x)) is not None
     assert affine_rule(last(lambda x: x / 2.0)) is not None
     assert affine_rule(last(lambda x: x * x)) is None
-    assert affine_rule(last(lambda x: 2.0 / x)) is None
+    assert affine_rule(last(lambda x: -(1.0 / x))) is not None
+    assert affine_rule(last(lambda x: x**-1)) is None
     assert affine_rule(last(lambda x: jnp.dot(x, x))) is None
     assert affine_rule(last(lambda x: x.astype(int))) is None
     assert affine_rule(last(lambda x: x.astype(jnp.bfloat16))) is not None

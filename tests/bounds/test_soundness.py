@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from bnncert.bounds import bound
-from bnncert.bounds.api import METHODS
 from tests.bounds import networks
-from tests.bounds.networks import FAST, KINDS, NETWORKS
+from tests.bounds.networks import FAST, KINDS, METHODS, NETWORKS
 
 STARTS, STEPS = 500, 3
 every_kind = pytest.mark.parametrize("name", KINDS)
@@ -91,10 +90,11 @@ def test_at_a_point_the_bounds_are_the_value(name, float64):
 def test_each_method_lies_inside_the_one_below(name, float64):
     params, args = networks.sample(name, jnp.float64)
     found = networks.boxes(name)(params, args)
-    (l0, u0), (l1, u1), (l2, u2) = (networks.ends(found[m]) for m in METHODS)
+    (l0, u0), (lf, uf), (l1, u1), (l2, u2) = (networks.ends(found[m]) for m in METHODS)
     slack = 1e-12 * (1 + np.abs(l0) + np.abs(u0))
     assert (l0 <= l1 + slack).all() and (u1 <= u0 + slack).all()
     assert (l1 <= l2 + slack).all() and (u2 <= u1 + slack).all()
+    assert (l0 <= lf + slack).all() and (uf <= u0 + slack).all()
 
 
 @every_kind

@@ -2,19 +2,28 @@
 
     affine      linear in its bounded operands: `AFFINE`, with what the backward pass must know
     monotone    elementwise and increasing: `MONOTONE`
+    elementwise not increasing: `ELEMENTWISE`
+    reductions  of an axis, not linear: `REDUCTIONS`
     bilinear    products of two bounded values: `BILINEAR`
 
 An operation is *relaxed* where it is in no way affine: it then needs an interval for its operands,
 in IBP, CROWN-IBP and CROWN alike. That is derived here from the tables, and stated nowhere else.
 """
 
+from collections.abc import Callable
+
 from bnncert.bounds.graph import Node, UnsupportedPrimitiveError, unsupported
+from bnncert.bounds.operands import Ref
 from bnncert.bounds.rules.affine import AFFINE, AffineRule
 from bnncert.bounds.rules.bilinear import BILINEAR
+from bnncert.bounds.rules.elementwise import ELEMENTWISE
 from bnncert.bounds.rules.monotone import MONOTONE
+from bnncert.bounds.rules.reductions import REDUCTIONS
 from bnncert.sets import Box
 
-SUPPORTED = tuple(sorted({*AFFINE, *MONOTONE, *BILINEAR}))
+_SINGLE = {**ELEMENTWISE, **REDUCTIONS}
+
+SUPPORTED = tuple(sorted({*AFFINE, *MONOTONE, *_SINGLE, *BILINEAR}))
 
 
 def affine_rule(node: Node) -> AffineRule | None:
@@ -32,7 +41,11 @@ def interval(node: Node, *operands: Box) -> Box:
     affine = affine_rule(node)
     if affine is not None:
         return affine.interval(node, *operands)
-    rule = MONOTONE.get(node.op) or (BILINEAR.get(node.op) if len(operands) == 2 else None)
+    rule: Callable[..., Box] | None = MONOTONE.get(node.op)
+    if len(operands) == 1 and isinstance(node.operands[0], Ref):  # 2 ** x is not a power of x
+        rule = rule or _SINGLE.get(node.op)
+    elif len(operands) == 2:
+        rule = rule or BILINEAR.get(node.op)
     if rule is None:
         raise _unsupported(node)
     return rule(node, *operands)

@@ -15,8 +15,10 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
-from bnncert.bounds.graph import Node, Ref
+from bnncert.bounds.graph import Node
+from bnncert.bounds.operands import Ref
 from bnncert.sets import Box
 
 
@@ -60,12 +62,34 @@ def _scale(node: Node, box: Box) -> Box:
     return Box(jnp.minimum(a, b), jnp.maximum(a, b))
 
 
+def magnitude(node: Node, *radii: Array) -> Array:
+    """The linear part with every coefficient's magnitude: what radii grow by."""
+    if node.op == "neg":
+        return radii[0]
+    if node.op == "sub":
+        return sum(radii[1:], radii[0])
+    if node.op in ("mul", "div", "dot_general", "conv_general_dilated"):
+        return node.evaluate(*_with_magnitudes(node).fill(radii))
+    return linear(node, *radii)
+
+
+def linear(node: Node, *values: Array) -> Array:
+    """An affine operation without its constant."""
+    if not (AFFINE[node.op].has_offset and len(node.refs) < len(node.operands)):
+        return node.evaluate(*node.fill(values))
+    zeros = [jnp.zeros_like(v) for v in values]
+    return node.evaluate(*node.fill(values)) - node.evaluate(*node.fill(zeros))
+
+
+def _with_magnitudes(node: Node) -> Node:
+    magnitudes = [o if isinstance(o, Ref) else jnp.abs(o) for o in node.operands]
+    return node._replace(operands=tuple(magnitudes))
+
+
 def _mix(node: Node, box: Box) -> Box:
     """Centre and radius: two products instead of the four of positive and negative parts."""
-    magnitudes = [o if isinstance(o, Ref) else jnp.abs(o) for o in node.operands]
-    absolute = node._replace(operands=tuple(magnitudes))
     center = node.evaluate(*node.fill([box.center]))
-    radius = node.evaluate(*absolute.fill([box.radius]))
+    radius = magnitude(node, box.radius)
     return Box(center - radius, center + radius)
 
 
@@ -111,9 +135,14 @@ AFFINE: dict[str, AffineRule] = {
     "unstack": _rule(_order_preserving, _any_operand, "places"),
     "stack": _rule(_order_preserving, _any_operand, "places", has_offset=True),
     "concatenate": _rule(_order_preserving, _any_operand, "places", has_offset=True),
+    "dynamic_update_slice": _rule(_order_preserving, _bounded_only(0, 1), "adds", has_offset=True),
+    "scatter": _rule(_order_preserving, _bounded_only(0, 2), "adds", has_offset=True),
+    "scatter-add": _rule(_order_preserving, _bounded_only(0, 2), "mixes", has_offset=True),
     "pad": _rule(_order_preserving, _bounded_only(0), "places", has_offset=True),
     "select_n": _rule(_order_preserving, _cases_only, "places", has_offset=True),
     "tile": _rule(_order_preserving, _any_operand, "repeats"),
+    # The constant: what lies outside the operand, in windows that reach over its edge.
+    "windows": _rule(_order_preserving, _bounded_only(0), "repeats", has_offset=True),
     "broadcast_in_dim": _rule(_order_preserving, _any_operand, "repeats"),
     # The constant: what `mode="fill"` puts where an index lies outside.
     "gather": _rule(_order_preserving, _bounded_only(0), "repeats", has_offset=True),

@@ -1,72 +1,89 @@
-"""Interval rules of products of two bounded values, where one of them is a weight.
+"""Interval rules of products of two bounded values: elementwise, matrix products, convolutions.
 
-For y_k = sum_i x_i W_ik with x_i in [xl_i, xu_i] and W_ik in [Wl_ik, Wu_ik], each used once, every
-product has its extremes at the corners, and their sum is the exact interval of y_k.
-
-`chord` gives what the backward pass needs: the weight eliminated. min_W W x is concave in x, so its
-best linear lower bound on [xl, xu] is its chord (and above, mirrored). With
-
-    lam = clip(-xl / (xu - xl), 0, 1)    m = min(xl, 0) (1 - lam)    dW = Wu - Wl
-    (Wl + dW lam) x + dW m  <=  W x  <=  (Wu - dW lam) x - dW m
-
-in matrix products and a scaling of columns alone; exact after a ReLU (xl >= 0: lam = m = 0).
+Every product x_i W_ik has its extremes at the corners of its two intervals, and where each factor
+is used once for an output the sum of those is the exact interval of y_k = sum_i x_i W_ik.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from bnncert.bounds.graph import Node
+from bnncert.bounds.graph import Node, unsupported
 from bnncert.sets import Box
 
 
-class Chord(NamedTuple):
-    """The chord of a bounded weight over x in [xl, xu]; fields have the shape of x."""
-
-    lam: Float[Array, "*shape"]
-    m: Float[Array, "*shape"]
-
-
-def chord(x: Box) -> Chord:
-    """`lam` and `m` of the module's formula."""
-    width = x.upper - x.lower
-    safe = jnp.where(width > 0, width, 1.0)
-    below_zero = (x.lower < 0).astype(width.dtype)
-    lam = jnp.clip(jnp.where(width > 0, -x.lower / safe, below_zero), 0.0, 1.0)
-    return Chord(lam, jnp.minimum(x.lower, 0.0) * (1 - lam))
-
-
-def weight_operand(a: Box, b: Box) -> int:
-    """Which operand of a product is eliminated as the weight: 0 or 1, the one of more coordinates.
-
-    Of equal ones, that of more axes: the matrix (1, n) beside a vector. Either choice is sound. The
-    other operand is the one the bound stays linear in.
-    """
-    return 0 if (a.lower.size, a.lower.ndim) > (b.lower.size, b.lower.ndim) else 1
+def _mul(node: Node, a: Box, b: Box) -> Box:
+    return Box(*_corners(a, b))
 
 
 def _dot_general(node: Node, a: Box, b: Box) -> Box:
-    """Corners of every product, summed; one row of `a` at a time: memory K * J, not I * K * J."""
     (contract_a, contract_b), (batch_a, batch_b) = node.params["dimension_numbers"]
     a = Box(*(_canonical(v, batch_a, contract_a, True) for v in (a.lower, a.upper)))
     b = Box(*(_canonical(v, batch_b, contract_b, False) for v in (b.lower, b.upper)))
-
-    def one_row(row: Box, matrix: Box) -> Box:
-        low, high = row.lower[:, None], row.upper[:, None]
-        corners = [low * matrix.lower, low * matrix.upper, high * matrix.lower, high * matrix.upper]
-        products = jnp.stack(corners)
-        return Box(products.min(0).sum(0), products.max(0).sum(0))
-
-    def one_batch(pair: tuple[Box, Box]) -> Box:
-        rows, matrix = pair
-        return jax.lax.map(lambda row: one_row(row, matrix), rows)
-
-    out = jax.lax.map(one_batch, (a, b))
+    out = jax.lax.map(lambda pair: _matmul(*pair), (a, b))
     return Box(out.lower.reshape(node.shape), out.upper.reshape(node.shape))
+
+
+def _convolution(node: Node, x: Box, kernel: Box) -> Box:
+    """A matrix product of patches (positions, taps) with the kernel (taps, features), by groups."""
+    params = node.params
+    if params["batch_group_count"] != 1:
+        raise unsupported(node, (), "Two bounded values are convolved with batch_group_count = 1.")
+    lhs, rhs, out = params["dimension_numbers"]
+    groups = params["feature_group_count"]
+    kernels = [v.transpose(rhs) for v in (kernel.lower, kernel.upper)]  # features, inputs, *taps
+    images = [v.transpose(lhs) for v in (x.lower, x.upper)]  # batch, inputs, *space
+    features, inputs, *taps = kernels[0].shape
+
+    def patches(image: Array) -> Array:
+        return jax.lax.conv_general_dilated_patches(
+            image,
+            taps,
+            params["window_strides"],
+            params["padding"],
+            params["lhs_dilation"],
+            params["rhs_dilation"],
+            precision=jax.lax.Precision.HIGHEST,
+        )
+
+    found = []
+    for group in range(groups):
+        own = slice(group * features // groups, (group + 1) * features // groups)
+        part = [image[:, group * inputs : (group + 1) * inputs] for image in images]
+        rows = [patches(image) for image in part]
+        batch, size, *space = rows[0].shape
+        flat = Box(*(jnp.moveaxis(r, 1, -1).reshape(-1, size) for r in rows))
+        matrix = Box(*(k[own].reshape(features // groups, size).T for k in kernels))
+        box = _matmul(flat, matrix)
+        found.append(
+            [jnp.moveaxis(e.reshape(batch, *space, -1), -1, 1) for e in (box.lower, box.upper)]
+        )
+    back = [out.index(i) for i in range(len(out))]
+    lower, upper = (jnp.concatenate(ends, 1).transpose(back) for ends in zip(*found, strict=True))
+    return Box(lower, upper)
+
+
+def _matmul(a: Box, b: Box) -> Box:
+    """Corners of every product, summed; one row of `a` at a time: memory K * J, not I * K * J."""
+
+    def one_row(row: Box) -> Box:
+        lower, upper = _corners(Box(row.lower[:, None], row.upper[:, None]), b)
+        return Box(lower.sum(0), upper.sum(0))
+
+    return jax.lax.map(one_row, a)
+
+
+def _corners(a: Box, b: Box) -> tuple[Array, Array]:
+    """The least and the largest of the four products of ends."""
+    products = [x * y for x in (a.lower, a.upper) for y in (b.lower, b.upper)]
+    low, high = jnp.minimum, jnp.maximum
+    return (
+        low(low(products[0], products[1]), low(products[2], products[3])),
+        high(high(products[0], products[1]), high(products[2], products[3])),
+    )
 
 
 def _canonical(value: Array, batch: tuple, contract: tuple, rows_first: bool) -> Array:
@@ -78,4 +95,9 @@ def _canonical(value: Array, batch: tuple, contract: tuple, rows_first: bool) ->
     return value.transpose(*batch, *contract, *free).reshape(sizes[0], sizes[2], sizes[1])
 
 
-BILINEAR: dict[str, Callable[..., Box]] = {"dot_general": _dot_general}
+BILINEAR: dict[str, Callable[..., Box]] = {
+    "mul": _mul,
+    "dot_general": _dot_general,
+    "conv_general_dilated": _convolution,
+}
+"""`(node, *boxes) -> Box`, for two bounded operands."""

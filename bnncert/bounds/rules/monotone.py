@@ -11,7 +11,8 @@ from bnncert.bounds.graph import Node
 from bnncert.sets import Box
 
 
-def _increasing(node: Node, *boxes: Box) -> Box:
+def increasing(node: Node, *boxes: Box) -> Box:
+    """Evaluated at the lower ends, and at the upper ends."""
     lower = node.evaluate(*node.fill([box.lower for box in boxes]))
     upper = node.evaluate(*node.fill([box.upper for box in boxes]))
     return Box(lower, upper)
@@ -26,25 +27,31 @@ def _leaky_relu(node: Node, box: Box) -> Box:
 
 
 MONOTONE: dict[str, Callable[..., Box]] = {
-    "max": _increasing,
-    "min": _increasing,
+    "max": increasing,
+    "min": increasing,
     "leaky_relu": _leaky_relu,
-    "softplus": _increasing,
-    "logistic": _increasing,
-    "tanh": _increasing,
-    "exp": _increasing,
-    "exp2": _increasing,
-    "expm1": _increasing,
-    "log": _increasing,
-    "log1p": _increasing,
-    "sqrt": _increasing,
-    "cbrt": _increasing,
-    "erf": _increasing,
-    "atan": _increasing,
-    "asinh": _increasing,
-    "sinh": _increasing,
-    "sign": _increasing,
-    "floor": _increasing,
-    "ceil": _increasing,
-    "round": _increasing,
+    "softplus": increasing,
+    "squareplus": increasing,
+    "soft_sign": increasing,
+    "log_sigmoid": increasing,
+    "hard_tanh": increasing,
+    "selu": increasing,
+    "celu": increasing,
+    "logistic": increasing,
+    "tanh": increasing,
+    "exp": increasing,
+    "exp2": increasing,
+    "expm1": increasing,
+    "log": increasing,
+    "log1p": increasing,
+    "sqrt": increasing,
+    "cbrt": increasing,
+    "erf": increasing,
+    "atan": increasing,
+    "asinh": increasing,
+    "sinh": increasing,
+    "sign": increasing,
+    "floor": increasing,
+    "ceil": increasing,
+    "round": increasing,
 }

@@ -1,0 +1,182 @@
+"""alpha-CROWN: the free planes of all relaxations, optimised by gradient descent on the bounds.
+
+Every fraction in [0, 1] gives a valid plane (`Choice`), so any step of the optimiser is a sound
+bound and the intersection of all steps is returned: it is never wider than CROWN, where it starts.
+A row that bounds one coordinate of one node has fractions of its own for each relaxation it passes,
+separately for its lower and its upper side; where a node has too many coordinates for that
+(`_MOST_FRACTIONS`), its rows share them.
+
+Source: Xu et al., "Fast and complete: enabling complete verification with rapid and massively
+parallel incomplete verifiers", ICLR 2021.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from bnncert.bounds.backward import Step, concretize, linear_row, map_rows, planes_step
+from bnncert.bounds.graph import Graph
+from bnncert.bounds.interval import (
+    affine_prefix,
+    bounded_nodes,
+    intersect,
+    output_nodes,
+    propagate,
+)
+from bnncert.bounds.relax import free_choice, is_relaxed, relax
+from bnncert.bounds.relaxations import Choice
+from bnncert.bounds.sweeps import Sweeper
+from bnncert.sets import Box
+
+_MOST_FRACTIONS = 2**22
+_LEARNING_RATE = 0.1
+_DECAY = 0.98
+
+
+class Free(NamedTuple):
+    """Fractions of one relaxation, for the two sides of a row.
+
+    Attributes:
+        lower: of (the plane below, the plane above) where the row bounds from below.
+        upper: likewise where it bounds from above.
+    """
+
+    lower: tuple[Array | None, Array | None]
+    upper: tuple[Array | None, Array | None]
+
+
+Fractions: TypeAlias = dict[int, dict[int, Free]]
+"""For each node that is bounded, for each relaxation on its way; leading axis: rows, or 1."""
+
+
+def optimized(sweep: Sweeper, boxes: Sequence[Box], num_steps: int) -> list[Box]:
+    """The boxes, those of the outputs intersected over all steps of the optimiser.
+
+    Args:
+        sweep: the traced function.
+        boxes: of all nodes, by CROWN.
+        num_steps: of the optimiser. Each costs about three times CROWN.
+    """
+    fractions = initial_fractions(sweep.graph, boxes)
+    outputs = output_nodes(sweep.graph)
+    if not any(jax.tree.leaves(fractions[i]) for i in outputs if i in fractions):
+        return list(boxes)
+    bounds = partial(fraction_bounds, sweep, boxes)
+    optimizer = optax.adam(optax.exponential_decay(_LEARNING_RATE, 1, _DECAY))
+
+    def loss(fractions: Fractions) -> tuple[Array, list[Box]]:
+        found = bounds(fractions)
+        widths = [jnp.where(jnp.isfinite(w), w, 0) for w in (b.upper - b.lower for b in found)]
+        return sum((jnp.sum(w) for w in widths), jnp.zeros(())), found
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        fractions, state, best = carry
+        (_, found), slopes = jax.value_and_grad(loss, has_aux=True)(fractions)
+        slopes = jax.tree.map(jnp.nan_to_num, slopes)
+        updates, state = optimizer.update(slopes, state)
+        moved = optax.apply_updates(fractions, updates)
+        fractions = jax.tree.map(optax.projections.projection_hypercube, moved)
+        best = [intersect(b, f) for b, f in zip(best, found, strict=True)]
+        return (fractions, state, best), None
+
+    best = [boxes[i] for i in outputs]
+    carry = (fractions, optimizer.init(fractions), best)
+    (fractions, _, best), _ = jax.lax.scan(step, carry, None, num_steps)
+    # Once more outside the loop: what is differentiated is this bound, its fractions as they are.
+    last = bounds(jax.lax.stop_gradient(fractions))
+    found = list(boxes)
+    for i, a, b in zip(outputs, best, last, strict=True):
+        found[i] = intersect(jax.lax.stop_gradient(a), b)
+    return found
+
+
+def initial_fractions(graph: Graph, boxes: Sequence[Box]) -> Fractions:
+    """Where the optimiser starts: at CROWN's own planes, or near them."""
+    free = {
+        i: choice
+        for i, node in enumerate(graph.nodes)
+        if is_relaxed(node) and (choice := free_choice(graph, i, boxes)) is not None
+    }
+    prefix = affine_prefix(graph)
+    starts = [i for i in sorted(bounded_nodes(graph)) if i not in prefix]
+    total = sum(
+        math.prod(graph.nodes[i].shape) * leaf.size
+        for i in starts
+        for choice in free.values()
+        for leaf in jax.tree.leaves((choice.lower, choice.upper))
+    )
+    found: Fractions = {}
+    for start in starts:
+        own = total <= _MOST_FRACTIONS or start in output_nodes(graph)
+        rows = math.prod(graph.nodes[start].shape) if own else 1
+        found[start] = {i: _repeated(free[i], rows) for i in _ancestors(graph, start) if i in free}
+    return found
+
+
+def fraction_bounds(sweep: Sweeper, boxes: Sequence[Box], fractions: Fractions) -> list[Box]:
+    """Bounds of the outputs with these fractions, over intermediate bounds with these fractions.
+
+    The intermediate ones are intersected with `boxes`; the outputs are as swept.
+    """
+    graph, batch_size = sweep.graph, sweep.options.batch_size
+    outputs: dict[int, Box] = {i: boxes[i] for i in output_nodes(graph)}
+    fixed: dict[int, Step] = dict(sweep.affine())
+
+    def refine(index: int, tighter: list[Box]) -> Box | None:
+        if index not in fractions:
+            return boxes[index]
+        for i in _ancestors(graph, index):
+            if i not in fixed and i not in fractions[index] and is_relaxed(graph.nodes[i]):
+                fixed[i] = planes_step(graph, relax(graph, i, tighter, Choice()))
+
+        def one(row: Array, free: dict[int, Free]) -> Box:
+            steps = {**fixed, **_free_steps(sweep, tighter, free)}
+            return concretize(linear_row(index, row, steps), graph.inputs)
+
+        node = graph.nodes[index]
+        leading = {leaf.shape[0] for leaf in jax.tree.leaves(fractions[index])}
+        if leading == {1}:
+            shared = jax.tree.map(lambda leaf: leaf[0], fractions[index])
+            box = map_rows(lambda row: one(row, shared), node, batch_size)
+        else:
+            box = map_rows(one, node, batch_size, fractions[index])
+        swept = Box(box.lower.reshape(node.shape), box.upper.reshape(node.shape))
+        if index in outputs:
+            outputs[index] = swept
+        return intersect(swept, boxes[index])
+
+    propagate(graph, refine)
+    return [outputs[i] for i in output_nodes(graph)]
+
+
+def _free_steps(sweep: Sweeper, boxes: Sequence[Box], free: Mapping[int, Free]) -> dict[int, Step]:
+    return {
+        i: planes_step(
+            sweep.graph,
+            *(relax(sweep.graph, i, boxes, Choice(*side)) for side in (each.lower, each.upper)),
+        )
+        for i, each in free.items()
+    }
+
+
+def _repeated(choice: Choice, rows: int) -> Free:
+    def repeat(leaf: Array) -> Array:
+        return jnp.broadcast_to(leaf, (rows, *leaf.shape))
+
+    below, above = jax.tree.map(repeat, (choice.lower, choice.upper))
+    return Free((below, above), (below, above))
+
+
+def _ancestors(graph: Graph, index: int) -> list[int]:
+    """Nodes that a node's value depends on, itself included, in order."""
+    found = {index}
+    for i in range(index, -1, -1):
+        if i in found:
+            found |= set(graph.nodes[i].refs)
+    return sorted(found)

@@ -1,0 +1,194 @@
+"""The relaxation of one node on the boxes of its operands: which of the families it belongs to."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.interval import input_sets
+from bnncert.bounds.operands import Ref
+from bnncert.bounds.relaxations import (
+    FREE,
+    LINES,
+    PARAMETERS,
+    TWO_VARIANTS,
+    Choice,
+    Planes,
+    from_lines,
+    initial_choice,
+    products,
+    reductions,
+    relu,
+)
+from bnncert.bounds.rules import BILINEAR, affine_rule, interval
+from bnncert.bounds.rules.reductions import from_last, to_last
+from bnncert.sets import Box
+
+
+def is_relaxed(node: Node) -> bool:
+    """Whether a node is neither a set nor affine in what is bounded."""
+    return bool(node.refs) and affine_rule(node) is None
+
+
+def relax(graph: Graph, index: int, boxes: Sequence[Box], choice: Choice) -> Planes:
+    """Planes that enclose a node on the boxes of its operands: its own, else its interval.
+
+    Args:
+        graph: the traced function.
+        index: of the node.
+        boxes: of all nodes before it.
+        choice: which of the valid planes.
+    """
+    node = graph.nodes[index]
+    if _is_product(node):
+        return _product(graph, node, boxes, choice)
+    if _is_pair(node):
+        return _pair(node, boxes, choice)
+    if node.op in REDUCTION_PLANES:
+        return _reduction(node, boxes[node.refs[0]], choice)
+    operand = boxes[node.refs[0]]
+    if _has_lines(node):
+        lines = LINES[node.op](*_ends(node, operand), *_constants(node), choice=choice)
+        return from_lines(node.refs[0], lines)
+    values = interval(node, *(boxes[i] for i in node.refs))
+    return Planes((), lambda: values.lower, lambda: values.upper)
+
+
+def has_variants(graph: Graph, index: int) -> bool:
+    """Whether a node has two defaults, neither of which is always the better."""
+    node = graph.nodes[index]
+    if _is_product(node):
+        return _weight(graph, node) is None
+    return (node.op in TWO_VARIANTS and _has_lines(node)) or node.op in _TWO_PLANES
+
+
+def free_choice(graph: Graph, index: int, boxes: Sequence[Box]) -> Choice | None:
+    """Where an optimisation of a node's planes may start; None where it has but one choice."""
+    node = graph.nodes[index]
+    if _is_product(node):
+        if _weight(graph, node) is not None:
+            return None
+        half = jnp.full(graph.nodes[node.refs[0]].shape, 0.5, node.dtype)
+        return Choice(half, half)
+    if _is_pair(node):
+        start = initial_choice("max", *_ends(node, _difference(node, boxes)), jnp.zeros(()))
+        return Choice(start.lower, None)
+    if node.op in FREE and _has_lines(node):
+        return initial_choice(node.op, *_ends(node, boxes[node.refs[0]]), *_constants(node))
+    return None
+
+
+def _has_lines(node: Node) -> bool:
+    """Whether it is a function of one value; 2 ** x is no power of x."""
+    return node.op in LINES and len(node.refs) == 1 and isinstance(node.operands[0], Ref)
+
+
+def _is_product(node: Node) -> bool:
+    return node.op in BILINEAR and len(node.refs) == 2
+
+
+def _is_pair(node: Node) -> bool:
+    return node.op in ("max", "min") and len(node.refs) == 2
+
+
+def _ends(node: Node, box: Box) -> tuple[Array, Array]:
+    return jnp.broadcast_to(box.lower, node.shape), jnp.broadcast_to(box.upper, node.shape)
+
+
+def _constants(node: Node) -> list:
+    """What a rule takes after the ends: constant operands, then parameters."""
+    constants = [o for o in node.operands if not isinstance(o, Ref)]
+    return constants + [node.params[name] for name in PARAMETERS.get(node.op, ())]
+
+
+def _product(graph: Graph, node: Node, boxes: Sequence[Box], choice: Choice) -> Planes:
+    first, second = node.refs
+    weight = _weight(graph, node)
+    if weight is None:
+        return products.mccormick(
+            node.evaluate, (first, second), boxes[first], boxes[second], choice
+        )
+    if weight == 1:
+        return products.eliminate(node.evaluate, first, boxes[first], boxes[second])
+    return products.eliminate(lambda x, w: node.evaluate(w, x), second, boxes[second], boxes[first])
+
+
+def _weight(graph: Graph, node: Node) -> int | None:
+    """Which operand is a weight, that no other operand depends on; of two, the larger.
+
+    Of equal ones that of more axes: the matrix (1, n) beside a vector. A convolution of two
+    computed values eliminates its kernel.
+    """
+    reach = input_sets(graph)
+    first, second = node.refs
+    weights = [
+        place
+        for place, (own, other) in enumerate(((first, second), (second, first)))
+        if _is_moved_input(graph, own) and not reach[own] & reach[other]
+    ]
+    if node.op == "conv_general_dilated" and not weights:
+        return 1
+
+    def size(place: int) -> tuple[int, int, int]:
+        shape = graph.nodes[node.refs[place]].shape
+        return math.prod(shape), len(shape), place
+
+    return max(weights, key=size, default=None)
+
+
+def _is_moved_input(graph: Graph, index: int) -> bool:
+    """Whether a value is that of a set itself, at most scaled, moved and repeated."""
+    node = graph.nodes[index]
+    if not node.refs:
+        return True
+    rule = affine_rule(node)
+    moves = rule is not None and rule.spreads in ("places", "repeats") and len(node.refs) == 1
+    return moves and _is_moved_input(graph, node.refs[0])
+
+
+def _difference(node: Node, boxes: Sequence[Box]) -> Box:
+    a, b = (boxes[i] for i in node.refs)
+    return Box(a.lower - b.upper, a.upper - b.lower)
+
+
+def _pair(node: Node, boxes: Sequence[Box], choice: Choice) -> Planes:
+    """max(a, b) = b + relu(a - b); min(a, b) = a - relu(a - b)."""
+    lines = from_lines(0, relu(*_ends(node, _difference(node, boxes)), choice=choice))
+    if node.op == "max":
+        return Planes(
+            node.refs, lambda a, b: b + lines.lower(a - b), lambda a, b: b + lines.upper(a - b)
+        )
+    return Planes(
+        node.refs, lambda a, b: a - lines.upper(a - b), lambda a, b: a - lines.lower(a - b)
+    )
+
+
+def _reduction(node: Node, box: Box, choice: Choice) -> Planes:
+    """A reduction brought to the last axis, and back where the axis stays."""
+    axes = tuple(node.params["axes"])
+    last = partial(to_last, axes=axes)
+    lower, upper = REDUCTION_PLANES[node.op](Box(last(box.lower), last(box.upper)), choice)
+    keeps = node.op in ("softmax", "log_softmax")
+
+    def back(v: Array) -> Array:
+        return from_last(v, node.shape, axes) if keeps else v.reshape(node.shape)
+
+    return Planes(node.refs, lambda v: back(lower(last(v))), lambda v: back(upper(last(v))))
+
+
+def _minimum(x: Box, choice: Choice) -> reductions.Pair:
+    lower, upper = reductions.maximum(Box(-x.upper, -x.lower), choice)
+    return (lambda v: -upper(-v)), (lambda v: -lower(-v))
+
+
+REDUCTION_PLANES: Mapping[str, Callable[[Box, Choice], reductions.Pair]] = {
+    "reduce_max": reductions.maximum,
+    "reduce_min": _minimum,
+    "logsumexp": lambda x, _: reductions.logsumexp(x),
+    "log_softmax": lambda x, _: reductions.log_softmax(x),
+    "softmax": reductions.softmax,
+}
+_TWO_PLANES = ("reduce_max", "reduce_min", "softmax")

@@ -1,0 +1,113 @@
+"""Relaxations of nonlinearities: affine functions that enclose them on a box.
+
+    lines        two lines around an elementwise function of one value; functions with kinks
+    curves       the lines of a curve, from its values, its slopes and where it is convex
+    smooth       curves by name
+    powers       exponentials, logarithms and powers: with overflow, or a singular end
+    waves        sin and cos
+    planes       what every relaxation becomes: two affine functions of a node's operands
+    products     of two bounded values
+    reductions   of an axis
+
+The elementwise ones by operation: `LINES[op](l, u, *constants, choice=...) -> Lines`.
+"""
+
+from collections.abc import Callable, Mapping
+
+from jaxtyping import Array, ArrayLike
+
+from bnncert.bounds.relaxations import curves, powers, waves
+from bnncert.bounds.relaxations.lines import (
+    DEFAULT,
+    LOWER_SLOPES,
+    Choice,
+    Lines,
+    absolute,
+    constant,
+    hard_tanh,
+    leaky_relu,
+    maximum,
+    minimum,
+    relu,
+)
+from bnncert.bounds.relaxations.planes import Planes, from_lines
+from bnncert.bounds.relaxations.powers import POWERS
+from bnncert.bounds.relaxations.smooth import CURVES
+
+__all__ = [
+    "FREE",
+    "LINES",
+    "LOWER_SLOPES",
+    "PARAMETERS",
+    "TWO_VARIANTS",
+    "Choice",
+    "Lines",
+    "Planes",
+    "constant",
+    "from_lines",
+    "initial_choice",
+    "relu",
+]
+
+_KINKS: Mapping[str, Callable[..., Lines]] = {
+    "max": maximum,
+    "min": minimum,
+    "leaky_relu": leaky_relu,
+    "abs": absolute,
+    "hard_tanh": hard_tanh,
+}
+_WAVES: Mapping[str, Callable[..., Lines]] = {"sin": waves.sin, "cos": waves.cos}
+
+
+def _curved(build: Callable[..., curves.Curve]) -> Callable[..., Lines]:
+    def rule(l: Array, u: Array, *constants: ArrayLike, choice: Choice = DEFAULT) -> Lines:
+        return powers.finite(curves.lines(build(*constants), l, u, choice))
+
+    return rule
+
+
+def _finite(rule: Callable[..., Lines]) -> Callable[..., Lines]:
+    def finite(l: Array, u: Array, *constants: ArrayLike, choice: Choice = DEFAULT) -> Lines:
+        return powers.finite(rule(l, u, *constants, choice=choice))
+
+    return finite
+
+
+LINES: Mapping[str, Callable[..., Lines]] = {
+    **_KINKS,
+    **{op: _curved(build) for op, build in CURVES.items()},
+    **{op: _finite(rule) for op, rule in {**POWERS, **_WAVES}.items()},
+}
+"""The lines of an elementwise operation: `rule(l, u, *constants, choice=...)`."""
+
+FREE = frozenset(LINES)
+"""Operations whose lines depend on the fractions of a `Choice`."""
+
+_ONE_CURVATURE = ("square", "squareplus", "softplus", "log_sigmoid", "celu")
+
+TWO_VARIANTS = (frozenset(CURVES) - frozenset(_ONE_CURVATURE)) | frozenset((*_WAVES, "integer_pow"))
+"""Operations whose default lines depend on the variant."""
+
+PARAMETERS: Mapping[str, tuple[str, ...]] = {"integer_pow": ("y",)}
+"""Parameters of an operation that its rule takes after the constants."""
+
+
+def initial_choice(op: str, l: Array, u: Array, *constants: ArrayLike) -> Choice:
+    """Fractions that give the default lines, or nearly: where an optimisation may start."""
+    if op in _KINKS:
+        return _initial_kink(op, l, u, *constants)
+    if op in CURVES:
+        return curves.fractions(CURVES[op](*constants), l, u)
+    if op in _WAVES:
+        return waves.fractions(op, l, u)
+    return powers.fractions(op, l, u, *constants)
+
+
+def _initial_kink(op: str, l: Array, u: Array, *constants: ArrayLike) -> Choice:
+    """Each default is 0 or 1: the steeper where the middle lies right of the kink."""
+    middle = 0.5 * (l + u)
+    if op == "hard_tanh":
+        return Choice((middle > -1).astype(l.dtype), (middle < 1).astype(l.dtype))
+    kink = constants[0] if op in ("max", "min") else 0.0
+    right = (middle > kink).astype(l.dtype)
+    return Choice(right, 1 - right if op == "min" else right)

@@ -1,0 +1,183 @@
+"""Two lines around an elementwise function on an interval, and those of functions with kinks.
+
+Each function takes the pre-activation interval [l, u] and returns the two lines
+`slope * x + offset` that enclose the function on it. Elementwise: any shape.
+
+    relu(x) = max(x, 0)    above: the chord; below: a line through the origin, of slope 0 to 1
+    max(x, c)              relu(x - c) + c
+    min(x, c)              -max(-x, -c)
+    leaky_relu(x)          a x + (1 - a) relu(x)
+    |x|                    2 relu(x) - x
+    hard_tanh(x)           min(max(x, -1), 1): lines that turn about the kinks
+
+Which of the valid lines is a `Choice`.
+
+Source: Zhang et al., "Efficient Neural Network Robustness Certification with General Activation
+Functions", NeurIPS 2018, section 3.2; Xu et al., "Fast and Complete", ICLR 2021 (free slopes).
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+LOWER_SLOPES = ("adaptive", "zero", "one", "chord")
+
+
+class Lines(NamedTuple):
+    """lower(x) <= h(x) <= upper(x) on [l, u]; every field has the shape of l."""
+
+    lower_slope: Float[Array, "*shape"]
+    lower_offset: Float[Array, "*shape"]
+    upper_slope: Float[Array, "*shape"]
+    upper_offset: Float[Array, "*shape"]
+
+
+class Choice(NamedTuple):
+    """Which of the valid lines.
+
+    Attributes:
+        lower: of the free line below, in [0, 1] and of the shape of l; None: the default.
+        upper: of the free line above, likewise.
+        variant: 0 or 1: of two defaults that are both good, neither always the tighter.
+        lower_slope: the default of a kink that is crossed: "adaptive" (0 or 1, whichever leaves the
+            smaller area), "zero", "one", or "chord" (parallel to the line above).
+    """
+
+    lower: Array | None = None
+    upper: Array | None = None
+    variant: int = 0
+    lower_slope: str = "adaptive"
+
+
+DEFAULT = Choice()
+
+
+def constant(lower: Array, upper: Array) -> Lines:
+    """The lines of slope 0: an interval of values, for a function with no better relaxation."""
+    zero = jnp.zeros_like(lower)
+    return Lines(zero, lower, zero, upper)
+
+
+def negated(lines: Lines) -> Lines:
+    """The lines of -h, from those of h."""
+    lower_slope, lower_offset, upper_slope, upper_offset = lines
+    return Lines(-upper_slope, -upper_offset, -lower_slope, -lower_offset)
+
+
+def mirrored(lines: Lines) -> Lines:
+    """The lines of h(-x) on [l, u], from those of h on [-u, -l]."""
+    lower_slope, lower_offset, upper_slope, upper_offset = lines
+    return Lines(-lower_slope, lower_offset, -upper_slope, upper_offset)
+
+
+def swapped(choice: Choice) -> Choice:
+    """The choice for -h."""
+    return choice._replace(lower=choice.upper, upper=choice.lower)
+
+
+def relu(l: Array, u: Array, choice: Choice = DEFAULT) -> Lines:
+    """max(x, 0): the chord above; below, a line through the origin, `choice.lower` its slope.
+
+    With up = max(u, 0) and down = max(-l, 0) the chord is up (x + down) / (up + down).
+    """
+    up, down = jnp.maximum(u, 0), jnp.maximum(-l, 0)
+    crossing = (up > 0) & (down > 0)
+    width = jnp.where(crossing, up + down, 1)  # a safe divisor keeps gradients finite
+    active = (l >= 0).astype(l.dtype)
+    chord = jnp.where(crossing, up / width, active)
+    offset = jnp.where(crossing, up * (down / width), 0)
+    if choice.lower is None:
+        below = _default_slope(l, u, chord, choice)
+    else:
+        below = choice.lower
+    return Lines(jnp.where(crossing, below, active), jnp.zeros_like(l), chord, offset)
+
+
+def maximum(l: Array, u: Array, threshold: ArrayLike, choice: Choice = DEFAULT) -> Lines:
+    """max(x, c) = relu(x - c) + c."""
+    if isinstance(threshold, (int, float, np.ndarray)) and not np.any(threshold):
+        return relu(l, u, choice)
+    threshold = jnp.asarray(threshold, l.dtype)
+    lines = relu(l - threshold, u - threshold, choice)
+    return Lines(
+        lines.lower_slope,
+        lines.lower_offset + threshold * (1 - lines.lower_slope),
+        lines.upper_slope,
+        lines.upper_offset + threshold * (1 - lines.upper_slope),
+    )
+
+
+def minimum(l: Array, u: Array, threshold: ArrayLike, choice: Choice = DEFAULT) -> Lines:
+    """min(x, c) = -max(-x, -c): the line above is the free one."""
+    return negated(mirrored(maximum(-u, -l, -jnp.asarray(threshold), swapped(choice))))
+
+
+def leaky_relu(l: Array, u: Array, slope: ArrayLike, choice: Choice = DEFAULT) -> Lines:
+    """X where x >= 0, else slope * x; the function is slope * x + (1 - slope) relu(x)."""
+    slope = jnp.asarray(slope, l.dtype)
+    rise = 1 - slope
+    convex = rise >= 0  # a slope above 1 makes it concave: the two lines change places
+    below = _bent(relu(l, u, choice), slope, rise)
+    above = _bent(relu(l, u, swapped(choice)), slope, rise)
+    return Lines(
+        jnp.where(convex, below.lower_slope, above.upper_slope),
+        jnp.where(convex, below.lower_offset, above.upper_offset),
+        jnp.where(convex, below.upper_slope, above.lower_slope),
+        jnp.where(convex, below.upper_offset, above.lower_offset),
+    )
+
+
+def absolute(l: Array, u: Array, choice: Choice = DEFAULT) -> Lines:
+    """|x| = 2 relu(x) - x: below, a line through the origin of any slope in [-1, 1]."""
+    lines = relu(l, u, choice)
+    return Lines(
+        2 * lines.lower_slope - 1,
+        2 * lines.lower_offset,
+        2 * lines.upper_slope - 1,
+        2 * lines.upper_offset,
+    )
+
+
+def hard_tanh(l: Array, u: Array, choice: Choice = DEFAULT) -> Lines:
+    """min(max(x, -1), 1): each line turns about a kink, up to the other end of the function."""
+    above = _clip_lower(-u, -l, swapped(choice))
+    return Lines(*_clip_lower(l, u, choice), above[0], -above[1])
+
+
+def _bent(lines: Lines, slope: Array, rise: Array) -> Lines:
+    return Lines(
+        slope + rise * lines.lower_slope,
+        rise * lines.lower_offset,
+        slope + rise * lines.upper_slope,
+        rise * lines.upper_offset,
+    )
+
+
+def _default_slope(l: Array, u: Array, chord: Array, choice: Choice) -> Array:
+    return {
+        "adaptive": (u > -l).astype(l.dtype),
+        "zero": jnp.zeros_like(l),
+        "one": jnp.ones_like(l),
+        "chord": chord,
+    }[choice.lower_slope]
+
+
+def _clip_lower(l: Array, u: Array, choice: Choice) -> tuple[Array, Array]:
+    """Below hard_tanh.
+
+    From (-1, -1), where l lies left of it, up to (u, min(u, 1)) at the steepest; else the chord of
+    min(x, 1), concave.
+    """
+    turning = (l < -1) & (u > -1)
+    steepest = jnp.where(turning, jnp.minimum(u, 1) + 1, 0) / jnp.where(turning, u + 1, 1)
+    middle = 0.5 * (l + u)
+    share = (middle > -1).astype(l.dtype) if choice.lower is None else choice.lower
+    slope = share * steepest
+    concave = negated(mirrored(maximum(-u, -l, -jnp.ones_like(l))))
+    inside = l >= -1
+    return (
+        jnp.where(inside, concave.lower_slope, slope),
+        jnp.where(inside, concave.lower_offset, slope - 1),
+    )

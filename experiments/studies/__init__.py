@@ -1,0 +1,1 @@
+"""Studies: questions asked of the library once, each with its command and its answer kept."""

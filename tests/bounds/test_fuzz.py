@@ -1,0 +1,121 @@
+"""Random architectures, random sets, all methods: what must hold of every bound holds.
+
+40 examples, the same ones at each run. More, and new ones at each run, by
+
+    BNNCERT_FUZZ=300 python -m pytest -n0 tests/bounds/test_fuzz.py
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from bnncert.bounds import bound
+from tests.bounds import architectures, networks
+from tests.bounds.networks import FAST
+
+SUITES = (("ibp", "forward"), ("ibp", "crown-ibp", "crown"), ("crown", "alpha-crown"))
+"""Methods of one example: all of them take 20 seconds to compile."""
+
+EXAMPLES = int(os.environ.get("BNNCERT_FUZZ", "40"))
+STARTS, STEPS = 150, 3
+TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
+# Inner and outer of pairs; all are inside ibp.
+ORDER = (("forward", "ibp"), ("crown-ibp", "ibp"), ("crown", "crown-ibp"), ("alpha-crown", "crown"))
+
+thorough = settings(
+    max_examples=EXAMPLES,
+    derandomize="BNNCERT_FUZZ" not in os.environ,
+    database=None,
+    deadline=None,
+    # A plan is small, and each one that is tried compiles for seconds.
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def compiled(architecture, methods):
+    """`(params, sets) -> boxes by method, gradients of crown-ibp` if that is among them."""
+
+    def found(params, sets):
+        def one(method, params, sets):
+            return bound(lambda *s: architecture.apply(params, *s), method, steps=3)(*sets)
+
+        def total(params, sets):
+            box = one("crown-ibp", params, sets)
+            return jnp.sum(box.upper - 0.7 * box.lower)
+
+        boxes = {method: one(method, params, sets) for method in methods}
+        differentiated = "crown-ibp" in methods
+        return boxes, jax.grad(total, argnums=(0, 1))(params, sets) if differentiated else ()
+
+    return jax.jit(found, compiler_options=FAST)
+
+
+def attained(architecture, seed):
+    """Values in float64 at points inside, on the boundary, at corners, and along attacks."""
+    rng = np.random.default_rng(seed)
+    start = networks.starts(rng, architecture.sets, STARTS)
+    size = jax.eval_shape(architecture.apply, *_nominal(architecture)).shape[0]
+    unit = np.eye(size)[np.arange(STARTS) % size]
+    direction = unit * rng.choice([-1.0, 1.0], (STARTS, 1))
+
+    def one(params, sets, start, direction):
+        def apply(*points):
+            return architecture.apply(params, *points)
+
+        return networks.attacks(apply, sets, start, direction, STEPS)
+
+    many = jax.jit(jax.vmap(one, in_axes=(None, None, 0, 0)), compiler_options=FAST)
+    values = many(architecture.params, architecture.sets, start, direction)
+    return np.asarray(values).reshape(-1, size)
+
+
+def _nominal(architecture):
+    return (architecture.params, *networks.centers(architecture.sets))
+
+
+def check(plan, dtype, methods):
+    architecture = architectures.build(plan)
+    params, sets = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, dtype), (architecture.params, architecture.sets)
+    )
+    found = compiled(architecture, methods)
+    boxes, gradients = found(params, sets)
+    values = attained(architecture, plan.seed)
+    assert np.isfinite(values).all()
+    ends = {m: (np.asarray(box.lower), np.asarray(box.upper)) for m, box in boxes.items()}
+    for method, (lower, upper) in ends.items():
+        assert not (np.isnan(lower).any() or np.isnan(upper).any()), method
+        assert (lower <= upper).all(), method
+        slack = TOLERANCE[dtype] * (1 + np.abs(values).max())
+        outside = max((lower - values).max(), (values - upper).max())
+        assert outside <= slack, f"{method} is unsound by {outside}"
+    for inner, outer in ORDER:
+        if inner in ends and outer in ends:
+            slack = TOLERANCE[dtype] * (1 + np.abs(ends[outer]))
+            assert (ends[inner][0] >= ends[outer][0] - slack[0]).all(), (inner, outer)
+            assert (ends[inner][1] <= ends[outer][1] + slack[1]).all(), (inner, outer)
+    if all(np.isfinite(end).all() for end in ends.get("crown-ibp", ())):
+        for leaf in jax.tree.leaves(gradients):
+            assert np.isfinite(leaf).all(), "a gradient of crown-ibp is not finite"
+    value = architecture.apply(*_nominal(architecture))
+    points, _ = found(params, networks.scaled(sets, 0.0))
+    for method, box in points.items():
+        slack = TOLERANCE[dtype] * (1 + np.abs(values).max())
+        np.testing.assert_allclose(box.lower, value, rtol=0, atol=slack, err_msg=method)
+        np.testing.assert_allclose(box.upper, value, rtol=0, atol=slack, err_msg=method)
+
+
+@thorough
+@given(
+    architectures.plans(),
+    st.sampled_from(("float64", "float64", "float32")),
+    st.sampled_from(SUITES),
+)
+def test_every_architecture_is_bounded(plan, dtype, methods):
+    with jax.enable_x64(True):
+        check(plan, dtype, methods)

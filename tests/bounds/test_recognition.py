@@ -1,0 +1,105 @@
+"""Functions of jax.nn are found in what they were traced to, and nothing else is."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bnncert.bounds.graph import trace
+from bnncert.bounds.recognition import find_runs
+from bnncert.sets import Box
+
+X = jnp.ones((2, 3))
+BOX = Box(-X, X)
+NAMED = (
+    "softplus",
+    "log_sigmoid",
+    "selu",
+    "silu",
+    "mish",
+    "hard_tanh",
+    "hard_silu",
+    "soft_sign",
+    "leaky_relu",
+    "elu",
+    "celu",
+    "squareplus",
+)
+
+
+def operations(f):
+    return [node.op for node in trace(f, (BOX,), {}).nodes]
+
+
+def runs(f):
+    """Operation and parameters of the runs in a function, inside its calls too."""
+    found = []
+
+    def look(jaxpr):
+        found.extend(
+            (r.recognised.op, dict(r.recognised.params)) for r in find_runs(jaxpr).values()
+        )
+        for eqn in jaxpr.eqns:
+            if "jaxpr" in eqn.params:
+                look(eqn.params["jaxpr"].jaxpr)
+
+    look(jax.make_jaxpr(f)(X).jaxpr)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_functions_are_one_node(name):
+    assert operations(getattr(jax.nn, name)) == ["input", name]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 3.0])
+def test_their_constants_are_found(value):
+    for f in (lambda x: jax.nn.elu(x, value), lambda x: jax.nn.elu(x, jnp.full(3, value))):
+        node = trace(f, (BOX,), {}).nodes[-1]
+        assert node.op == "elu" and jnp.allclose(jnp.asarray(node.operands[1]), value)
+
+
+def test_a_constant_without_a_rule_is_left_to_the_parts():
+    assert "elu" not in operations(lambda x: jax.nn.elu(x, -1.0))
+    assert "squareplus" not in operations(lambda x: jax.nn.squareplus(x, 0.0))
+
+
+def test_a_name_proves_nothing():
+    @jax.jit
+    def silu(x):
+        return x * jnp.tanh(x)
+
+    assert "silu" not in operations(silu)
+
+
+@pytest.mark.parametrize(
+    ("f", "expected"),
+    [
+        (jax.nn.gelu, ("gelu_tanh", {})),
+        (lambda x: jax.nn.gelu(x, approximate=False), ("gelu", {})),
+        (jax.nn.softmax, ("softmax", {"axes": (1,)})),
+        (lambda x: jax.nn.softmax(2 * x, axis=0) + x, ("softmax", {"axes": (0,)})),
+        (lambda x: jax.nn.softmax(x, axis=(0, 1)), ("softmax", {"axes": (0, 1)})),
+        (jax.nn.log_softmax, ("log_softmax", {"axes": (1,)})),
+        (jax.nn.logsumexp, ("logsumexp", {"axes": (0, 1), "keepdims": False})),
+        (
+            lambda x: jax.nn.logsumexp(x, axis=1, keepdims=True),
+            ("logsumexp", {"axes": (1,), "keepdims": True}),
+        ),
+    ],
+)
+def test_runs_are_found(f, expected):
+    assert runs(f) == [expected]
+
+
+def test_two_runs_in_a_row():
+    assert [op for op, _ in runs(lambda x: jax.nn.gelu(jax.nn.gelu(x)))] == ["gelu_tanh"] * 2
+
+
+def test_an_almost_equal_run_is_not_trusted():
+    def almost(x):
+        return x * 0.5 * (1.0 + jnp.tanh(0.797 * (x + 0.044715 * x**3)))
+
+    def unshifted(x):
+        return jnp.exp(x) / jnp.sum(jnp.exp(x))
+
+    assert runs(almost) == [] and runs(unshifted) == [] and runs(jnp.max) == []
