@@ -146,7 +146,8 @@ def fraction_bounds(sweep: Sweeper, boxes: Sequence[Box], fractions: Fractions) 
             box = map_rows(lambda row: one(row, shared), node, batch_size)
         else:
             box = map_rows(one, node, batch_size, fractions[index])
-        swept = Box(box.lower.reshape(node.shape), box.upper.reshape(node.shape))
+        ends = (end.reshape(node.shape).astype(node.dtype) for end in (box.lower, box.upper))
+        swept = Box(*ends)
         if index in outputs:
             outputs[index] = swept
         return intersect(swept, boxes[index])

@@ -92,9 +92,10 @@ def bound(
         batch_size: rows of a backward pass at once; bounds memory.
         lower_slope: of a ReLU that crosses 0: "adaptive", "zero", "one" or "chord".
         steps: of the optimiser of "alpha-crown".
-        unstable_only: bound by rows only units that a ReLU's kink crosses, in "crown"; the others
-            keep their intervals, of which nothing depends. For large networks of which few units
-            cross; a loop of unknown length, so that reverse-mode differentiation is lost.
+        unstable_only: bound by rows only units that a ReLU's kink crosses, in "crown": the others
+            are relaxed exactly whatever their bounds (what is wider are later intervals, which rows
+            are intersected with). For large networks of which few units cross; a loop of unknown
+            length, so that reverse-mode differentiation is lost.
 
     Returns:
         A function called as `f`, where any argument or any leaf inside one may be a `Box` or an
@@ -188,16 +189,26 @@ def linear_bounds(
     @wraps(f)
     def linear(*args: Any, **kwargs: Any) -> PyTree:
         graph = trace(f, args, kwargs)
-        options = Options(batch_size, lower_slope)
-        sweep = sweeper(graph, options)
-        boxes = interval_bounds(sweep)
-        if method == "crown":
-            boxes = intermediate_bounds(sweep, boxes)
-        steps = relaxed_steps(sweep, boxes)[0]
-        found = [_linear_output(graph, o, steps, batch_size) for o in graph.outputs]
-        return jax.tree.unflatten(graph.out_tree, found)
+        _, variants = linear_outputs(graph, method, Options(batch_size, lower_slope))
+        return jax.tree.unflatten(graph.out_tree, variants[0])
 
     return linear
+
+
+def linear_outputs(
+    graph: Graph, method: str, options: Options
+) -> tuple[list[Box], list[list[LinearBounds]]]:
+    """Intervals of the outputs, and for each variant of the relaxations their linear bounds."""
+    sweep = sweeper(graph, options)
+    boxes = interval_bounds(sweep)
+    intervals = [_output(o, boxes) for o in graph.outputs]
+    if method == "crown":
+        boxes = intermediate_bounds(sweep, boxes)
+    variants = [
+        [_linear_output(graph, o, steps, options.batch_size) for o in graph.outputs]
+        for steps in relaxed_steps(sweep, boxes)
+    ]
+    return intervals, variants
 
 
 def _method_boxes(graph: Graph, method: str, options: Options, num_steps: int) -> list[Box]:

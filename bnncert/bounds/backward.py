@@ -98,7 +98,9 @@ def row_bounds(
         return concretize(linear_row(target, row, steps), sets)
 
     box = map_rows(one, node, batch_size)
-    return Box(box.lower.reshape(node.shape), box.upper.reshape(node.shape))
+    # A set of another dtype (the function casts) must not pass it on.
+    lower, upper = (end.reshape(node.shape).astype(node.dtype) for end in (box.lower, box.upper))
+    return Box(lower, upper)
 
 
 def map_rows(one: Callable[..., Any], node: Node, batch_size: int, *each: Any) -> Any:

@@ -73,8 +73,9 @@ def forward_bounds(graph: Graph, boxes: Sequence[Box], lower_slope: str) -> list
         else:
             sides.append(_affine(node, operands))
         if index in matter:
-            swept = _concretize(sides[index], graph.inputs)
-            found[index] = intersect(found[index], drop_nan(swept))
+            swept = drop_nan(_concretize(sides[index], graph.inputs))
+            cast = jax.tree.map(lambda end, dtype=node.dtype: end.astype(dtype), swept)
+            found[index] = intersect(found[index], cast)
     return found
 
 

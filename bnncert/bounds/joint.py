@@ -8,16 +8,17 @@ once. Intersected with the average of the separate bounds.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from bnncert.bounds.api import DEFAULT_BATCH_SIZE, LinearBounds, bound, linear_bounds
+from bnncert.bounds.api import DEFAULT_BATCH_SIZE, LinearBounds, linear_bounds, linear_outputs
 from bnncert.bounds.backward import Coefficients, Offset, Row, concretize
+from bnncert.bounds.graph import trace
 from bnncert.bounds.interval import intersect
+from bnncert.bounds.sweeps import Options
 from bnncert.sets import Box, is_set
 from bnncert.types import Samples
 
@@ -57,34 +58,36 @@ def mean_bound(
         >>> float(box.lower), float(box.upper)
         (0.0, 0.5)
     """
-    linear = linear_bounds(f, method, batch_size=batch_size, lower_slope=lower_slope)
-    intervals = bound(f, "ibp", batch_size=batch_size)
+    linear_bounds(f, method, batch_size=batch_size, lower_slope=lower_slope)  # checks the options
+    options = Options(batch_size, lower_slope)
 
     def bounded(samples: Samples, *args: Any) -> PyTree:
         num_samples = _num_samples(samples)
+        first = jax.tree.map(lambda leaf: leaf[0], samples)
+        out_tree = trace(f, (first, *args), {}).out_tree
 
-        def one(params: Any) -> tuple[PyTree, PyTree]:
-            planes = linear(params, *args)
-            separate = jax.tree.map(
-                lambda p, box: intersect(box, concretized(p, (params, *args))),
-                planes,
-                intervals(params, *args),
-                is_leaf=_is_linear,
-            )
-            return planes, separate
+        def one(params: Any) -> tuple[list[list[LinearBounds]], list[Box]]:
+            graph = trace(f, (params, *args), {})
+            separate, variants = linear_outputs(graph, method, options)
+            for planes in variants:
+                separate = [
+                    intersect(box, concretized(p, (params, *args)))
+                    for box, p in zip(separate, planes, strict=True)
+                ]
+            return variants, separate
 
         def add(total: PyTree, params: Any) -> tuple[PyTree, None]:
             return jax.tree.map(jnp.add, total, one(params)), None
 
-        first = jax.tree.map(lambda leaf: leaf[0], samples)
-        shapes = jax.eval_shape(one, first)
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, first))
         total, _ = jax.lax.scan(add, zero, samples)
-        planes, separate = jax.tree.map(lambda leaf: leaf / num_samples, total)
-        joint = partial(concretized, args=(first, *args))
-        return jax.tree.map(
-            lambda p, box: intersect(joint(p), box), planes, separate, is_leaf=_is_linear
-        )
+        variants, found = jax.tree.map(lambda leaf: leaf / num_samples, total)
+        for planes in variants:
+            found = [
+                intersect(box, concretized(p, (first, *args)))
+                for box, p in zip(found, planes, strict=True)
+            ]
+        return jax.tree.unflatten(out_tree, found)
 
     return bounded
 
@@ -107,10 +110,6 @@ def concretized(bounds: LinearBounds, args: tuple) -> Box:
     rows = Row(dict(enumerate(flat)), offsets)
     box = jax.vmap(lambda row: concretize(row, sets))(rows)
     return Box(box.lower.reshape(shape), box.upper.reshape(shape))
-
-
-def _is_linear(value: object) -> bool:
-    return isinstance(value, LinearBounds)
 
 
 def _num_samples(samples: Samples) -> int:

@@ -144,7 +144,7 @@ def _candidates(eqn: core.JaxprEqn) -> Iterator[tuple[Recognised, core.Jaxpr]]:
     aval = _array_aval(operands[0])
     if not jnp.issubdtype(aval.dtype, jnp.floating):
         return
-    axes = tuple(eqn.params["axes"]) if name == "reduce_max" else ()
+    axes = tuple(map(int, eqn.params["axes"])) if name == "reduce_max" else ()
     for recognised in _beginning_with(name, axes):
         reference = _reference(recognised.function, aval.shape, aval.dtype)
         if reference.eqns[0].primitive is eqn.primitive:

@@ -168,7 +168,7 @@ def _pair(node: Node, boxes: Sequence[Box], choice: Choice) -> Planes:
 
 def _reduction(node: Node, box: Box, choice: Choice) -> Planes:
     """A reduction brought to the last axis, and back where the axis stays."""
-    axes = tuple(node.params["axes"])
+    axes = tuple(map(int, node.params["axes"]))
     last = partial(to_last, axes=axes)
     lower, upper = REDUCTION_PLANES[node.op](Box(last(box.lower), last(box.upper)), choice)
     keeps = node.op in ("softmax", "log_softmax")

@@ -15,20 +15,23 @@ A joint bound is only as good as its linear bound on p_c - p_j. The forms that a
     margins  softmax of the margins, merged with the last layer: p_c sees its exact box
     pairs    1 / sum_k exp(f_k - f_i) of all pairs, merged likewise: each p_i sees its exact box
     log      exp of log_softmax of the margins
-    corner   sums of exp m_k fitted to the box of margins [l, u], below; by crown never under
-             "decision"
+    corner   sums of exp m_k fitted to the box of margins [l, u], below
+    corner-0 the same with the slope 0 under every ReLU that crosses; separately, the exact
+             minimum over the box of margins found so
 
-By crown-ibp the nonlinearity after the margins sees their IBP box, where "decision" sees their
-linear bounds: a joint bound needs crown, which on one hidden layer costs little more.
+With slope 0 under a ReLU, one hidden layer's linear bounds lie inside its intervals, and then joint
+corner-0 is by crown never under separate corner-0. With adaptive slopes they need not: "decision"
+takes the better of both for each margin, a mean of linear bounds cannot. By crown-ibp the
+nonlinearity after the margins sees their IBP box, where "decision" sees their linear bounds.
 
 Let z = exp m_j, S = sum_k exp m_k in [Sl, Su]. Where u_j < 0, h = 1 - z >= hl > 0. McCormick for
 the product h / S, and a tangent of the convex 1/S at any t > 0, give
 
     p_c - p_j = h / S  >=  hl (2/t - S/t^2) + h/Su - hl/Su
 
-which is "decision" itself at the corner m = u if t = Su. Elsewhere R = S - 1 - z >= Rl, and
+which is the minimum over the box at its corner m = u if t = Su. Elsewhere R = S - 1 - z >= Rl, and
 (1 - z) / (1 + z + R) is above its tangent in z at zu and R = Rl, flattened until it stays below
-R = Ru too: "decision" again at the corner. The best of t = Su and t half-way to Sl is kept.
+R = Ru too: the minimum again. The best of t = Su and t half-way to Sl is kept.
 
 Attacks say how far both could go: on pi, and on each member by itself, whose mean is an upper
 bound of what any separate bound can prove. An attack's numbers are estimates, not proofs.
@@ -52,7 +55,6 @@ from tqdm import tqdm
 
 from bnncert import attack, ball, bound, certify
 from bnncert.bounds import mean_bound
-from bnncert.bounds.margins import margin_bounds
 from bnncert.posterior import stack
 from bnncert.sets import Box
 from bnncert.types import Apply
@@ -62,6 +64,7 @@ from experiments.data import Dataset, load
 from experiments.models import Model, build
 from experiments.training import PIXELS, train
 
+FORMS = ("decision", "logits", "margins", "pairs", "log", "corner", "corner-0")
 PRESET_OF = {"mnist": "mnist-mlp", "digits": "digits"}
 METHODS = ("crown-ibp", "crown")
 ANCHORS = (0.5, 1.0)
@@ -126,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(_line(rows[-1]), flush=True)
         for method in options.methods:
             for (how, form), certifier in certifiers(model.apply, method).items():
+                if form not in options.forms:
+                    continue
                 one = partial(_certify, certifier, eps)
                 found, cost = _batched(one, samples, x, c, options.batch_size, f"{how} {form}")
                 rows.append(_row(eps, method, how, form, found, (c, y), cost))
@@ -161,11 +166,7 @@ def train_members(config: RunConfig, model: Model, dataset: Dataset, count: int)
 
 def forms(apply: Apply) -> dict[str, Callable[[Any, Array, Array], Array]]:
     """Ways to write `(params, x, c) -> p_c - p_j`: the same function, relaxed differently."""
-
-    def margins(params: Any, x: Array, c: Array) -> Array:
-        logits = apply(params, x)
-        unit = jnp.eye(logits.size)
-        return (unit - unit[c]) @ logits
+    margins = _margins(apply)
 
     def of_pairs(params: Any, x: Array, c: Array) -> Array:
         logits = apply(params, x)
@@ -203,21 +204,29 @@ def certifiers(apply: Apply, method: str) -> dict[tuple[str, str], Certifier]:
     def joint(f: Callable, samples: Any, region: Any, x: Array, c: Array) -> Array:
         return mean_bound(f, method)(samples, region, c).lower
 
-    def corner(samples: Any, region: Any, x: Array, c: Array) -> Array:
-        bounds = margin_bounds(apply, method)
-        boxes = jax.lax.map(lambda params: bounds(params, region, c), samples)
+    def margin_boxes(slope: str, samples: Any, region: Any, c: Array) -> Box:
+        bounds = bound(_margins(apply), method, lower_slope=slope)
+        return jax.lax.map(lambda params: bounds(params, region, c), samples)
+
+    def corner_alone(slope: str, samples: Any, region: Any, x: Array, c: Array) -> Array:
+        return jax.vmap(corner_minimum)(margin_boxes(slope, samples, region, c)).mean(0)
+
+    def corner(slope: str, samples: Any, region: Any, x: Array, c: Array) -> Array:
+        boxes = margin_boxes(slope, samples, region, c)
+        mean = mean_bound(partial(_below, apply), method, lower_slope=slope)
         found = []
         for anchor in ANCHORS:
             terms = jax.vmap(partial(corner_terms, anchor=anchor))(boxes)
-            box = mean_bound(partial(_below, apply), method)((samples, terms), region, c)
-            found.append(box.lower)
+            found.append(mean((samples, terms), region, c).lower)
         return jnp.stack(found).max(0)
 
     found: dict[tuple[str, str], Certifier] = {("separate", "decision"): decision}
     for name, f in forms(apply).items():
         found["separate", name] = partial(separate, f)
         found["joint", name] = partial(joint, f)
-    found["joint", "corner"] = corner
+    found["joint", "corner"] = partial(corner, "adaptive")
+    found["separate", "corner-0"] = partial(corner_alone, "zero")
+    found["joint", "corner-0"] = partial(corner, "zero")
     return found
 
 
@@ -248,6 +257,13 @@ def corner_terms(box: Box, anchor: float) -> tuple[Array, Array, Array]:
     return a, b, g
 
 
+def corner_minimum(box: Box) -> Array:
+    """The least p_c - p_j over a box of margins, for each j: as `certify.decision`."""
+    low, high = jnp.exp(box.lower), jnp.exp(box.upper)
+    h = 1 - high
+    return jnp.where(h > 0, h / high.sum(), h / (high + low.sum() - low))
+
+
 def attacked(
     apply: Apply, samples: Any, x: Array, c: Array, eps: float, batch_size: int
 ) -> dict[str, Array]:
@@ -273,11 +289,20 @@ def _certify(certifier: Certifier, eps: float, samples: Any, x: Array, c: Array)
     return certifier(samples, ball(x, eps, clip=PIXELS), x, c)
 
 
+def _margins(apply: Apply) -> Callable[[Any, Array, Array], Array]:
+    """`(params, x, c) -> f_k - f_c`, one affine map with the last layer."""
+
+    def margins(params: Any, x: Array, c: Array) -> Array:
+        logits = apply(params, x)
+        unit = jnp.eye(logits.size)
+        return (unit - unit[c]) @ logits
+
+    return margins
+
+
 def _below(apply: Apply, member: Any, x: Array, c: Array) -> Array:
     params, (a, b, g) = member
-    logits = apply(params, x)
-    unit = jnp.eye(logits.size)
-    powers = jnp.exp((unit - unit[c]) @ logits)
+    powers = jnp.exp(_margins(apply)(params, x, c))
     return a * powers.sum() + b * powers + g
 
 
@@ -323,8 +348,8 @@ def _row(
     c, y = labels
     gaps = jnp.where(jnp.arange(found.shape[-1]) == c[:, None], jnp.inf, found).min(-1)
     robust = gaps > 0
-    numbers = (robust.mean(), (robust & (c == y)).mean(), gaps.mean())
-    return Row(eps, method, how, form, *map(float, numbers), *cost)
+    proved, certified = float(robust.mean()), float((robust & (c == y)).mean())
+    return Row(eps, method, how, form, proved, certified, float(gaps.mean()), *cost)
 
 
 _HEADER = (
@@ -365,6 +390,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--images", type=int, default=200, help="first test images (default: 200)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
     parser.add_argument("--batch-size", type=int, default=50, help="images at once (default: 50)")
     parser.add_argument("--out", type=Path, help="also write the table to this new JSON file")
     options = parser.parse_args(arguments)

@@ -37,9 +37,13 @@ class Kind(NamedTuple):
     apply: Callable[..., Any]
 
 
-@cache
 def boxes(name: str, methods: tuple[str, ...] = METHODS) -> Callable[[Any, tuple], dict[str, Any]]:
     """`(params, args) -> {method: boxes}` over the stacked networks of a kind, compiled once."""
+    return _boxes(name, methods)
+
+
+@cache
+def _boxes(name: str, methods: tuple[str, ...]) -> Callable[[Any, tuple], dict[str, Any]]:
     apply = KINDS[name].apply
 
     def all_methods(params: Any, args: tuple) -> dict[str, Any]:

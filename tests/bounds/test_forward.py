@@ -29,7 +29,7 @@ def affine(x):
     y = W @ x - x[:5] + 1.0
     image = jax.lax.conv_general_dilated(
         jnp.pad(-2.0 * x, (0, 3)).reshape(1, 3, 3, 1),
-        KERNEL,
+        jnp.asarray(KERNEL),
         (1, 1),
         "SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -41,7 +41,7 @@ def affine(x):
 @pytest.mark.parametrize("name", SETS)
 def test_an_affine_function_is_bounded_exactly(name, float64):
     region = region_of(name)
-    rows, value = jax.jacobian(affine)(CENTER), affine(np.asarray(region.center))
+    rows, value = jax.jacobian(affine)(region.center), affine(region.center)
     if isinstance(region, Box):
         reach = np.abs(rows) @ region.radius
     else:
@@ -72,7 +72,8 @@ def test_it_beats_intervals_where_values_cancel(float64):
 
 def test_each_set_keeps_its_own_coordinates(float64):
     """x - x is 0, x - y is not; several sets of several shapes."""
-    x, y = region_of("box"), LpBall(jnp.ones((2, 3)), jnp.asarray(0.5), 2)
+    x = Box(jnp.zeros(6), jnp.linspace(0.0, 0.5, 6))
+    y = LpBall(jnp.ones((2, 3)), jnp.asarray(0.5), 2)
 
     def f(x, y):
         return {"zero": x - x, "both": x - y.reshape(-1), "sum": y.sum(0)}

@@ -33,7 +33,7 @@ thorough = settings(
     deadline=None,
     # A plan is small, and each one that is tried compiles for seconds.
     phases=(Phase.explicit, Phase.generate),
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
 )
 
 

@@ -1,4 +1,4 @@
-"""Bounds on averages over posterior samples: those of the average itself, at one sample's memory."""
+"""Bounds on averages over posterior samples: those of the average, at one sample's memory."""
 
 from functools import cache, partial
 
@@ -87,9 +87,10 @@ def test_equals_the_bound_of_the_average(method, name, float64):
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("f", [logits, tanh_mlp])
+@pytest.mark.parametrize(
+    ("f", "method", "name"),
+    [(logits, "crown", "box"), (logits, "crown-ibp", "l2"), (tanh_mlp, "crown-ibp", "box")],
+)
 def test_is_inside_the_average_of_separate_bounds(f, method, name, float64):
     joint, _, separate = compiled(f, method)(samples(4), region(name))
     (low, high), (separate_low, separate_high) = ends(joint), ends(separate)
@@ -97,8 +98,7 @@ def test_is_inside_the_average_of_separate_bounds(f, method, name, float64):
     assert (high - low).sum() < 0.95 * (separate_high - separate_low).sum()
 
 
-@pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("f", [logits, tanh_mlp])
+@pytest.mark.parametrize(("f", "name"), [(logits, "l2"), (tanh_mlp, "box")])
 def test_averages_at_points_of_the_set_lie_inside(f, name, float64):
     params, x = samples(4), region(name)
     joint, *_ = compiled(f, "crown")(params, x)
@@ -126,7 +126,7 @@ def test_at_a_point_it_is_the_average(float64):
 
 
 def test_samples_without_a_common_axis_are_an_error():
-    params = samples(4)
+    params = jax.tree.map(jnp.float32, samples(4))
     (w, b), *rest = params
     for wrong in ([(w[:3], b), *rest], jnp.float32(1.0)):
         with pytest.raises(ValueError, match="leading axis"):
@@ -139,7 +139,9 @@ def test_memory_does_not_grow_with_the_samples(method):
         params = jax.tree.map(jnp.float32, samples(count, width=32))
         x = region("box")
         lowered = jax.jit(mean_bound(logits, method)).lower(params, x)
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        analysis = lowered.compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
 
     few, many = temporary(2), temporary(64)
     assert few > 10_000  # it does count something

@@ -83,10 +83,10 @@ LINES: Mapping[str, Callable[..., Lines]] = {
 FREE = frozenset(LINES)
 """Operations whose lines depend on the fractions of a `Choice`."""
 
-_ONE_CURVATURE = ("square", "squareplus", "softplus", "log_sigmoid", "celu")
+_HUMPED = ("gelu", "gelu_tanh", "silu", "mish", "hard_silu")
 
-TWO_VARIANTS = (frozenset(CURVES) - frozenset(_ONE_CURVATURE)) | frozenset((*_WAVES, "integer_pow"))
-"""Operations whose default lines depend on the variant."""
+TWO_VARIANTS = frozenset((*_HUMPED, *_WAVES, "integer_pow"))
+"""Operations of whose two default lines neither is nearly always the better."""
 
 PARAMETERS: Mapping[str, tuple[str, ...]] = {"integer_pow": ("y",)}
 """Parameters of an operation that its rule takes after the constants."""

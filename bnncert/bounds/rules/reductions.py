@@ -17,7 +17,7 @@ from bnncert.sets import Box
 
 
 def _log_softmax(node: Node, box: Box) -> Box:
-    axes = tuple(node.params["axes"])
+    axes = tuple(map(int, node.params["axes"]))
     return Box(_rival(box.lower, box.upper, axes), _rival(box.upper, box.lower, axes))
 
 
