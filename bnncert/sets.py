@@ -38,12 +38,12 @@ class Box:
     @property
     def center(self) -> Array:
         """The middle; exact where `lower == upper`."""
-        return 0.5 * (self.lower + self.upper)
+        return 0.5 * (jnp.asarray(self.lower) + self.upper)
 
     @property
     def radius(self) -> Array:
         """Half the width."""
-        return 0.5 * (self.upper - self.lower)
+        return 0.5 * (jnp.asarray(self.upper) - self.lower)
 
 
 @jax.tree_util.register_dataclass
