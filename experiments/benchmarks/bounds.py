@@ -4,9 +4,10 @@
     python -m experiments.benchmarks.bounds --models cnn --methods ibp crown-ibp --samples 4
 
 Bounded are the nine margins against the label of each image, each network's last layer merged in;
-both ends of each margin. Data and weights are random: the cost depends on shapes alone. Times are
-warm, of jitted calls; a method, its sweeps over samples and the plain forward pass take turns, and
-the best of the repeats is compared, so that other work on the machine slows all alike.
+both ends of each margin, or with `--ends lower` the one that a certificate or a likelihood needs
+(XLA drops the rows of the other). Data and weights are random: the cost depends on shapes alone.
+Times are warm, of jitted calls; a method, its sweeps over samples and the plain forward pass take
+turns, and the best of the repeats is compared, so that other work on the machine slows all alike.
 
 The floor is what the multiplications alone cost if all ran as fast as those of a forward pass. Let
 layer i of n (dense or convolution) have size s_i and m_i multiply-adds, F = sum_i m_i. A row is
@@ -18,6 +19,8 @@ B(i, r) = r (m_i + 2 sum_{j < i} m_j). With C margins and inputs of d coordinate
     crown-ibp    2 F + B(n, C)
     crown        2 F + B(n, C) + sum_{1 < i < n} B(i, s_i)    layer 1 is exact by intervals
     alpha-crown  2 F + 3 steps (the rest of crown)            each step, and its gradient's two
+
+with one term m_j in place of two in B(n, C) where one end is asked for,
 
 and so a floor says nothing of memory traffic and elementwise work. What is skipped as too large has
 a floor beyond `--most`. Peers (auto_LiRPA, jax_verify) are not timed here: that code could not be
@@ -100,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--batch-size", type=int, help=f"images at once; where not given, {BATCH_SIZES}"
     )
+    parser.add_argument("--ends", default="both", choices=("both", "lower"), help="of each margin")
     parser.add_argument("--repeats", type=int, default=10, help="timings of each")
     parser.add_argument("--samples", type=int, default=16, help="posterior samples; 0: no sweeps")
     parser.add_argument("--steps", type=int, default=STEPS, help="of alpha-crown")
@@ -158,7 +162,9 @@ def layers(net: Network, x: jax.Array) -> list[Layer]:
     return list(_layers(jax.make_jaxpr(net.apply)(net.params, x).jaxpr))
 
 
-def floors(found: Sequence[Layer], inputs: int, margins: int, steps: int) -> dict[str, float]:
+def floors(
+    found: Sequence[Layer], inputs: int, margins: int, steps: int, ends: int = 2
+) -> dict[str, float]:
     """For each method the floor in forward passes, as the module's docstring counts it.
 
     Args:
@@ -166,6 +172,7 @@ def floors(found: Sequence[Layer], inputs: int, margins: int, steps: int) -> dic
         inputs: coordinates of an image.
         margins: outputs that are bounded.
         steps: of alpha-crown.
+        ends: of each margin, 1 or 2.
 
     Example:
         >>> floors([Layer(100, 300), Layer(10, 100)], inputs=3, margins=9, steps=1)["crown-ibp"]
@@ -174,11 +181,11 @@ def floors(found: Sequence[Layer], inputs: int, margins: int, steps: int) -> dic
     products = [layer.products for layer in found]
     forward = sum(products)
 
-    def rows(i: int, count: int) -> float:
-        return count * (products[i] + 2 * sum(products[:i])) / forward
+    def rows(i: int, count: int, ends: int = 2) -> float:
+        return count * (products[i] + ends * sum(products[:i])) / forward
 
     last = len(found) - 1
-    output = rows(last, margins)
+    output = rows(last, margins, ends)
     hidden = sum(rows(i, found[i].size) for i in range(1, last))
     return {
         "ibp": 2.0,
@@ -208,7 +215,8 @@ def _time_model(name: str, options: argparse.Namespace) -> list[Timing]:
     x = jax.random.uniform(key, (batch_size, 28, 28, 1))
     labels = jnp.arange(batch_size) % CLASSES
     samples = _perturbed(net.params, key, options.samples)
-    floor = floors(layers(net, x[0]), x[0].size, CLASSES - 1, options.steps)
+    ends = 2 if options.ends == "both" else 1
+    floor = floors(layers(net, x[0]), x[0].size, CLASSES - 1, options.steps, ends)
     plain = jax.jit(jax.vmap(net.apply, (None, 0)))
     compiled, seconds = _compile(plain, net.params, x)
     forward = partial(compiled, net.params, x)
@@ -220,6 +228,8 @@ def _time_model(name: str, options: argparse.Namespace) -> list[Timing]:
     for method in options.methods:
         chosen = {"steps": options.steps} if method == "alpha-crown" else {}
         bounds = bound(margins_of(net.apply), method, **chosen)
+        if ends == 1:
+            bounds = partial(_lower, bounds)
         regions = ball(x, EPS, clip=(0.0, 1.0))
         for sweep in ("one", "by vmap", "by map") if options.samples else ("one",):
             count = 1 if sweep == "one" else options.samples
@@ -238,6 +248,10 @@ def _time_model(name: str, options: argparse.Namespace) -> list[Timing]:
                 )
             print(_line(rows[-1]), flush=True)
     return rows
+
+
+def _lower(bounds: Callable[..., Any], *args: Any) -> jax.Array:
+    return bounds(*args).lower
 
 
 def _sweep(bounds: Callable[..., Any], sweep: str) -> Callable[..., Any]:

@@ -20,6 +20,8 @@ def test_layers_and_floors_of_the_small_cnn():
     assert set(METHODS) <= set(floor)
     total = sum(layer.products for layer in found)
     assert floor["crown-ibp"] == pytest.approx(2 + 9 * (2 * total - 1000) / total)
+    lower = bounds.floors(found, inputs=784, margins=9, steps=2, ends=1)
+    assert lower["crown-ibp"] == pytest.approx(2 + 9)
     # One hidden layer alone has no bounds of its own to sweep for.
     alone = bounds.floors(found[2:], inputs=1568, margins=9, steps=1)
     assert alone["crown"] == alone["crown-ibp"]
