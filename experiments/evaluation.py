@@ -112,7 +112,7 @@ def evaluate(
         "curve": accuracy_over_eps(config, certify_all, attack_all, test, size),
         "certify_method": config.certify_method,
         "attack": describe_attack(config),
-        "arithmetic": "real",
+        "arithmetic": certified.arithmetic,
         "tier": "exact",
         "evaluate_seconds": time.monotonic() - started,
     }

@@ -15,8 +15,8 @@ ORDER = """
     bounds.relaxations.lines bounds.relaxations.curves bounds.relaxations.smooth
     bounds.relaxations.powers bounds.relaxations.waves bounds.relaxations.planes
     bounds.relaxations.products bounds.relaxations.reductions bounds.relaxations
-    bounds.rules bounds.interval bounds.relax bounds.backward bounds.forward bounds.sweeps
-    bounds.alpha bounds.rounding bounds.api bounds.margins bounds.joint bounds
+    bounds.rules bounds.arithmetic bounds.rounding bounds.interval bounds.relax bounds.backward
+    bounds.forward bounds.sweeps bounds.alpha bounds.api bounds.margins bounds.joint bounds
     likelihood prior posterior
     infer.map infer.svi infer.natural_gradient infer.vogn infer.noisy_adam infer.ivon infer.swag
     infer.mcmc infer.sgmcmc infer.laplace infer.ensemble infer

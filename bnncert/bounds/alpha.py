@@ -20,18 +20,25 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from bnncert.bounds.backward import Step, concretize, linear_row, map_rows, planes_step
+from bnncert.bounds.backward import Step, concretize, linear_row, map_rows
 from bnncert.bounds.graph import Graph
 from bnncert.bounds.interval import (
     affine_prefix,
     bounded_nodes,
     intersect,
     output_nodes,
-    propagate,
 )
-from bnncert.bounds.relax import free_choice, is_relaxed, relax
+from bnncert.bounds.relax import free_choice, is_relaxed
 from bnncert.bounds.relaxations import Choice
-from bnncert.bounds.sweeps import Sweeper
+from bnncert.bounds.rounding import EXACT, Errors
+from bnncert.bounds.sweeps import (
+    Sweeper,
+    affine,
+    affine_errors,
+    boxes_by_node,
+    end_sets,
+    relaxed_step,
+)
 from bnncert.sets import Box
 
 _MOST_FRACTIONS = 2**22
@@ -126,18 +133,24 @@ def fraction_bounds(sweep: Sweeper, boxes: Sequence[Box], fractions: Fractions) 
     """
     graph, batch_size = sweep.graph, sweep.options.batch_size
     outputs: dict[int, Box] = {i: boxes[i] for i in output_nodes(graph)}
-    fixed: dict[int, Step] = dict(sweep.affine())
+    sets = end_sets(sweep, graph.inputs)
+    fixed: dict[int, Step] = {}
+    errors = EXACT
 
     def refine(index: int, tighter: list[Box]) -> Box | None:
+        nonlocal errors
         if index not in fractions:
             return boxes[index]
+        errors = affine_errors(sweep, tighter, errors)
+        unfree = affine(sweep, errors)
         for i in _ancestors(graph, index):
             if i not in fixed and i not in fractions[index] and is_relaxed(graph.nodes[i]):
-                fixed[i] = planes_step(graph, relax(graph, i, tighter, Choice()))
+                fixed[i] = relaxed_step(sweep, i, tighter, errors, Choice())
+        unfree = unfree.and_passing(fixed)
 
         def one(row: Array, free: dict[int, Free]) -> Box:
-            steps = {**fixed, **_free_steps(sweep, tighter, free)}
-            return concretize(linear_row(index, row, steps), graph.inputs)
+            steps = unfree.and_passing(_free_steps(sweep, tighter, errors, free))
+            return concretize(linear_row(index, row, steps), sets)
 
         node = graph.nodes[index]
         leading = {leaf.shape[0] for leaf in jax.tree.leaves(fractions[index])}
@@ -152,16 +165,15 @@ def fraction_bounds(sweep: Sweeper, boxes: Sequence[Box], fractions: Fractions) 
             outputs[index] = swept
         return intersect(swept, boxes[index])
 
-    propagate(graph, refine)
+    boxes_by_node(sweep, refine)
     return [outputs[i] for i in output_nodes(graph)]
 
 
-def _free_steps(sweep: Sweeper, boxes: Sequence[Box], free: Mapping[int, Free]) -> dict[int, Step]:
+def _free_steps(
+    sweep: Sweeper, boxes: Sequence[Box], errors: Errors, free: Mapping[int, Free]
+) -> dict[int, Step]:
     return {
-        i: planes_step(
-            sweep.graph,
-            *(relax(sweep.graph, i, boxes, Choice(*side)) for side in (each.lower, each.upper)),
-        )
+        i: relaxed_step(sweep, i, boxes, errors, Choice(*each.lower), Choice(*each.upper))
         for i, each in free.items()
     }
 

@@ -18,7 +18,7 @@ Sources: Gowal et al. 2018 (IBP); Zhang et al., ICLR 2020 (CROWN-IBP); Zhang et 
 (CROWN).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -28,7 +28,8 @@ from jaxtyping import Array, PyTree
 
 from bnncert.bounds import relaxations
 from bnncert.bounds.alpha import optimized
-from bnncert.bounds.backward import Step, linear_row, map_rows
+from bnncert.bounds.arithmetic import Arithmetic
+from bnncert.bounds.backward import Steps, linear_row, map_rows
 from bnncert.bounds.forward import forward_bounds
 from bnncert.bounds.graph import Graph, trace
 from bnncert.bounds.operands import Operand, Ref
@@ -44,7 +45,7 @@ from bnncert.sets import Box
 
 METHODS = ("ibp", "forward", "crown-ibp", "crown", "alpha-crown")
 LINEAR_METHODS = ("crown-ibp", "crown")
-ROUNDINGS = ("nearest",)
+ROUNDINGS = ("nearest", "outward")
 DEFAULT_BATCH_SIZE = 1024
 """Rows of a backward pass at once; `vmap` multiplies it by its own batch."""
 
@@ -77,6 +78,7 @@ def bound(
     lower_slope: str = "adaptive",
     steps: int = 50,
     unstable_only: bool = False,
+    unit_roundoff: float | None = None,
 ) -> Callable[..., PyTree]:
     """Bounds on the outputs of a function over sets of inputs, of weights, or of both.
 
@@ -89,6 +91,8 @@ def bound(
             is for few inputs and many outputs.
         rounding: "nearest": bounds of the function in real arithmetic, computed in the dtype of the
             sets; they may be cut by its rounding errors (float32: some 1e-6 of the values).
+            "outward": bounds of what the network computes in that dtype, and of the function in
+            real arithmetic, by the model of `bnncert.bounds.arithmetic`; not for "forward".
         batch_size: rows of a backward pass at once; bounds memory.
         lower_slope: of a ReLU that crosses 0: "adaptive", "zero", "one" or "chord".
         steps: of the optimiser of "alpha-crown".
@@ -96,6 +100,8 @@ def bound(
             are relaxed exactly whatever their bounds (what is wider are later intervals, which rows
             are intersected with). For large networks of which few units cross; a loop of unknown
             length, so that reverse-mode differentiation is lost.
+        unit_roundoff: with "outward": of the network's arithmetic, where that is less exact than
+            the dtype of the bounds (TF32 products: 2**-11; bfloat16: 2**-8).
 
     Returns:
         A function called as `f`, where any argument or any leaf inside one may be a `Box` or an
@@ -106,10 +112,10 @@ def bound(
 
     Raises:
         ValueError: unknown method, rounding or slope; when called: no set among the arguments,
-            lower > upper, NaN or negative radii.
+            lower > upper, NaN or negative radii; a sum too long for the unit roundoff.
         TypeError: when called: a set of integers.
-        UnsupportedPrimitiveError: when called: an operation without a sound rule; names it, and the
-            line of f that calls it.
+        UnsupportedPrimitiveError: when called: an operation without a sound rule, or whose rounding
+            is not known; names it, and the line of f that calls it.
 
     Cost: in evaluations of f: ibp 2 to 3; crown-ibp one backward pass for each output, crown one
     for each unit of each hidden layer after the first; alpha-crown three times that for each step;
@@ -128,11 +134,12 @@ def bound(
     _check("lower_slope", lower_slope, relaxations.LOWER_SLOPES)
     _check_positive("batch_size", batch_size, "at least one row must be swept at once")
     _check_positive("steps", steps, "alpha-crown takes at least one step")
+    arithmetic = _arithmetic(rounding, method, unit_roundoff)
 
     @wraps(f)
     def bounded(*args: Any, **kwargs: Any) -> PyTree:
         graph = trace(f, args, kwargs)
-        options = Options(batch_size, lower_slope, unstable_only)
+        options = Options(batch_size, lower_slope, unstable_only, arithmetic)
         boxes = _method_boxes(graph, method, options, steps)
         return jax.tree.unflatten(graph.out_tree, [_output(o, boxes) for o in graph.outputs])
 
@@ -153,6 +160,7 @@ def linear_bounds(
     f: Callable[..., PyTree],
     method: str = "crown",
     *,
+    rounding: str = "nearest",
     batch_size: int = DEFAULT_BATCH_SIZE,
     lower_slope: str = "adaptive",
 ) -> Callable[..., PyTree]:
@@ -163,6 +171,8 @@ def linear_bounds(
     Args:
         f: as for `bound`.
         method: "crown-ibp" or "crown".
+        rounding: as for `bound`: with "outward", what f computes lies between the exact values of
+            the two functions.
         batch_size: as for `bound`.
         lower_slope: as for `bound`.
 
@@ -183,13 +193,16 @@ def linear_bounds(
         (3.0, 1.0)
     """
     _check("method", method, LINEAR_METHODS)
+    _check("rounding", rounding, ROUNDINGS)
     _check("lower_slope", lower_slope, relaxations.LOWER_SLOPES)
     _check_positive("batch_size", batch_size, "at least one row must be swept at once")
+    arithmetic = _arithmetic(rounding, method, None)
 
     @wraps(f)
     def linear(*args: Any, **kwargs: Any) -> PyTree:
         graph = trace(f, args, kwargs)
-        _, variants = linear_outputs(graph, method, Options(batch_size, lower_slope))
+        options = Options(batch_size, lower_slope, arithmetic=arithmetic)
+        _, variants = linear_outputs(graph, method, options)
         return jax.tree.unflatten(graph.out_tree, variants[0])
 
     return linear
@@ -233,9 +246,7 @@ def _output(output: Operand, boxes: list[Box]) -> Box:
     return Box(value, value)
 
 
-def _linear_output(
-    graph: Graph, output: Operand, steps: Mapping[int, Step], batch_size: int
-) -> LinearBounds:
+def _linear_output(graph: Graph, output: Operand, steps: Steps, batch_size: int) -> LinearBounds:
     """Stacks the rows of one output leaf."""
     if not isinstance(output, Ref):
         value = jnp.asarray(output)
@@ -273,6 +284,26 @@ def _by_argument(graph: Graph, parts: list[Array]) -> PyTree:
         leaves[position] = part
     args, kwargs = jax.tree.unflatten(graph.in_tree, leaves)
     return (*args, kwargs) if kwargs else args
+
+
+def _arithmetic(rounding: str, method: str, unit_roundoff: float | None) -> Arithmetic | None:
+    if rounding == "nearest":
+        if unit_roundoff is not None:
+            raise ValueError(
+                f'unit_roundoff = {unit_roundoff} with rounding="nearest", which bounds the '
+                'function in real arithmetic: give rounding="outward".'
+            )
+        return None
+    if method == "forward":
+        raise ValueError(
+            'rounding="outward" with method="forward": no bound on its rounding has been derived; '
+            f"choose one of {', '.join(repr(m) for m in METHODS if m != 'forward')}."
+        )
+    if unit_roundoff is not None and not 0 < unit_roundoff < 0.5:
+        raise ValueError(
+            f"unit_roundoff = {unit_roundoff}: give a number in (0, 0.5), e.g. 2**-24."
+        )
+    return Arithmetic(unit_roundoff)
 
 
 def _check(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -55,25 +55,48 @@ Step = Callable[[Coefficients], tuple[list[tuple[int, Coefficients]], Offset]]
 """How a row passes one node: coefficients of its operands, by node, and what the offset gains."""
 
 
-def linear_row(target: int, row: Array, steps: Mapping[int, Step]) -> Row:
+class Steps(NamedTuple):
+    """How rows pass a graph.
+
+    Attributes:
+        passing: each node; where one is not here, a row stops.
+        slack: what a row allows for at the node where it begins (`rounding.Errors.carried`).
+        floors: what it allows for at every node it comes to: scalars.
+    """
+
+    passing: Mapping[int, Step]
+    slack: Mapping[int, Array] = {}
+    floors: Mapping[int, Array] = {}
+
+    def and_passing(self, more: Mapping[int, Step]) -> "Steps":
+        """With steps for more nodes."""
+        return self._replace(passing={**self.passing, **more})
+
+
+def linear_row(target: int, row: Array, steps: Steps) -> Row:
     """The linear bound of `<row, value of target>`.
 
     Args:
         target: index of the node.
         row: the shape of its value.
-        steps: how to pass each node; one that is not here is where the bound stops.
+        steps: how to pass each node.
     """
     waiting = {target: Coefficients(row, row)}
     remaining: dict[int, Coefficients] = {}
     lower, upper = jnp.zeros((), row.dtype), jnp.zeros((), row.dtype)
+    if target in steps.slack:
+        slack = charge(row, steps.slack[target])
+        lower, upper = lower - slack, upper + slack
     for index in range(target, -1, -1):
         if index not in waiting:
             continue
         coefficients = waiting.pop(index)
-        if index not in steps:
+        if index in steps.floors:
+            lower, upper = lower - steps.floors[index], upper + steps.floors[index]
+        if index not in steps.passing:
             remaining[index] = coefficients
             continue
-        passed, gained = steps[index](coefficients)
+        passed, gained = steps.passing[index](coefficients)
         lower, upper = lower + gained.lower, upper + gained.upper
         for operand, more in passed:
             waiting[operand] = _add(waiting[operand], more) if operand in waiting else more
@@ -81,7 +104,7 @@ def linear_row(target: int, row: Array, steps: Mapping[int, Step]) -> Row:
 
 
 def row_bounds(
-    graph: Graph, target: int, steps: Mapping[int, Step], sets: Sequence[Set], batch_size: int
+    graph: Graph, target: int, steps: Steps, sets: Sequence[Set], batch_size: int
 ) -> Box:
     """Bounds on each coordinate of a node, by one row each.
 
@@ -145,6 +168,24 @@ def concretize(row: Row, sets: Sequence[Set]) -> Box:
 def affine_steps(graph: Graph) -> dict[int, Step]:
     """How to pass each affine node."""
     return {i: _affine_step(graph, node) for i, node in enumerate(graph.nodes) if affine_rule(node)}
+
+
+def charged_step(step: Step, error: Array) -> Step:
+    """Passes a node whose value is off by up to `error`."""
+
+    def charged(coefficients: Coefficients) -> tuple[list[tuple[int, Coefficients]], Offset]:
+        passed, gained = step(coefficients)
+        below = charge(coefficients.lower, error)
+        same = coefficients.upper is coefficients.lower
+        above = below if same else charge(coefficients.upper, error)
+        return passed, Offset(gained.lower - below, gained.upper + above)
+
+    return charged
+
+
+def charge(row: Array, error: Array) -> Array:
+    """`<|row|, error>`."""
+    return _dot(jnp.abs(row), error)
 
 
 def planes_step(graph: Graph, planes: Planes, others: Planes | None = None) -> Step:

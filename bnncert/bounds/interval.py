@@ -24,17 +24,20 @@ from bnncert.bounds.rules import AFFINE, affine_rule, interval
 from bnncert.sets import Box, LpBall, Set
 
 Refine = Callable[[int, list[Box]], Box | None]
+Rule = Callable[..., Box]
+"""`(node, *boxes of its bounded operands) -> Box`."""
 
 _INDEPENDENT, _EXACT, _LOOSE = range(3)
 
 
-def propagate(graph: Graph, refine: Refine) -> list[Box]:
+def propagate(graph: Graph, refine: Refine, rule: Rule = interval) -> list[Box]:
     """A box for each node.
 
     Args:
         graph: the traced function.
         refine: `(index, boxes so far) -> Box` (or None): a second bound of a node that matters
             (`bounded_nodes`), to intersect with the first; the last box so far is the node's own.
+        rule: the interval rule of each node.
 
     Returns:
         Boxes, one for each node. Cost: about two evaluations of the function, and `refine`.
@@ -48,7 +51,7 @@ def propagate(graph: Graph, refine: Refine) -> list[Box]:
         if node.op == "input":
             boxes.append(hull(graph.inputs[index]))
         else:
-            boxes.append(interval(node, *(boxes[i] for i in node.refs)))
+            boxes.append(rule(node, *(boxes[i] for i in node.refs)))
         if index not in matter:
             continue
         boxes[index] = drop_nan(boxes[index])  # on from here, comparisons would hide it

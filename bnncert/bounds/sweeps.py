@@ -18,17 +18,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from bnncert.bounds import rounding
+from bnncert.bounds.arithmetic import Arithmetic
+from bnncert.bounds.arithmetic import interval as outward_interval
 from bnncert.bounds.backward import (
     Step,
+    Steps,
     affine_steps,
+    charged_step,
     concretize,
     linear_row,
     planes_step,
     row_bounds,
     unit_row,
 )
-from bnncert.bounds.graph import Graph
+from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.interval import (
+    Refine,
     affine_prefix,
     frontier,
     intersect,
@@ -39,8 +45,9 @@ from bnncert.bounds.interval import (
     relaxed_operands,
 )
 from bnncert.bounds.relax import has_variants, is_relaxed, relax
-from bnncert.bounds.relaxations import Choice
-from bnncert.sets import Box
+from bnncert.bounds.relaxations import Choice, Planes
+from bnncert.bounds.rounding import EXACT, Errors
+from bnncert.sets import Box, Set
 
 
 class Options(NamedTuple):
@@ -50,11 +57,13 @@ class Options(NamedTuple):
         batch_size: rows at once.
         lower_slope: of a ReLU that crosses 0.
         unstable_only: bound by rows only what a kink crosses.
+        arithmetic: of the network, which its bounds are to hold in; None: real arithmetic.
     """
 
     batch_size: int
     lower_slope: str = "adaptive"
     unstable_only: bool = False
+    arithmetic: Arithmetic | None = None
 
 
 class Sweeper(NamedTuple):
@@ -76,18 +85,39 @@ def sweeper(graph: Graph, options: Options) -> Sweeper:
     return Sweeper(graph, cache(lambda: affine_steps(graph)), options)
 
 
+def boxes_by_node(sweep: Sweeper, refine: Refine) -> list[Box]:
+    """`interval.propagate`, in the arithmetic asked for."""
+    graph, arithmetic = sweep.graph, sweep.options.arithmetic
+    if arithmetic is None:
+        return propagate(graph, refine)
+
+    def rule(node: Node, *boxes: Box) -> Box:
+        return outward_interval(graph, node, boxes, arithmetic)
+
+    return propagate(graph, refine, rule)
+
+
+def end_sets(sweep: Sweeper, sets: Sequence[Set]) -> list[Set]:
+    """What rows are concretised over, in the arithmetic asked for."""
+    if sweep.options.arithmetic is None:
+        return list(sets)
+    return [rounding.outward_set(sweep.graph, region) for region in sets]
+
+
 def interval_bounds(sweep: Sweeper) -> list[Box]:
     """IBP: a box for each node, affine runs merged where that is sharper."""
     graph = sweep.graph
-    merged = merged_nodes(graph)
+    merged, errors = merged_nodes(graph), EXACT
 
     def merge(index: int, boxes: list[Box]) -> Box | None:
+        nonlocal errors
         if index not in merged:
             return None
-        sets = frontier(graph, boxes)
-        return row_bounds(graph, index, sweep.affine(), sets, sweep.options.batch_size)
+        errors = affine_errors(sweep, boxes, errors)
+        sets, steps = end_sets(sweep, frontier(graph, boxes)), affine(sweep, errors)
+        return row_bounds(graph, index, steps, sets, sweep.options.batch_size)
 
-    return propagate(graph, merge)
+    return boxes_by_node(sweep, merge)
 
 
 def intermediate_bounds(sweep: Sweeper, boxes: Sequence[Box]) -> list[Box]:
@@ -95,20 +125,24 @@ def intermediate_bounds(sweep: Sweeper, boxes: Sequence[Box]) -> list[Box]:
     graph = sweep.graph
     exact, relaxed = affine_prefix(graph), relaxed_operands(graph)
     variants = _variants(graph)
-    steps: list[dict[int, Step]] = [dict(sweep.affine()) for _ in variants]
+    passed: list[dict[int, Step]] = [{} for _ in variants]
+    errors = EXACT
 
     def refine(index: int, tighter: list[Box]) -> Box | None:
+        nonlocal errors
         found = boxes[index]
         if index in exact or index not in relaxed:
             return found
-        for variant, passed in zip(variants, steps, strict=True):
+        errors = affine_errors(sweep, tighter, errors)
+        through = affine(sweep, errors)
+        for variant, steps in zip(variants, passed, strict=True):
             for i in range(index + 1):
-                if i not in passed and is_relaxed(graph.nodes[i]):
-                    passed[i] = _step(sweep, i, tighter, variant)
-            found = intersect(found, _rows(sweep, index, passed, found))
+                if i not in steps and is_relaxed(graph.nodes[i]):
+                    steps[i] = relaxed_step(sweep, i, tighter, errors, Choice(variant=variant))
+            found = intersect(found, _rows(sweep, index, through.and_passing(steps), found))
         return found
 
-    return propagate(graph, refine)
+    return boxes_by_node(sweep, refine)
 
 
 def output_bounds(sweep: Sweeper, boxes: Sequence[Box]) -> list[Box]:
@@ -118,10 +152,10 @@ def output_bounds(sweep: Sweeper, boxes: Sequence[Box]) -> list[Box]:
     of the cost. Both enclose the value at the centres of the sets, which keeps them in order.
     """
     graph, found = sweep.graph, list(boxes)
-    values = nominal(graph)
+    values, sets = nominal(graph), end_sets(sweep, graph.inputs)
     for steps in relaxed_steps(sweep, boxes):
         for index in output_nodes(graph):
-            swept = row_bounds(graph, index, steps, graph.inputs, sweep.options.batch_size)
+            swept = row_bounds(graph, index, steps, sets, sweep.options.batch_size)
             lower = jnp.maximum(found[index].lower, swept.lower)
             upper = jnp.minimum(found[index].upper, swept.upper)
             value = values[index]
@@ -130,18 +164,50 @@ def output_bounds(sweep: Sweeper, boxes: Sequence[Box]) -> list[Box]:
     return found
 
 
-def relaxed_steps(sweep: Sweeper, boxes: Sequence[Box]) -> list[dict[int, Step]]:
+def relaxed_steps(sweep: Sweeper, boxes: Sequence[Box]) -> list[Steps]:
     """How to pass every node, for each variant."""
     relaxed = [i for i, node in enumerate(sweep.graph.nodes) if is_relaxed(node)]
+    errors = affine_errors(sweep, boxes)
+    through = affine(sweep, errors)
     return [
-        {**sweep.affine(), **{i: _step(sweep, i, boxes, variant) for i in relaxed}}
-        for variant in _variants(sweep.graph)
+        through.and_passing(
+            {i: relaxed_step(sweep, i, boxes, errors, Choice(variant=v)) for i in relaxed}
+        )
+        for v in _variants(sweep.graph)
     ]
 
 
-def _step(sweep: Sweeper, index: int, boxes: Sequence[Box], variant: int) -> Step:
-    choice = Choice(variant=variant, lower_slope=sweep.options.lower_slope)
-    return planes_step(sweep.graph, relax(sweep.graph, index, boxes, choice))
+def affine_errors(sweep: Sweeper, boxes: Sequence[Box], known: Errors = EXACT) -> Errors:
+    """What affine nodes may be off by, over the boxes so far; nothing in real arithmetic."""
+    if sweep.options.arithmetic is None:
+        return known
+    return rounding.affine_errors(sweep.graph, boxes, sweep.options.arithmetic, known)
+
+
+def relaxed_step(
+    sweep: Sweeper, index: int, boxes: Sequence[Box], errors: Errors, *choices: Choice
+) -> Step:
+    """Passes a relaxed node by the planes of one choice, or of one for each side of a row."""
+    graph, arithmetic, lower_slope = (
+        sweep.graph,
+        sweep.options.arithmetic,
+        sweep.options.lower_slope,
+    )
+
+    def planes(choice: Choice) -> Planes:
+        found = relax(graph, index, boxes, choice._replace(lower_slope=lower_slope))
+        if arithmetic is None:
+            return found
+        return rounding.outward_planes(graph, index, found, boxes, errors.carried, arithmetic)
+
+    return planes_step(graph, *map(planes, choices))
+
+
+def affine(sweep: Sweeper, errors: Errors) -> Steps:
+    """How to pass affine nodes, what they are off by allowed for."""
+    steps = sweep.affine()
+    charged = {i: charged_step(steps[i], error) for i, error in errors.charged.items()}
+    return Steps({**steps, **charged}, errors.carried, errors.floors)
 
 
 def _variants(graph: Graph) -> tuple[int, ...]:
@@ -149,12 +215,13 @@ def _variants(graph: Graph) -> tuple[int, ...]:
     return (0, 1) if any(has_variants(graph, i) for i in relaxed) else (0,)
 
 
-def _rows(sweep: Sweeper, index: int, steps: Mapping[int, Step], known: Box) -> Box:
+def _rows(sweep: Sweeper, index: int, steps: Steps, known: Box) -> Box:
     """Bounds of one node by rows: all, or those that a kink crosses."""
-    graph, batch_size = sweep.graph, sweep.options.batch_size
+    graph = sweep.graph
     thresholds = _thresholds(graph, index) if sweep.options.unstable_only else None
     if thresholds is None:
-        return row_bounds(graph, index, steps, graph.inputs, batch_size)
+        sets = end_sets(sweep, graph.inputs)
+        return row_bounds(graph, index, steps, sets, sweep.options.batch_size)
     return _unstable_rows(sweep, index, steps, known, thresholds)
 
 
@@ -176,7 +243,7 @@ def _thresholds(graph: Graph, index: int) -> list[Array] | None:
 def _unstable_rows(
     sweep: Sweeper,
     index: int,
-    steps: Mapping[int, Step],
+    steps: Steps,
     known: Box,
     thresholds: Sequence[Array],
 ) -> Box:
@@ -193,9 +260,10 @@ def _unstable_rows(
     order = jnp.concatenate([order, jnp.full(-size % chunk, size, order.dtype)])
     count = unstable.sum()
     lower, upper = known.lower.reshape(-1), known.upper.reshape(-1)
+    sets = end_sets(sweep, graph.inputs)
 
     def one(i: Array) -> Box:
-        return concretize(linear_row(index, unit_row(node, i), steps), graph.inputs)
+        return concretize(linear_row(index, unit_row(node, i), steps), sets)
 
     def more(state: tuple[Array, Array, Array]) -> Array:
         return state[0] < count

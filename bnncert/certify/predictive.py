@@ -15,6 +15,14 @@ For one network, let [l_k, u_k] bound the margins m_k = f_k - f_c over T (m_c = 
 falls with m_j, and with the other m_k where m_j <= 0, while it rises with them where m_j > 0. So
 its minimum over the box of margins is at u_j with u_k, or l_k where u_j > 0.
 
+Arithmetic. With `rounding="outward"` the margins bound those of the *computed* logits. What the
+predictor makes of them is rounded too: with d_k = max f - f_k, exp(-d_k) is off by (16 + 1.1 d_k) u
+of itself, and d exp(-d) <= 1/e, so a computed softmax of C classes is off by (40 + 2 C) u at most;
+a mean of S of them by (S + 2) u more. The bounds above, by log-sum-exp and exp of the margins, are
+off by at most (130 + 2 C) u, and their mean likewise. A difference of two probabilities so gives
+way by (400 + 8 C + 4 S) u in all, a probability by half of it: `_slack`. What is certified is then
+that the float32 predictor, evaluated in any order, chooses the class (`bnncert.bounds.arithmetic`).
+
 Source: Wicker et al., AISTATS 2021, section 6 (the predictive); differences of probabilities in
 place of a confidence above 1/2, which certifies far less on hard data.
 """
@@ -45,7 +53,8 @@ class Decision:
             shape (C,).
         probability: a `Box` around pi_predicted over the set, scalars.
         confidence: 1.0: a proof about the deployed samples.
-        arithmetic: "real": the bounds speak of the network in real arithmetic.
+        arithmetic: what is proved is proved of the predictor in "float32" (or the dtype of its
+            outputs), by `rounding="outward"`; in "real" arithmetic only, by "nearest".
     """
 
     # Any, as in `Box`: a batch axis under `vmap`, and transformations put other things here.
@@ -64,7 +73,7 @@ def decision(
     *,
     x: Float[Array, "..."] | None = None,
     method: str = "crown-ibp",
-    rounding: str = "nearest",
+    rounding: str = "outward",
     batch_size: int | None = None,
 ) -> Decision:
     """Certifies the decision of the posterior predictive over a set of inputs.
@@ -76,7 +85,8 @@ def decision(
         x: the nominal input, where the predicted class is read off; it must lie in the set. The
             set's center by default (that of a *clipped* ball is not the image it was made of).
         method: of the bounds, as for `bnncert.bound`.
-        rounding: as for `bnncert.bound`.
+        rounding: "outward" covers the rounding of network, predictor and bounds; "nearest" speaks
+            of real arithmetic, and knows every operation (as for `bnncert.bound`).
         batch_size: samples at once; one by default, which suits convolutions on a CPU.
 
     Returns:
@@ -119,10 +129,12 @@ def decision(
         return jnp.where(jnp.isnan(difference), -1.0, difference), _probability(box)
 
     differences, probabilities = _sweep(certify, samples, batch_size)
-    lower = jnp.where(jnp.arange(classes) == predicted, 0.0, differences.mean(0))
+    slack = _slack(rounding, average, num_samples(samples))
+    lower = jnp.where(jnp.arange(classes) == predicted, 0.0, differences.mean(0) - slack)
     robust = jnp.all((lower > 0) | (jnp.arange(classes) == predicted))
-    probability = jax.tree.map(lambda ends: ends.mean(0), probabilities)
-    return Decision(predicted, robust, lower, probability, jnp.ones(()))
+    probability = _mean(probabilities, slack)
+    arithmetic = "real" if rounding == "nearest" else str(average.dtype)
+    return Decision(predicted, robust, lower, probability, jnp.ones(()), arithmetic)
 
 
 def predictive(
@@ -131,7 +143,7 @@ def predictive(
     x_set: Set,
     *,
     method: str = "crown-ibp",
-    rounding: str = "nearest",
+    rounding: str = "outward",
     batch_size: int | None = None,
 ) -> Box:
     """Bounds on every class's posterior predictive probability over a set of inputs.
@@ -167,7 +179,7 @@ def predictive(
         return jax.vmap(_probability)(bounded(params, x_set))
 
     boxes = _sweep(certify, samples, batch_size)
-    return jax.tree.map(lambda ends: ends.mean(0), boxes)
+    return _mean(boxes, _slack(rounding, boxes.lower[0], num_samples(samples)))
 
 
 def num_samples(samples: Samples) -> int:
@@ -214,6 +226,19 @@ def _probability(margins: Box) -> Box:
     """Of class c, from bounds on the margins f_k - f_c (of which that of c itself is 0)."""
     lower, upper = -jax.nn.logsumexp(margins.upper), -jax.nn.logsumexp(margins.lower)
     return Box(jnp.exp(lower), jnp.exp(upper))
+
+
+def _slack(rounding: str, probabilities: Array, count: int) -> float:
+    """What a difference of two averaged probabilities gives way by, as the module derives."""
+    unit = 0.5 * float(jnp.finfo(probabilities.dtype).eps)
+    classes = probabilities.shape[0]
+    return 0.0 if rounding == "nearest" else (400 + 8 * classes + 4 * count) * unit
+
+
+def _mean(boxes: Box, slack: float) -> Box:
+    """Of probabilities over samples; none is negative."""
+    lower, upper = boxes.lower.mean(0) - 0.5 * slack, boxes.upper.mean(0) + 0.5 * slack
+    return Box(jnp.maximum(lower, 0.0), upper)
 
 
 def _inside(x: Array, x_set: Set) -> Array:

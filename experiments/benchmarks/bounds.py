@@ -2,6 +2,7 @@
 
     python -m experiments.benchmarks.bounds
     python -m experiments.benchmarks.bounds --models cnn --methods ibp crown-ibp --samples 4
+    python -m experiments.benchmarks.bounds --methods ibp crown --roundings nearest outward
 
 Bounded are the nine margins against the label of each image, each network's last layer merged in;
 both ends of each margin, or with `--ends lower` the one that a certificate or a likelihood needs
@@ -42,7 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnncert import ball, bound
-from bnncert.bounds.api import METHODS
+from bnncert.bounds.api import METHODS, ROUNDINGS
 from experiments.allocator import keep_freed_pages
 from experiments.data import Dataset, Split
 from experiments.models import build, ibp_normal
@@ -73,6 +74,7 @@ class Timing(NamedTuple):
     Attributes:
         model: name of the network.
         method: of `bnncert.bound`, or "plain" for the forward pass.
+        rounding: of `bnncert.bound`.
         sweep: "one" set of weights, or samples "by vmap" or "by map".
         seconds: of one call, for all samples; None where it is too large.
         passes: seconds in forward passes of the batch, for one sample.
@@ -83,6 +85,7 @@ class Timing(NamedTuple):
 
     model: str
     method: str
+    rounding: str
     sweep: str
     seconds: float | None
     passes: float | None
@@ -104,6 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--batch-size", type=int, help=f"images at once; where not given, {BATCH_SIZES}"
     )
     parser.add_argument("--ends", default="both", choices=("both", "lower"), help="of each margin")
+    parser.add_argument(
+        "--roundings", nargs="+", default=["nearest"], choices=ROUNDINGS, help="each in turn"
+    )
     parser.add_argument("--repeats", type=int, default=10, help="timings of each")
     parser.add_argument("--samples", type=int, default=16, help="posterior samples; 0: no sweeps")
     parser.add_argument("--steps", type=int, default=STEPS, help="of alpha-crown")
@@ -223,31 +229,47 @@ def _time_model(name: str, options: argparse.Namespace) -> list[Timing]:
     (best,) = _interleaved([forward], options.repeats)
     memory = _temporary(compiled)
     label = f"{name} x {batch_size}"
-    rows = [Timing(label, "plain", "one", best, 1.0, 1.0, seconds, memory)]
+    rows = [Timing(label, "plain", "", "one", best, 1.0, 1.0, seconds, memory)]
     print(_line(rows[0]), flush=True)
+    regions = ball(x, EPS, clip=(0.0, 1.0))
     for method in options.methods:
-        chosen = {"steps": options.steps} if method == "alpha-crown" else {}
-        bounds = bound(margins_of(net.apply), method, **chosen)
-        if ends == 1:
-            bounds = partial(_lower, bounds)
-        regions = ball(x, EPS, clip=(0.0, 1.0))
         for sweep in ("one", "by vmap", "by map") if options.samples else ("one",):
             count = 1 if sweep == "one" else options.samples
             least = floor.get(method, math.nan)
+            kinds = [r for r in options.roundings if (method, r) != ("forward", "outward")]
             if least * count > options.most:
-                rows.append(Timing(label, method, sweep, None, None, least, None, None))
+                found = [Timing(label, method, r, sweep, *_NONE, least, *_NONE) for r in kinds]
             else:
                 print(f"{label}: {method}, {sweep}", file=sys.stderr, flush=True)
                 weights = net.params if sweep == "one" else samples
-                swept, seconds = _compile(_sweep(bounds, sweep), weights, regions, labels)
-                call = partial(swept, weights, regions, labels)
-                best, reference = _interleaved([call, forward], options.repeats)
-                passes = best / (count * reference)
-                rows.append(
-                    Timing(label, method, sweep, best, passes, least, seconds, _temporary(swept))
-                )
-            print(_line(rows[-1]), flush=True)
+                compiled = [
+                    _compile(
+                        _sweep(_bounds(net, method, rounding, options), sweep),
+                        *(weights, regions, labels),
+                    )
+                    for rounding in kinds
+                ]
+                calls = [partial(swept, weights, regions, labels) for swept, _ in compiled]
+                *times, reference = _interleaved([*calls, forward], options.repeats)
+                found = [
+                    Timing(
+                        *(label, method, rounding, sweep, best, best / (count * reference)),
+                        *(least, seconds, _temporary(swept)),
+                    )
+                    for rounding, best, (swept, seconds) in zip(kinds, times, compiled, strict=True)
+                ]
+            rows.extend(found)
+            for row in found:
+                print(_line(row), flush=True)
     return rows
+
+
+def _bounds(
+    net: Network, method: str, rounding: str, options: argparse.Namespace
+) -> Callable[..., Any]:
+    chosen = {"steps": options.steps} if method == "alpha-crown" else {}
+    bounds = bound(margins_of(net.apply), method, rounding=rounding, **chosen)
+    return bounds if options.ends == "both" else partial(_lower, bounds)
 
 
 def _lower(bounds: Callable[..., Any], *args: Any) -> jax.Array:
@@ -352,14 +374,15 @@ def _apply_cnn7(params: Sequence[dict[str, jax.Array]], x: jax.Array) -> jax.Arr
     return x @ params[-1]["kernel"] + params[-1]["bias"]
 
 
+_NONE = (None, None)
 _HEADER = (
-    f"{'model':12}{'method':13}{'samples':9}{'ms':>10}{'passes':>9}{'floor':>9}"
+    f"{'model':12}{'method':13}{'rounding':10}{'samples':9}{'ms':>10}{'passes':>9}{'floor':>9}"
     f"{'compile s':>11}{'memory MB':>11}"
 )
 
 
 def _line(row: Timing) -> str:
-    start = f"{row.model:12}{row.method:13}{row.sweep:9}"
+    start = f"{row.model:12}{row.method:13}{row.rounding:10}{row.sweep:9}"
     if row.seconds is None:
         return f"{start}{'too large':>19}{row.floor:9.0f}"
     memory = "-" if row.temporary_bytes is None else f"{row.temporary_bytes / 1e6:.1f}"

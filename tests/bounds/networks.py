@@ -37,17 +37,22 @@ class Kind(NamedTuple):
     apply: Callable[..., Any]
 
 
-def boxes(name: str, methods: tuple[str, ...] = METHODS) -> Callable[[Any, tuple], dict[str, Any]]:
+def boxes(
+    name: str, methods: tuple[str, ...] = METHODS, rounding: str = "nearest"
+) -> Callable[[Any, tuple], dict[str, Any]]:
     """`(params, args) -> {method: boxes}` over the stacked networks of a kind, compiled once."""
-    return _boxes(name, methods)
+    return _boxes(name, methods, rounding)
 
 
 @cache
-def _boxes(name: str, methods: tuple[str, ...]) -> Callable[[Any, tuple], dict[str, Any]]:
+def _boxes(
+    name: str, methods: tuple[str, ...], rounding: str
+) -> Callable[[Any, tuple], dict[str, Any]]:
     apply = KINDS[name].apply
 
     def all_methods(params: Any, args: tuple) -> dict[str, Any]:
-        return {method: bound(partial(apply, params), method)(*args) for method in methods}
+        found = {m: bound(partial(apply, params), m, rounding=rounding) for m in methods}
+        return {method: g(*args) for method, g in found.items()}
 
     return jax.jit(jax.vmap(all_methods), compiler_options=FAST)
 

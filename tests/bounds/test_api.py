@@ -147,7 +147,7 @@ def test_linear_bounds_have_the_structure_of_the_arguments():
     ("call", "error", "text"),
     [
         (lambda: bound(f, "forwards"), ValueError, "method = 'forwards'.*'crown-ibp'"),
-        (lambda: bound(f, rounding="outward"), ValueError, "rounding = 'outward'"),
+        (lambda: bound(f, rounding="upward"), ValueError, "rounding = 'upward'"),
         (lambda: bound(f, lower_slope="steep"), ValueError, "lower_slope = 'steep'"),
         (lambda: bound(f, batch_size=0), ValueError, "batch_size = 0"),
         (lambda: bound(f, "alpha-crown", steps=0), ValueError, "steps = 0"),

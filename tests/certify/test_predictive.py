@@ -98,10 +98,11 @@ def test_holds_at_random_corner_and_attacked_points_of_the_averaged_predictive(c
                 box = jax.tree.map(lambda end, i=i: end[i], sets)
                 pi = at_points(samples, points_of(box, [attacked.x[i][None]]))
                 differences = (pi[:, c, None] - pi).min(axis=0)
-                assert (found.margins[i] <= differences + 1e-6).all()
-                assert (found.probability.lower[i] <= pi[:, c] + 1e-6).all()
-                assert (pi[:, c] <= found.probability.upper[i] + 1e-6).all()
-                assert (probs.lower[i] <= pi + 1e-6).all() and (pi <= probs.upper[i] + 1e-6).all()
+                # Computed in float32, and no tolerance: bounds are rounded outward.
+                assert (found.margins[i] <= differences).all()
+                assert (found.probability.lower[i] <= pi[:, c]).all()
+                assert (pi[:, c] <= found.probability.upper[i]).all()
+                assert (probs.lower[i] <= pi).all() and (pi <= probs.upper[i]).all()
                 if found.robust[i]:
                     assert (pi.argmax(axis=1) == c).all() and not attacked.broken[i]
             seen.extend(found.robust.tolist())
@@ -111,7 +112,7 @@ def test_holds_at_random_corner_and_attacked_points_of_the_averaged_predictive(c
 @pytest.mark.parametrize("method", ["ibp", "crown-ibp", "crown"])
 def test_a_set_of_one_point_gives_the_predictive_itself(method):
     samples = network(jax.random.key(2), 3)
-    found, probs = decide(method=method)(samples, Box(XS, XS), XS)
+    found, probs = decide(method=method, rounding="nearest")(samples, Box(XS, XS), XS)
     pi = at_points(samples, XS)
     np.testing.assert_allclose(probs.lower, pi, atol=1e-6)
     np.testing.assert_allclose(probs.upper, pi, atol=1e-6)
@@ -125,7 +126,7 @@ def test_a_set_of_one_point_gives_the_predictive_itself(method):
 def test_a_tie_is_not_robust():
     """The winner has to be strict: at 0 the two classes are equally probable."""
     found = decision(lambda w, x: w * x, jnp.ones((2, 2)), Box(jnp.zeros(1), jnp.zeros(1)))
-    assert not found.robust and (found.margins == 0).all()
+    assert not found.robust and (found.margins <= 0).all()
 
 
 def test_difference_of_probabilities_is_exact_over_independent_margins():
@@ -135,7 +136,7 @@ def test_difference_of_probabilities_is_exact_over_independent_margins():
         return w * jnp.concatenate([jnp.zeros(1), x])
 
     one = jnp.ones((1, 1))
-    run = jax.jit(lambda x, box: decision(independent, one, box, x=x))
+    run = jax.jit(lambda x, box: decision(independent, one, box, x=x, rounding="nearest"))
     rng = np.random.default_rng(1)
     signs = set()
     for _ in range(20):
@@ -193,7 +194,7 @@ def test_the_statement_is_about_the_deployed_samples_and_no_estimate():
         chex.assert_trees_all_close(others, probs, atol=1e-6)
     fewer, _ = run(jax.tree.map(lambda v: v[:2], samples), sets, XS)
     assert jnp.abs(fewer.margins - found.margins).max() > 1e-3
-    assert (found.confidence == 1.0).all() and found.arithmetic == "real"
+    assert (found.confidence == 1.0).all() and found.arithmetic == "float32"
 
 
 def test_an_overflow_proves_nothing_and_is_no_nan():
@@ -203,9 +204,10 @@ def test_an_overflow_proves_nothing_and_is_no_nan():
     samples, box = jnp.array([[[1.0, -1.0], [0.5, 2.0]]]), Box(jnp.zeros(2), jnp.ones(2))
     found = decision(growing, samples, box, x=jnp.zeros(2))
     assert not found.robust
-    np.testing.assert_array_equal(found.margins, jnp.where(found.predicted == jnp.arange(2), 0, -1))
+    nothing = jnp.where(found.predicted == jnp.arange(2), 0, -1)
+    np.testing.assert_allclose(found.margins, nothing, atol=1e-4)
     probs = predictive(growing, samples, box)
-    assert (probs.lower == 0).all() and (probs.upper == 1).all()
+    assert (probs.lower == 0).all() and (probs.upper >= 1).all() and (probs.upper < 1.001).all()
 
 
 # --- the nominal input, the set -------------------------------------------------------------------
@@ -223,7 +225,7 @@ def test_the_nominal_input_need_not_be_the_center_of_a_clipped_ball():
     at_image = decision(apply, samples, box, x=x)
     assert at_image.predicted == 1 and not at_image.robust
     # sigmoid(2 m) - sigmoid(-2 m) = tanh(m), m = -.25 at the far end
-    np.testing.assert_allclose(at_image.margins[0], np.tanh(-0.25), rtol=1e-5)
+    np.testing.assert_allclose(at_image.margins[0], np.tanh(-0.25), atol=1e-4)
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -309,7 +311,7 @@ def test_vmap_is_a_loop_and_jit_takes_the_static_field():
             atol=1e-6,
         )
     again = jax.jit(lambda d: d)(batched)
-    assert again.arithmetic == "real" and len(jax.tree.leaves(again)) == 6
+    assert again.arithmetic == "float32" and len(jax.tree.leaves(again)) == 6
 
 
 def test_float32_weights_stay_float32_under_x64():
