@@ -3,7 +3,11 @@
 Public names, re-exported; see the modules for their mathematics.
 """
 
-from bnncert import (
+from bnncert.backend import avoid_wrong_sums
+
+avoid_wrong_sums()  # before anything that could compute is imported
+
+from bnncert import (  # noqa: E402
     attack,
     bounds,
     certify,
@@ -15,7 +19,7 @@ from bnncert import (
     sets,
     types,
 )
-from bnncert.bounds import (
+from bnncert.bounds import (  # noqa: E402
     Affine,
     LinearBounds,
     UnsupportedPrimitiveError,
@@ -24,9 +28,9 @@ from bnncert.bounds import (
     ibp,
     linear_bounds,
 )
-from bnncert.posterior import MeanField, Samples
-from bnncert.sets import Box, LpBall, ball
-from bnncert.types import Algorithm, Batch, Threat
+from bnncert.posterior import MeanField, Samples  # noqa: E402
+from bnncert.sets import Box, LpBall, ball  # noqa: E402
+from bnncert.types import Algorithm, Batch, Threat  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -5,9 +5,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-import jaxtyping
-import pytest
+# Small functions run for microseconds: what counts is the time to compile them. Read by XLA once.
+_QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 
 # Before the first import of either package: the hook only sees what is imported after it.
 jaxtyping.install_import_hook(["bnncert", "experiments"], "beartype.beartype")

@@ -7,6 +7,9 @@ An affine operation W acts on the two sides through their centre and half differ
     lower' = W (lower + upper) / 2 - |W| (upper - lower) / 2        upper' likewise, with plus
 
 and a nonlinearity through its planes, affine operations that are traced and passed in their turn.
+Rounded outward, the sides move apart at each node by what the network computes otherwise there, and
+by what they lose themselves: of a sum of n terms gamma(n) |W| (|A| |x| + |b|) (`rounding.py`).
+
 Cost: as many evaluations as the sets have coordinates, n; memory n times the widest value.
 
 Source: Xu et al., "Automatic perturbation analysis for scalable certified robustness and beyond",
@@ -21,12 +24,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from bnncert.bounds.arithmetic import Arithmetic, gamma, own_unit
+from bnncert.bounds.arithmetic import magnitude as magnitude_of
 from bnncert.bounds.backward import dual_norm
 from bnncert.bounds.graph import Graph, Node, trace
 from bnncert.bounds.interval import bounded_nodes, drop_nan, intersect
 from bnncert.bounds.operands import Operand, Ref
 from bnncert.bounds.relax import is_relaxed, relax
 from bnncert.bounds.relaxations import Choice
+from bnncert.bounds.rounding import network_error, outward_planes, outward_set, side_error
 from bnncert.bounds.rules.affine import linear, magnitude
 from bnncert.sets import Box, LpBall, Set
 
@@ -50,33 +56,57 @@ class Between(NamedTuple):
     upper: Side
 
 
-def forward_bounds(graph: Graph, boxes: Sequence[Box], lower_slope: str) -> list[Box]:
+def forward_bounds(
+    graph: Graph, boxes: Sequence[Box], lower_slope: str, arithmetic: Arithmetic | None = None
+) -> list[Box]:
     """The boxes, intersected at each node that matters with those of forward linear bounds.
 
     Args:
         graph: the traced function.
         boxes: of all nodes, by intervals.
         lower_slope: of a ReLU that crosses 0.
+        arithmetic: of the network, which the bounds are to hold in; None: real arithmetic.
     """
     choice = Choice(lower_slope=lower_slope)
     found, sides = list(boxes), _inputs(graph)
     size = sides[0].lower.A.shape[0]
     matter = bounded_nodes(graph)
+    sets, inexact = list(graph.inputs), None
+    if arithmetic is not None:
+        sets = [outward_set(graph, region) for region in sets]
+        inexact = Inexact(graph, jnp.concatenate([_reach(s).reshape(-1) for s in sets]))
     for index, node in enumerate(graph.nodes[len(graph.inputs) :], len(graph.inputs)):
         operands = [sides[i] for i in node.refs]
         if is_relaxed(node):
             planes = relax(graph, index, found, choice)
+            if arithmetic is not None:
+                planes = outward_planes(graph, index, planes, found, {}, arithmetic)
             operands = [sides[i] for i in planes.operands]
-            lower = _through(planes.lower, operands, node, size)
-            upper = _through(planes.upper, operands, node, size)
+            lower = _through(planes.lower, operands, node, size, inexact)
+            upper = _through(planes.upper, operands, node, size, inexact)
             sides.append(Between(lower.lower, upper.upper))
         else:
-            sides.append(_affine(node, operands))
+            side = _affine(node, operands, inexact)
+            if arithmetic is not None:
+                error = network_error(graph, node, [found[i] for i in node.refs], arithmetic)
+                side = _apart(side, error)
+            sides.append(side)
         if index in matter:
-            swept = drop_nan(_concretize(sides[index], graph.inputs))
+            side = sides[index]
+            if inexact is not None:
+                last = 4 * gamma(len(sets) + 8, own_unit(node))
+                side = _apart(side, last * _size(side, inexact.reach))
+            swept = drop_nan(_concretize(side, sets))
             cast = jax.tree.map(lambda end, dtype=node.dtype: end.astype(dtype), swept)
             found[index] = intersect(found[index], cast)
     return found
+
+
+class Inexact(NamedTuple):
+    """For outward rounding: a function, and the largest |x| of all coordinates of its sets."""
+
+    graph: Graph
+    reach: Array
 
 
 def _inputs(graph: Graph) -> list[Between]:
@@ -92,8 +122,16 @@ def _inputs(graph: Graph) -> list[Between]:
     return found
 
 
-def _affine(node: Node, operands: Sequence[Between]) -> Between:
+def _affine(node: Node, operands: Sequence[Between], inexact: Inexact | None) -> Between:
     """Passes an operation that is affine in its bounded operands."""
+    passed = _exactly(node, operands)
+    if inexact is None:
+        return passed
+    sizes = [_size(operand, inexact.reach) for operand in operands]
+    return _apart(passed, side_error(inexact.graph, node, sizes, jnp.sum(inexact.reach)))
+
+
+def _exactly(node: Node, operands: Sequence[Between]) -> Between:
     lowers, uppers = [o.lower for o in operands], [o.upper for o in operands]
     if _grows(node) and any(low is not high for low, high in zip(lowers, uppers, strict=True)):
         halves = [
@@ -118,6 +156,33 @@ def _affine(node: Node, operands: Sequence[Between]) -> Between:
     return Between(lower, _evaluate(node, uppers))
 
 
+def _apart(between: Between, error: Array | None) -> Between:
+    """The two sides moved apart."""
+    if error is None:
+        return between
+    lower, upper = between
+    return Between(Side(lower.A, lower.b - error), Side(upper.A, upper.b + error))
+
+
+def _size(between: Between, reach: Array) -> Array:
+    """The largest magnitude of any partial sum of either side: `|A| |x| + |b|`."""
+
+    def one(side: Side) -> Array:
+        flat = jnp.abs(side.A).reshape(side.A.shape[0], -1)
+        weighed = jnp.matmul(reach.astype(flat.dtype), flat, precision=jax.lax.Precision.HIGHEST)
+        return weighed.reshape(side.b.shape) + jnp.abs(side.b)
+
+    if between.lower is between.upper:
+        return one(between.lower)
+    return jnp.maximum(one(between.lower), one(between.upper))
+
+
+def _reach(region: Set) -> Array:
+    if isinstance(region, LpBall):
+        return jnp.abs(region.center) + region.eps
+    return magnitude_of(region)
+
+
 def _grows(node: Node) -> bool:
     """Whether the sides may change places: some coefficient of the operation may be negative."""
     return node.op in ("neg", "sub", "mul", "div", "dot_general", "conv_general_dilated")
@@ -129,7 +194,11 @@ def _evaluate(node: Node, sides: Sequence[Side]) -> Side:
 
 
 def _through(
-    f: Callable[..., Array], operands: Sequence[Between], node: Node, size: int
+    f: Callable[..., Array],
+    operands: Sequence[Between],
+    node: Node,
+    size: int,
+    inexact: Inexact | None,
 ) -> Between:
     """Passes an affine function of values given by their sides."""
     points = [Box(o.lower.b, o.lower.b) for o in operands]
@@ -140,8 +209,9 @@ def _through(
         side = Side(jnp.zeros((size, *node.shape), node.dtype), value)
         return Between(side, side)
     sides = list(operands)
+    inexact = None if inexact is None else inexact._replace(graph=graph)
     for inner in graph.nodes[len(points) :]:
-        sides.append(_affine(inner, [sides[i] for i in inner.refs]))
+        sides.append(_affine(inner, [sides[i] for i in inner.refs], inexact))
     return sides[output.index]
 
 

@@ -174,6 +174,43 @@ def outward_set(graph: Graph, region: Set) -> Set:
     return Box(region.lower - reach, region.upper + reach)
 
 
+def network_error(
+    graph: Graph, node: Node, operands: Sequence[Box], arithmetic: Arithmetic
+) -> Array | None:
+    """What the network's value of an affine node is off by; None where it is exact."""
+    terms = roundings(graph, node).forward
+    if not terms:
+        return None
+    size = with_magnitudes(node, *(magnitude(box) + 2 * tiny(node) for box in operands))
+    if _has_constant(node):
+        size += jnp.abs(constant_part(node, operands))
+    error = gamma(terms + 2, arithmetic.unit(node)) * size
+    return _rounded_up(graph, node, error) + 8 * (terms + 2) * tiny(node)
+
+
+def side_error(graph: Graph, node: Node, sizes: Sequence[Array], reach: Array) -> Array:
+    """What a forward bound's two sides may be off by, once an affine node is passed.
+
+    Args:
+        graph: the function whose sets they are functions of.
+        node: of that function or of a plane.
+        sizes: for each operand `|A| |x| + |b|`, the larger of its sides.
+        reach: `sum |x|`, the largest on the sets.
+    """
+    terms, own = roundings(graph, node).forward, own_unit(node)
+    relative = gamma(terms + 12, own)
+    error = 2 * relative * with_magnitudes(node, *sizes)
+    if _has_constant(node):
+        zeros = [Box(jnp.zeros_like(size), jnp.zeros_like(size)) for size in sizes]
+        constant = jnp.abs(constant_part(node, zeros))
+        error += relative * constant * (1 + reach) if terms > 1 else relative * constant
+    return _rounded_up(graph, node, error) + 16 * (terms + 2) * tiny(node) * (1 + reach)
+
+
+def _has_constant(node: Node) -> bool:
+    return AFFINE[node.op].has_offset and len(node.refs) < len(node.operands)
+
+
 def _affine_error(
     graph: Graph,
     node: Node,
@@ -187,7 +224,7 @@ def _affine_error(
     # An operand that goes several ways has its coefficients added up.
     ways = max((len(users[i]) for i in node.refs), default=1) - 1
     backward = counts.backward + ways
-    constant = AFFINE[node.op].has_offset and len(node.refs) < len(node.operands)
+    constant = _has_constant(node)
     if not (counts.forward or backward or constant):
         return None
     operands = [boxes[i] for i in node.refs]

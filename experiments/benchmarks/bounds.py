@@ -236,7 +236,7 @@ def _time_model(name: str, options: argparse.Namespace) -> list[Timing]:
         for sweep in ("one", "by vmap", "by map") if options.samples else ("one",):
             count = 1 if sweep == "one" else options.samples
             least = floor.get(method, math.nan)
-            kinds = [r for r in options.roundings if (method, r) != ("forward", "outward")]
+            kinds = options.roundings
             if least * count > options.most:
                 found = [Timing(label, method, r, sweep, *_NONE, least, *_NONE) for r in kinds]
             else:

@@ -26,9 +26,6 @@ METHODS = ("ibp", "forward", "crown-ibp", "crown")
 NETWORKS = 2
 """Networks of each kind."""
 
-# Small networks run for microseconds: what counts is the time to compile them.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 class Kind(NamedTuple):
     """How to draw a network with its sets, and how to run it."""
@@ -54,7 +51,7 @@ def _boxes(
         found = {m: bound(partial(apply, params), m, rounding=rounding) for m in methods}
         return {method: g(*args) for method, g in found.items()}
 
-    return jax.jit(jax.vmap(all_methods), compiler_options=FAST)
+    return jax.jit(jax.vmap(all_methods))
 
 
 def sample(name: str, dtype: Any, count: int = NETWORKS) -> tuple[Any, tuple]:

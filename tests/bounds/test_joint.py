@@ -10,7 +10,6 @@ import pytest
 from bnncert.bounds import bound, mean_bound
 from bnncert.sets import Box, LpBall
 from tests.bounds import networks
-from tests.bounds.networks import FAST
 
 METHODS = ("crown-ibp", "crown")
 SETS = ("box", "l2")
@@ -66,7 +65,7 @@ def compiled(f, method):
 
         return mean_bound(f, method)(params, x), bound(as_one, method)(x), averaged
 
-    return jax.jit(found, compiler_options=FAST)
+    return jax.jit(found)
 
 
 def ends(boxes):

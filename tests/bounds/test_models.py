@@ -22,7 +22,6 @@ from flax import linen, nnx
 from bnncert.bounds import bound
 from bnncert.sets import Box, ball
 from tests.bounds import networks
-from tests.bounds.networks import FAST
 
 METHODS = ("forward", "crown")  # crown runs crown-ibp too
 """Boxes of `ibp` contain those of `crown-ibp`."""
@@ -255,7 +254,7 @@ def over_inputs(name: str) -> Callable[..., Any]:
         methods = METHODS if name.endswith("mlp") else ("ibp", "crown-ibp")
         return {m: bound(apply, m)(params, ball(x, EPS)) for m in methods}
 
-    return jax.jit(jax.vmap(one, in_axes=(None, 0)), compiler_options=FAST)
+    return jax.jit(jax.vmap(one, in_axes=(None, 0)))
 
 
 def values_at(apply: Callable[..., Any], args: tuple, count: int, size: int) -> np.ndarray:
@@ -264,7 +263,7 @@ def values_at(apply: Callable[..., Any], args: tuple, count: int, size: int) -> 
     start = networks.starts(rng, args, count)
     direction = np.eye(size)[np.arange(count) % size] * rng.choice([-1.0, 1.0], (count, 1))
     many = jax.vmap(lambda s, d: networks.attacks(apply, args, s, d, 3))
-    return np.asarray(jax.jit(many, compiler_options=FAST)(start, direction)).reshape(-1, size)
+    return np.asarray(jax.jit(many)(start, direction)).reshape(-1, size)
 
 
 def check_inside(values: np.ndarray, box: Box, method: str) -> None:
@@ -294,7 +293,7 @@ def test_vmap_over_inputs_equals_a_loop(name, float64):
     params, xs = cast(params), jnp.asarray(example(shape))
     together = over_inputs(name)(params, xs)
     method = "forward" if name.endswith("mlp") else "ibp"
-    alone = jax.jit(lambda p, x: bound(apply, method)(p, ball(x, EPS)), compiler_options=FAST)
+    alone = jax.jit(lambda p, x: bound(apply, method)(p, ball(x, EPS)))
     for i, x in enumerate(xs):
         one, member = alone(params, x), networks.member(together[method], i)
         np.testing.assert_allclose(one.lower, member.lower, rtol=1e-10, atol=1e-11)
@@ -317,7 +316,7 @@ def test_all_parameters_and_the_input_may_be_sets(name, float64):
         return apply(eqx.combine(sets, fixed, is_leaf=lambda v: v is None), x)
 
     args = (regions, ball(x, EPS))
-    box = jax.jit(bound(merged, "crown-ibp"), compiler_options=FAST)(*args)
+    box = jax.jit(bound(merged, "crown-ibp"))(*args)
     check_inside(values_at(merged, args, 200, math.prod(box.lower.shape)), box, name)
 
 

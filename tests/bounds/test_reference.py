@@ -7,7 +7,6 @@ import pytest
 
 from bnncert.bounds import bound, linear_bounds
 from bnncert.sets import Box, ball
-from tests.bounds.networks import FAST
 
 LAYERS = (0, 2, 4, 6)
 RELU_CASES = ("mlp_relu_eps0.05", "mlp_relu_l2", "cnn_plain")
@@ -73,7 +72,7 @@ def over_ball(transformed, bounds, case):
     """A bound at every example of a case, over its ball."""
     p = 2 if bounds[f"{case}/norm"] == 2 else jnp.inf
     eps = float(bounds[f"{case}/eps"])
-    g = jax.jit(jax.vmap(lambda x: transformed(ball(x, eps, p=p))), compiler_options=FAST)
+    g = jax.jit(jax.vmap(lambda x: transformed(ball(x, eps, p=p))))
     return g(jnp.asarray(bounds[f"{case}/x"], jnp.float64))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from bnncert.bounds import bound
 from tests.bounds import networks
-from tests.bounds.networks import FAST, KINDS, METHODS, NETWORKS
+from tests.bounds.networks import KINDS, METHODS, NETWORKS
 
 STARTS, STEPS = 500, 3
 every_kind = pytest.mark.parametrize("name", KINDS)
@@ -35,7 +35,7 @@ def visited(name):
         return networks.attacks(partial(apply, params), args, start, direction, STEPS)
 
     many = jax.vmap(jax.vmap(one, in_axes=(None, None, 0, 0)))
-    values = jax.jit(many, compiler_options=FAST)(params, args, begin, direction)
+    values = jax.jit(many)(params, args, begin, direction)
     return np.asarray(values).reshape(NETWORKS, -1, size)
 
 
@@ -89,7 +89,7 @@ def in_float32(name):
     def one(params, point):
         return networks.flat(apply(params, *point))
 
-    many = jax.jit(jax.vmap(jax.vmap(one, in_axes=(None, 0))), compiler_options=FAST)
+    many = jax.jit(jax.vmap(jax.vmap(one, in_axes=(None, 0))))
     return np.asarray(many(params, points), np.float64)
 
 
@@ -141,7 +141,7 @@ def test_gradients_are_finite(name):
         found = bound(partial(KINDS[name].apply, params), "crown")(*scaled)  # runs the others
         return sum(jnp.sum(jnp.sin(leaf + i)) for i, leaf in enumerate(jax.tree.leaves(found)))
 
-    gradient = jax.jit(jax.grad(total, argnums=(0, 1)), compiler_options=FAST)
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
     for weight_factor, factor in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)):
         weights = jax.tree.map(lambda leaf, t=weight_factor: t * leaf, params)
         slopes = jax.tree.leaves(gradient(weights, jnp.float32(factor)))

@@ -75,6 +75,8 @@ def magnitude(node: Node, *radii: Array) -> Array:
 
 def linear(node: Node, *values: Array) -> Array:
     """An affine operation without its constant."""
+    if len(values) == 1 and node.op in ("add", "add_any", "sub"):
+        return -values[0] if node.op == "sub" and isinstance(node.operands[1], Ref) else values[0]
     if not (AFFINE[node.op].has_offset and len(node.refs) < len(node.operands)):
         return node.evaluate(*node.fill(values))
     zeros = [jnp.zeros_like(v) for v in values]
