@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -166,34 +166,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--stride {options.stride}: at least 1")
     if options.out is not None and options.out.exists():
         parser.error(f"--out {options.out} exists: name a new file, or remove it")
+    rows: list[Row] = []
     with jax.enable_x64(True):
-        rows = list(_table({name: every[name] for name in options.functions}, options.stride))
-    if options.out is not None:
-        record = {
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-            "stride": options.stride,
-            "rows": [row._asdict() for row in rows],
-        }
-        with options.out.open("x") as file:
-            json.dump(record, file, indent=1)
+        for row in _table({name: every[name] for name in options.functions}, options.stride):
+            rows.append(row)
+            if options.out is not None:  # as far as it has come: a whole sweep takes hours
+                _save(rows, options.stride, options.out)
     broken = [row.function for row in rows if not row.share <= 1]
     if broken:
         sys.exit(f"these need more than bnncert.bounds.arithmetic allows: {', '.join(broken)}")
 
 
-def _table(chosen: Mapping[str, Case], stride: int) -> list[Row]:
+def _save(rows: Sequence[Row], stride: int, path: Path) -> None:
+    record = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "stride": stride,
+        "rows": [row._asdict() for row in rows],
+    }
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(record, indent=1))
+    unfinished.replace(path)
+
+
+def _table(chosen: Mapping[str, Case], stride: int) -> Iterator[Row]:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, every {stride}-th float32")
     print(f"{'function':14}{'share':>8}{'at':>14}{'relative':>12}{'s':>8}", flush=True)
-    rows = []
     for name, case in chosen.items():
         row = sweep(name, case, stride, progress=True)
-        rows.append(row)
         print(
             f"{name:14}{row.share:8.3f}{row.at:14.5g}{row.relative:12.4g}{row.seconds:8.1f}",
             flush=True,
         )
-    return rows
+        yield row
 
 
 def _allowed(name: str) -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bnncert.sets import Box
-from experiments.studies import joint_bounds
+from experiments.studies import joint_bounds, roundoff
 
 
 def differences(margins):
@@ -63,3 +63,22 @@ def test_joint_bounds_on_digits(tmp_path, capsys):
     with pytest.raises(SystemExit):
         joint_bounds.main(arguments)
     assert "exists" in capsys.readouterr().err
+
+
+def test_sweep_of_rounding_errors(tmp_path, capsys):
+    out = tmp_path / "roundoff.json"
+    arguments = ["--functions", "exp", "tanh'", "--stride", "40009", "--out", str(out)]
+    roundoff.main(arguments)
+    record = json.loads(out.read_text())
+    assert [row["function"] for row in record["rows"]] == ["exp", "tanh'"]
+    assert all(0 < row["share"] <= 1 for row in record["rows"])
+    with pytest.raises(SystemExit):
+        roundoff.main(arguments)
+    assert "exists: name a new file" in capsys.readouterr().err
+
+
+def test_a_sweep_that_finds_too_large_an_error_fails(monkeypatch, capsys):
+    exp = roundoff.cases()["exp"]
+    monkeypatch.setattr(roundoff, "cases", lambda: {"exp": exp._replace(relative=0.5)})
+    with pytest.raises(SystemExit, match=r"these need more .*: exp"):
+        roundoff.main(["--stride", "40009"])
