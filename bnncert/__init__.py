@@ -3,9 +3,9 @@
 Public names, re-exported; see the modules for their mathematics.
 """
 
-from bnncert.backend import avoid_wrong_sums
+from bnncert._compiler import avoid_wrong_sums as _avoid_wrong_sums
 
-avoid_wrong_sums()  # before anything that could compute is imported
+_avoid_wrong_sums()  # before anything that could compute is imported
 
 from bnncert import (  # noqa: E402
     attack,

@@ -10,12 +10,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A package's __init__ stands where the package's own name stands: it re-exports what is above it.
 ORDER = """
-    backend types sets
+    _compiler types sets
     bounds.operands bounds.recognition bounds.rewriting bounds.graph bounds.convolution
     bounds.relaxations.lines bounds.relaxations.curves bounds.relaxations.smooth
     bounds.relaxations.powers bounds.relaxations.waves bounds.relaxations.planes
     bounds.relaxations.products bounds.relaxations.reductions bounds.relaxations
-    bounds.rules bounds.arithmetic bounds.rounding bounds.interval bounds.relax bounds.backward
+    bounds.rules bounds.arithmetic bounds.rounding.terms bounds.rounding.affine
+    bounds.rounding.relaxed bounds.rounding bounds.interval bounds.relax bounds.backward
     bounds.forward bounds.sweeps bounds.alpha bounds.api bounds.margins bounds.joint bounds
     likelihood prior posterior
     infer.map infer.svi infer.natural_gradient infer.vogn infer.noisy_adam infer.ivon infer.swag

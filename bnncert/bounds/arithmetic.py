@@ -197,6 +197,37 @@ def slope_error(node: Node) -> tuple[float, float]:
     return SLOPE_ERRORS.get(node.op, SLOPE_ERROR)
 
 
+def curvature(node: Node, box: Box, free: bool) -> ArrayLike:
+    """The largest |h''| where a tangent may touch an elementwise function.
+
+    Args:
+        node: the function.
+        box: of its operand.
+        free: whether a tangent may touch it anywhere; else, no nearer to a pole than the middle.
+    """
+    if node.op in CURVATURES:
+        return CURVATURES[node.op]
+    if node.op in ("exp", "exp2", "expm1"):
+        return jnp.exp2(box.upper) if node.op == "exp2" else jnp.exp(box.upper)
+    if node.op == "squareplus":
+        return 0.5 / jnp.sqrt(jnp.asarray(node.operands[1], node.dtype))  # pyright: ignore
+    if node.op == "celu":
+        return 1 / jnp.asarray(node.operands[1], node.dtype)  # pyright: ignore
+    if node.op == "elu":
+        return jnp.abs(jnp.asarray(node.operands[1], node.dtype))  # pyright: ignore
+    exponent = _POWERS[node.op] if node.op in _POWERS else float(int(node.params["y"]))  # pyright: ignore
+    factor = abs(exponent * (exponent - 1)) if exponent else float(node.op in _POWERS)
+    size = magnitude(box)
+    if not factor:
+        return 0.0
+    if exponent >= 2:
+        return factor * size ** (exponent - 2)
+    near = jnp.minimum(jnp.abs(box.lower), jnp.abs(box.upper))
+    if node.op == "log1p":
+        near, size = 1 + box.lower, 1 + box.upper
+    return factor * (near if free else jnp.maximum(near, 0.49 * size)) ** (exponent - 2)
+
+
 def widened(box: Box, relative: ArrayLike, absolute: ArrayLike) -> Box:
     """Each end moved outward by `relative` of its magnitude, and by `absolute`."""
     return Box(
@@ -331,6 +362,36 @@ FUNCTION_ERRORS: Mapping[str, tuple[float, float]] = {
 
 OPERAND_ERRORS: Mapping[str, float] = {"squareplus": 4.0}
 """X by function: (x + sqrt(x^2 + b)) / 2 cancels where x is negative."""
+
+CURVATURES: Mapping[str, float] = {
+    "tanh": 0.77,
+    "logistic": 0.1,
+    "erf": 0.97,
+    "atan": 0.65,
+    "asinh": 0.39,
+    "softplus": 0.25,
+    "log_sigmoid": 0.25,
+    "soft_sign": 2.0,
+    "selu": 1.76,
+    "gelu": 0.8,
+    "gelu_tanh": 0.81,
+    "silu": 0.5,
+    "mish": 0.65,
+    "hard_silu": 0.34,
+    "sin": 1.0,
+    "cos": 1.0,
+    "square": 2.0,
+    "leaky_relu": 0.0,
+}
+"""The largest |h''| by function: rounded up."""
+
+_POWERS: Mapping[str, float] = {
+    "log": 0.0,  # its h'' is that of a power 0, but for the factor
+    "log1p": 0.0,
+    "sqrt": 0.5,
+    "rsqrt": -0.5,
+    "reciprocal": -1.0,
+}
 
 SLOPE_ERROR = (16.0, 4.0)
 """As `FUNCTION_ERRORS`, of derivatives, where `SLOPE_ERRORS` has none."""

@@ -198,7 +198,8 @@ def relaxed_step(
         found = relax(graph, index, boxes, choice._replace(lower_slope=lower_slope))
         if arithmetic is None:
             return found
-        return rounding.outward_planes(graph, index, found, boxes, errors.carried, arithmetic)
+        free = choice.lower is not None or choice.upper is not None
+        return rounding.outward_planes(graph, index, found, boxes, errors.carried, arithmetic, free)
 
     return planes_step(graph, *map(planes, choices))
 

@@ -179,12 +179,16 @@ def settings(name):
 def test_lines_enclose(name, dtype, float64):
     l, u = intervals(name, dtype)
     atol = 1e-12 if dtype == jnp.float64 else 1e-6
+    if name in ("sin", "cos", "mish") and dtype == jnp.float32:
+        # A slope and its offset, compiled apart, may round the touching point differently.
+        far = np.maximum(np.abs(l), np.abs(u)).astype(float)
+        atol = np.maximum(atol, 2.0**-22 * far * far / (1 + far))
     if name == "exp2" and dtype == jnp.float32:
         atol = 5e-6  # XLA's own exp2 has an error of 60 ulp at 60
     for choice in settings(name):
         below, above = gaps(name, dtype, lines_of(name, l, u, choice))
         assert np.isfinite(below).all() and np.isfinite(above).all()
-        assert below.min() >= -atol and above.min() >= -atol, choice
+        assert (below >= -atol).all() and (above >= -atol).all(), choice
 
 
 @pytest.mark.parametrize("name", KINKS)

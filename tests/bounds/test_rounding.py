@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bnncert.bounds import bound, linear_bounds
-from bnncert.bounds.arithmetic import FUNCTION_ERRORS, gamma
+from bnncert.bounds.arithmetic import CURVATURES, FUNCTION_ERRORS, gamma
 from bnncert.bounds.graph import UnsupportedPrimitiveError
 from bnncert.bounds.relaxations import LINES
 from bnncert.bounds.rules import AFFINE, SUPPORTED
@@ -71,7 +71,7 @@ def evaluations(params, x, rng):
     return found
 
 
-@pytest.mark.parametrize("method", (*METHODS, "alpha-crown"))
+@every_method
 def test_every_order_of_summation_in_float32_is_inside_and_only_outward(method):
     rng = np.random.default_rng(0)
     params = mlp_params(rng, 200, 64, 32, 5)
@@ -240,6 +240,15 @@ def test_functions_are_within_their_constants(name, float64):
     """Here some 200,000 of float32; all of them by `experiments.studies.roundoff`."""
     row = roundoff.sweep(name, roundoff.cases()[name], stride=20011)
     assert row.share <= 1, row
+
+
+@pytest.mark.parametrize("name", sorted(CURVATURES))
+def test_curvatures_are_the_largest(name, float64):
+    """And not far above: half of it is reached."""
+    function = roundoff.cases()[name].function
+    x = jnp.linspace(-20.0, 20.0, 20001) + 1e-7
+    found = float(jnp.abs(jax.vmap(jax.grad(jax.grad(function)))(x)).max())
+    assert 0.5 * CURVATURES[name] <= found <= CURVATURES[name]
 
 
 def test_the_sweep_can_fail(float64):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnncert.backend import avoid_wrong_sums
+from bnncert._compiler import avoid_wrong_sums
 
 pytestmark = pytest.mark.smoke
 

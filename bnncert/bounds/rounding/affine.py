@@ -1,0 +1,173 @@
+"""Errors of affine nodes: charged to the rows that pass them, or carried on."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from bnncert.bounds.arithmetic import (
+    Arithmetic,
+    constant_part,
+    gamma,
+    magnitude,
+    own_unit,
+    roundings,
+    tiny,
+)
+from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.operands import Ref
+from bnncert.bounds.relaxations import LINES
+from bnncert.bounds.rounding.terms import offset_gamma, rounded_up, ways
+from bnncert.bounds.rules import AFFINE, affine_rule
+from bnncert.bounds.rules.affine import magnitude as with_magnitudes
+from bnncert.sets import Box
+
+
+class Errors(NamedTuple):
+    """Of affine nodes, by index.
+
+    Attributes:
+        charged: those that a row must allow for where it passes the node.
+        carried: those that are left to what the node flows into; for rows that begin at the node.
+        floors: of every node, what underflows in a row that comes through it: scalars.
+        until: how many nodes have been looked at.
+    """
+
+    charged: Mapping[int, Array] = {}
+    carried: Mapping[int, Array] = {}
+    floors: Mapping[int, Array] = {}
+    until: int = 0
+
+
+EXACT = Errors()
+"""Of real arithmetic."""
+
+
+def affine_errors(
+    graph: Graph, boxes: Sequence[Box], arithmetic: Arithmetic, known: Errors
+) -> Errors:
+    """The e_i of all affine nodes that have boxes.
+
+    Args:
+        graph: the traced function.
+        boxes: of the first nodes.
+        arithmetic: the network's.
+        known: of nodes that have been looked at.
+
+    Cost: one evaluation of each affine operation.
+    """
+    charged, carried, floors = dict(known.charged), dict(known.carried), dict(known.floors)
+    flows_into = _users(graph)
+    for index in range(known.until, len(boxes)):
+        node = graph.nodes[index]
+        floors[index] = _floor(graph, node, boxes[index])
+        if not affine_rule(node):
+            continue
+        error = _affine_error(graph, node, boxes, arithmetic)
+        inherited = [carried.get(i) for i in node.refs]
+        if any(e is not None for e in inherited) and _carries(node):
+            parts = [
+                jnp.zeros(graph.nodes[i].shape, graph.nodes[i].dtype) if e is None else e
+                for i, e in zip(node.refs, inherited, strict=True)
+            ]
+            passed = with_magnitudes(node, *parts) * (1 + 16 * own_unit(node))
+            error = passed if error is None else error + passed
+        if error is None:
+            continue
+        into = [graph.nodes[user] for user in flows_into[index]]
+        keeps = not into or (len(into) == 1 and _takes(into[0]))
+        (carried if keeps else charged)[index] = error
+    return Errors(charged, carried, floors, len(boxes))
+
+
+def network_error(
+    graph: Graph, node: Node, operands: Sequence[Box], arithmetic: Arithmetic
+) -> Array | None:
+    """What the network's value of an affine node is off by; None where it is exact."""
+    terms = roundings(graph, node).forward
+    if not terms:
+        return None
+    size = with_magnitudes(node, *(magnitude(box) + 2 * tiny(node) for box in operands))
+    if _has_constant(node):
+        size += jnp.abs(constant_part(node, operands))
+    error = gamma(terms + 2, arithmetic.unit(node)) * size
+    return rounded_up(graph, node, error) + 8 * (terms + 2) * tiny(node)
+
+
+def side_error(graph: Graph, node: Node, sizes: Sequence[Array], reach: Array) -> Array:
+    """What a forward bound's two sides may be off by, once an affine node is passed.
+
+    Args:
+        graph: the function whose sets they are functions of.
+        node: of that function or of a plane.
+        sizes: for each operand `|A| |x| + |b|`, the larger of its sides.
+        reach: `sum |x|`, the largest on the sets.
+    """
+    terms, own = roundings(graph, node).forward, own_unit(node)
+    relative = gamma(terms + 12, own)
+    error = 2 * relative * with_magnitudes(node, *sizes)
+    if _has_constant(node):
+        zeros = [Box(jnp.zeros_like(size), jnp.zeros_like(size)) for size in sizes]
+        constant = jnp.abs(constant_part(node, zeros))
+        error += relative * constant * (1 + reach) if terms > 1 else relative * constant
+    return rounded_up(graph, node, error) + 16 * (terms + 2) * tiny(node) * (1 + reach)
+
+
+def _affine_error(
+    graph: Graph,
+    node: Node,
+    boxes: Sequence[Box],
+    arithmetic: Arithmetic,
+) -> Array | None:
+    """e_i itself; None where the operation and its transpose are exact."""
+    own, unit = own_unit(node), arithmetic.unit(node)
+    counts = roundings(graph, node)
+    # An operand that goes several ways has its coefficients added up.
+    backward = counts.backward + max(ways(graph, i) for i in node.refs) - 1
+    constant = _has_constant(node)
+    if not (counts.forward or backward or constant):
+        return None
+    operands = [boxes[i] for i in node.refs]
+    forward = gamma(counts.forward + 2, unit) if counts.forward else 0.0
+    transposed = gamma(backward + 4, own) if backward else 0.0
+    size = with_magnitudes(node, *(magnitude(box) + 2 * tiny(node) for box in operands))
+    error = (forward + transposed) * size
+    if constant:
+        error += (forward + offset_gamma(graph, node)) * jnp.abs(constant_part(node, operands))
+    return rounded_up(graph, node, error) + 8 * (counts.forward + 2) * tiny(node)
+
+
+def _has_constant(node: Node) -> bool:
+    return AFFINE[node.op].has_offset and len(node.refs) < len(node.operands)
+
+
+def _floor(graph: Graph, node: Node, box: Box) -> Array:
+    """What coefficients of this value have lost by underflow: t for each term of each."""
+    terms = sum(math.prod(node.shape) for node in graph.nodes)
+    return 8 * tiny(node) * (terms + 2) * jnp.sum(1 + magnitude(box))
+
+
+def _users(graph: Graph) -> list[list[int]]:
+    """For each node, the nodes that act on it."""
+    found: list[list[int]] = [[] for _ in graph.nodes]
+    for index, node in enumerate(graph.nodes):
+        for i in node.refs:
+            found[i].append(index)
+    return found
+
+
+def _takes(node: Node) -> bool:
+    """Whether a node's step allows for the error of what flows into it."""
+    return _by_lines(node) or (bool(affine_rule(node)) and _carries(node))
+
+
+def _carries(node: Node) -> bool:
+    """Whether each coordinate of an operand goes to one coordinate of the value, at most."""
+    return AFFINE[node.op].spreads in ("places", "adds") if node.op in AFFINE else False
+
+
+def _by_lines(node: Node) -> bool:
+    one = len(node.refs) == 1 and isinstance(node.operands[0], Ref)
+    return node.op in LINES and one and affine_rule(node) is None

@@ -1,0 +1,128 @@
+"""Planes of relaxed nodes that enclose what these compute."""
+
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from bnncert.bounds.arithmetic import (
+    EXACT_FUNCTIONS,
+    Arithmetic,
+    curvature,
+    function_error,
+    gamma,
+    magnitude,
+    own_unit,
+    roundings,
+    slope_error,
+    tiny,
+)
+from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.relaxations import Lines, Planes
+from bnncert.bounds.rounding.terms import offset_gamma, rounded_up, ways
+from bnncert.sets import Box
+
+
+def outward_planes(
+    graph: Graph,
+    index: int,
+    planes: Planes,
+    boxes: Sequence[Box],
+    carried: Mapping[int, Array],
+    arithmetic: Arithmetic,
+    free: bool = False,
+) -> Planes:
+    """Planes that enclose what a node computes, errors carried to it included.
+
+    Args:
+        graph: the traced function.
+        index: of the node.
+        planes: that enclose it in real arithmetic.
+        boxes: of all nodes up to it, itself included.
+        carried: as `Errors`.
+        arithmetic: the network's.
+        free: whether they are by fractions, and not the default ones.
+    """
+    node = graph.nodes[index]
+    if not planes.operands or node.op in _BY_INTERVAL:
+        box = boxes[index]
+        slack = 2 * offset_gamma(graph, node) * magnitude(box)
+        lower, upper = box.lower - slack, box.upper + slack
+        return Planes((), lambda: lower, lambda: upper)
+    if planes.lines is not None:
+        return _outward_lines(graph, index, planes, boxes, carried, arithmetic, free)
+    error = _planes_error(graph, node, boxes, arithmetic)
+    return Planes(
+        planes.operands,
+        lambda *v: planes.lower(*v) - error,
+        lambda *v: planes.upper(*v) + error,
+    )
+
+
+def _outward_lines(
+    graph: Graph,
+    index: int,
+    planes: Planes,
+    boxes: Sequence[Box],
+    carried: Mapping[int, Array],
+    arithmetic: Arithmetic,
+    free: bool,
+) -> Planes:
+    node, operand = graph.nodes[index], planes.operands[0]
+    own, unit = own_unit(node), arithmetic.unit(node)
+    below, low, above, high = planes.lines  # pyright: ignore[reportGeneralTypeIssues]
+    box, value = boxes[operand], magnitude(boxes[index])
+    size = magnitude(box)
+    slope = jnp.maximum(jnp.abs(below), jnp.abs(above))
+    offset = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    relative, absolute = function_error(node, [box])
+    off = relative * value + absolute
+    error = (unit + 4 * own) * off + 32 * own * ((1 + slope) * (size + value) + offset)
+    if node.op not in EXACT_FUNCTIONS:
+        of_slope, constant = slope_error(node)
+        error += own * (of_slope * slope + constant) * (box.upper - box.lower + 2 * size)
+        error += 8 * own * curvature(node, box, free) * size * size
+    error += gamma(ways(graph, operand) + 4, own) * slope * size
+    error += offset_gamma(graph, node) * offset
+    error = rounded_up(graph, node, error) + 16 * tiny(node)
+    low_error = high_error = error
+    if operand in carried:
+        inherited = (1 + 16 * own) * carried[operand]
+        low_error, high_error = (
+            error + jnp.abs(below) * inherited,
+            error + jnp.abs(above) * inherited,
+        )
+    lines = Lines(below, low - low_error, above, high + high_error)
+    return Planes(
+        planes.operands,
+        lambda v: lines.lower_slope * v + lines.lower_offset,
+        lambda v: lines.upper_slope * v + lines.upper_offset,
+        lines,
+    )
+
+
+def _planes_error(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Arithmetic) -> Array:
+    """Of planes that are functions: products of two values, max and min of two or of an axis."""
+    own, unit = own_unit(node), arithmetic.unit(node)
+    sizes = [magnitude(boxes[i]) for i in node.refs]
+    flows = max(ways(graph, i) for i in node.refs)
+    if node.op in ("max", "min"):
+        size, terms = sum(sizes[1:], sizes[0]), 1
+        error = own * 64 * size + (gamma(flows + 8, own) + 2 * offset_gamma(graph, node)) * size
+    elif node.op in ("reduce_max", "reduce_min"):
+        size, terms = _largest(node, sizes[0]), 1
+        error = own * 64 * size + (gamma(flows + 8, own) + 3 * offset_gamma(graph, node)) * size
+    else:
+        counts = roundings(graph, node)
+        size, terms = node.evaluate(*sizes), counts.forward + counts.backward
+        rows = gamma(terms + flows + 16, own) + offset_gamma(graph, node)
+        error = (gamma(counts.forward + 2, unit) + 8 * rows) * size
+    return rounded_up(graph, node, error) + 32 * (terms + 4) * tiny(node)
+
+
+def _largest(node: Node, size: Array) -> Array:
+    axes = tuple(map(int, node.params["axes"]))
+    return jnp.max(size, axes).reshape(node.shape)
+
+
+_BY_INTERVAL = frozenset(("softmax", "log_softmax", "logsumexp", "cbrt"))
