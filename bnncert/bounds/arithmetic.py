@@ -10,7 +10,7 @@ The model. The network runs node by node as it was traced, by operations of unit
                               algorithm (Winograd, Strassen, FFT); factors rounded to u at most
     division by a constant    may be a product with its reciprocal
     functions h               |fl h(x) - h(x)| <= (R |h(x)| + A + X |x|) u + 2 t
-    moves, comparisons, max   exact
+    moves, comparisons, max   exact; one that is compiled twice comes out alike
     subnormal values          may be taken for 0; weights are not subnormal
 
 Real arithmetic is the case d = 0: the bounds hold there too. So they do for any order of summation,
