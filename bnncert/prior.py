@@ -121,6 +121,24 @@ def replace(params: Params, values: Mapping[str, Array]) -> Params:
     return jax.tree.unflatten(treedef, [values.get(name, leaf) for name, leaf in leaves.items()])
 
 
+def unflatten(prior: Prior, values: Mapping[str, Any]) -> Any:
+    """Named values in the structure of the prior: the inverse of `named`.
+
+    Args:
+        prior: gives the structure.
+        values: one for each leaf of it, the deterministic ones too; others are ignored.
+
+    Raises:
+        KeyError: a leaf without a value.
+
+    Example:
+        >>> unflatten([None, {"w": dist.Normal(0.0, 1.0)}], {"0": "here", "1/w": "there"})
+        ['here', {'w': 'there'}]
+    """
+    treedef = jax.tree.structure(prior, is_leaf=is_leaf)
+    return jax.tree.unflatten(treedef, [values[name] for name in named(prior)])
+
+
 def sample(key: Key, prior: Prior, params: Params) -> Params:
     """One draw from the prior; deterministic leaves keep their values in `params`.
 

@@ -19,8 +19,8 @@ ORDER = """
     bounds.rounding.relaxed bounds.rounding bounds.interval bounds.relax bounds.backward
     bounds.forward bounds.sweeps bounds.alpha bounds.api bounds.margins bounds.joint bounds
     likelihood prior posterior
-    infer.map infer.svi infer.natural_gradient infer.vogn infer.noisy_adam infer.ivon infer.swag
-    infer.mcmc infer.sgmcmc infer.laplace infer.ensemble infer
+    infer.minibatch infer.map infer.svi infer.natural_gradient infer.vogn infer.noisy_adam
+    infer.ivon infer.swag infer.mcmc infer.sgmcmc infer.laplace infer.ensemble infer
     certify.predictive certify.safety certify.moments certify.confidence certify.radii certify
     attack metrics parallel
 """.split()

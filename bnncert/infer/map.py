@@ -13,11 +13,11 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
 from bnncert import prior as priors
+from bnncert.infer.minibatch import log_likelihoods
 from bnncert.posterior import Samples
 from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Threat
 
@@ -104,12 +104,8 @@ def objective(
     threat: Threat,
 ) -> tuple[Float[Array, ""], MAPInfo]:
     """The negative log joint, estimated from a minibatch: nats summed over the data."""
-    prepared = params if prepare is None else prepare(params, batch.x)
-    keys = jax.random.split(key, batch.mask.shape[0])
-    each = jax.vmap(log_likelihood, in_axes=(0, None, 0, 0, None))
-    terms = each(keys, prepared, batch.x, batch.y, threat)
-    masked = jnp.where(batch.mask > 0, batch.mask * terms, 0.0)
-    log_lik = num_data * masked.sum() / batch.mask.sum()
+    terms = log_likelihoods(log_likelihood, prepare, key, params, batch, threat)
+    log_lik = num_data * terms.sum() / batch.mask.sum()
     log_prior = priors.log_prob(prior, params)
     loss = -log_lik - prior_weight * log_prior
     return loss, MAPInfo(loss, log_lik, log_prior)

@@ -19,7 +19,6 @@ likelihood, Wicker et al., AISTATS 2021, section 5.
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
@@ -30,6 +29,7 @@ from numpyro.infer.svi import SVIState
 from numpyro.optim import optax_to_numpyro
 
 from bnncert import prior as priors
+from bnncert.infer.minibatch import check_settings, initial_scales, log_likelihoods
 from bnncert.posterior import MeanField
 from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Threat
 
@@ -81,17 +81,7 @@ def build(
         ValueError: num_data < 1, a kl_weight or an initial_scale that is not positive, a prior
             without a random leaf.
     """
-    if num_data < 1:
-        raise ValueError(f"num_data = {num_data}: give the number of training data.")
-    if not kl_weight > 0:
-        raise ValueError(
-            f"kl_weight = {kl_weight}: it must be positive (1 is the ELBO; without a prior the "
-            "posterior is a point: bnncert.infer.map with prior_weight=0)."
-        )
-    if not initial_scale > 0:
-        raise ValueError(f"initial_scale = {initial_scale}: it must be positive, e.g. 0.1.")
-    if not priors.sites(prior):
-        raise ValueError("the prior has no random leaf: use bnncert.infer.map.")
+    check_settings(prior, num_data, kl_weight, initial_scale)
     svi = SVI(
         partial(_model, log_likelihood, prior, num_data, kl_weight, prepare),
         partial(_guide, prior, kl_weight),
@@ -109,8 +99,8 @@ def build(
 
 def _init(svi: SVI, prior: PyTree, initial_scale: float, key: Key, params: Params) -> SVIState:
     priors.check(prior, params)
-    scales = _initial_scales(prior, params, initial_scale)
-    return svi.init(key, start=(params, scales))
+    scales = initial_scales(prior, params, initial_scale)
+    return svi.init(key, start=(params, {name: jnp.log(v) for name, v in scales.items()}))
 
 
 def _update(
@@ -134,7 +124,7 @@ def _posterior(svi: SVI, prior: PyTree, state: SVIState) -> MeanField:
         name: None if leaf is None else jnp.exp(values[_scale(name)])
         for name, leaf in priors.named(prior).items()
     }
-    return MeanField(_tree(prior, values), _tree(prior, scale))
+    return MeanField(priors.unflatten(prior, values), priors.unflatten(prior, scale))
 
 
 def _model(
@@ -158,19 +148,14 @@ def _model(
                 values[name] = numpyro.sample(_site(name), leaf)
     if batch is None or threat is None:
         return
-    params = _tree(prior, values)
-    if prepare is not None:
-        params = prepare(params, batch.x)
-    size = batch.mask.shape[0]
     key = numpyro.prng_key()
     assert key is not None  # SVI seeds the model
-    keys = jax.random.split(key, size)
-    each = jax.vmap(log_likelihood, in_axes=(0, None, 0, 0, None))
-    terms = each(keys, params, batch.x, batch.y, threat)
+    params = priors.unflatten(prior, values)
+    terms = log_likelihoods(log_likelihood, prepare, key, params, batch, threat)
+    size = num_data / batch.mask.sum()
     # Parentheses: a leaf may be called "data".
-    with numpyro.handlers.scale(scale=num_data / batch.mask.sum()), numpyro.plate("(data)", size):
-        # A padded datum adds nothing.
-        numpyro.factor("(log_likelihood)", jnp.where(batch.mask > 0, batch.mask * terms, 0.0))
+    with numpyro.handlers.scale(scale=size), numpyro.plate("(data)", terms.shape[0]):
+        numpyro.factor("(log_likelihood)", terms)
 
 
 def _guide(
@@ -189,27 +174,6 @@ def _guide(
         with numpyro.handlers.scale(scale=kl_weight):
             normal = dist.Normal(loc, jnp.exp(jnp.asarray(log_scale)))
             numpyro.sample(_site(name), normal.to_event(leaf.event_dim))
-
-
-def _initial_scales(prior: PyTree, params: Params, initial_scale: float) -> dict[str, Array]:
-    """log(initial_scale * rms) for each random leaf, filled with it."""
-    leaves = priors.named(params)
-    sizes = {n: jnp.sqrt(jnp.mean(jnp.square(leaves[n]))) for n in priors.sites(prior)}
-    known = jnp.stack(list(sizes.values()))
-    smallest = jnp.min(jnp.where(known > 0, known, jnp.inf))
-    smallest = jnp.where(jnp.isfinite(smallest), smallest, 1.0)
-    return {
-        name: jnp.full_like(
-            leaves[name], jnp.log(initial_scale * jnp.where(size > 0, size, smallest))
-        )
-        for name, size in sizes.items()
-    }
-
-
-def _tree(prior: PyTree, values: dict[str, Any]) -> PyTree:
-    """Named values in the structure of the prior."""
-    treedef = jax.tree.structure(prior, is_leaf=priors.is_leaf)
-    return jax.tree.unflatten(treedef, [values[name] for name in priors.named(prior)])
 
 
 def _site(name: str) -> str:

@@ -1,0 +1,92 @@
+"""A minibatch stands for all the data: the log-likelihood every method is driven by.
+
+    log p(D | w)  ~  (N / B) sum_{i in batch} log p(y_i | x_i, w)
+
+in nats, unbiased for a batch drawn uniformly; B counts the data without the padding, which may hold
+any finite values and adds nothing. One w stands behind the whole minibatch.
+
+With a `kl_weight` kappa all methods aim at the same tempered posterior,
+
+    p(w | D) ~ p(w) p(D | w)^(1 / kappa),
+
+the minimiser over all q of  E_q[-log p(D | w)] + kappa KL(q || p); kappa = 1 is Bayes.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from bnncert import prior as priors
+from bnncert.types import Batch, Key, LogLikelihood, Params, Prepare, Threat
+
+Schedule = Callable[[Array], Array]
+"""Step number -> value, as Optax's schedules."""
+
+
+def log_likelihoods(
+    log_likelihood: LogLikelihood,
+    prepare: Prepare | None,
+    key: Key,
+    params: Params,
+    batch: Batch,
+    threat: Threat,
+) -> Float[Array, " batch"]:
+    """Log-likelihood of each datum of a minibatch, in nats; 0 for padding.
+
+    Args:
+        log_likelihood: of one datum.
+        prepare: `(params, x_batch) -> params`, applied first, or None.
+        key: split over the data.
+        params: one network's weights.
+        batch: the data.
+        threat: what the error model guards against.
+    """
+    prepared = params if prepare is None else prepare(params, batch.x)
+    keys = jax.random.split(key, batch.mask.shape[0])
+    each = jax.vmap(log_likelihood, in_axes=(0, None, 0, 0, None))
+    terms = each(keys, prepared, batch.x, batch.y, threat)
+    return jnp.where(batch.mask > 0, batch.mask * terms, 0.0)
+
+
+def check_settings(
+    prior: PyTree, num_data: int, kl_weight: float | Schedule, initial_scale: float = 0.1
+) -> None:
+    """Raise unless these can drive a method with a posterior over weights.
+
+    Raises:
+        ValueError: num_data < 1, a kl_weight that is not positive, an initial_scale that is not, a
+            prior without a random leaf.
+    """
+    if num_data < 1:
+        raise ValueError(f"num_data = {num_data}: give the number of training data.")
+    if not callable(kl_weight) and not kl_weight > 0:
+        raise ValueError(
+            f"kl_weight = {kl_weight}: it must be positive (1 is the ELBO; without a prior the "
+            "posterior is a point: bnncert.infer.map with prior_weight=0)."
+        )
+    if not initial_scale > 0:
+        raise ValueError(f"initial_scale = {initial_scale}: it must be positive, e.g. 0.1.")
+    if not priors.sites(prior):
+        raise ValueError("the prior has no random leaf: use bnncert.infer.map.")
+
+
+def initial_scales(prior: PyTree, params: Params, relative: float) -> dict[str, Array]:
+    """Standard deviations to start from, by name of the random leaf, each of its leaf's shape.
+
+    Args:
+        prior: says which leaves are random.
+        params: the weights a posterior starts at.
+        relative: sd over the root mean square of the leaf (of the smallest of the others, for a
+            leaf that starts at zero; of 1, if all do).
+    """
+    leaves = priors.named(params)
+    sizes = {n: jnp.sqrt(jnp.mean(jnp.square(leaves[n]))) for n in priors.sites(prior)}
+    known = jnp.stack(list(sizes.values()))
+    smallest = jnp.min(jnp.where(known > 0, known, jnp.inf))
+    smallest = jnp.where(jnp.isfinite(smallest), smallest, 1.0)
+    return {
+        name: jnp.full_like(leaves[name], relative * jnp.where(size > 0, size, smallest))
+        for name, size in sizes.items()
+    }
