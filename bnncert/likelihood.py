@@ -28,6 +28,7 @@ Source: Wicker et al., "Bayesian Inference with Certifiable Adversarial Robustne
 section 4; the geometric form as in the mixed cross-entropy of Gowal et al. 2018.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,34 @@ from jaxtyping import Array, Float
 from bnncert.bounds import bound
 from bnncert.bounds.margins import margin_bounds
 from bnncert.sets import Box, ball, check_radius, is_concrete
-from bnncert.types import Apply, Key, LogLikelihood, Params, Threat
+from bnncert.types import Apply, Key, Params, Threat
+
+Outputs = Callable[[Key, Params, Array, Array, Threat], Array]
+"""`outputs(key, params, x, y, threat) -> (K,)`: all that a log-likelihood reads off a network."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Composed:
+    """A log-likelihood in two parts: what is read off a network, and its log-probability.
+
+        log p(y | x, w) = log_prob(outputs(w), y),   Gauss-Newton matrix = J^T H J
+
+    with J the Jacobian of the outputs in w and H the Hessian of -log_prob in the outputs. Called,
+    it is the log-likelihood; apart, the parts give its Gauss-Newton matrix.
+
+    Attributes:
+        outputs: see `Outputs`; for robust likelihoods, bounds are among the K outputs.
+        log_prob: `(outputs, y, threat) -> nats`, concave in the outputs for ordinary likelihoods
+            and the geometric mixture (power 0), and not for other powers.
+    """
+
+    outputs: Outputs
+    log_prob: Callable[[Array, Array, Threat], Array]
+
+    def __call__(self, key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
+        """Return the log-likelihood of one datum, in nats."""
+        return self.log_prob(self.outputs(key, params, x, y, threat), y, threat)
+
 
 Attack = Callable[[Key, Apply, Params, Array, Array, Array], Any]
 """`attack(key, apply, samples, x, y, eps) -> result` with the attacked input in `result.x`."""
@@ -83,7 +111,7 @@ def continuous_threat(
     return Threat(eps, jnp.zeros(()), jnp.asarray(power, eps.dtype))
 
 
-def clean_categorical(apply: Apply) -> LogLikelihood:
+def clean_categorical(apply: Apply) -> Composed:
     """The ordinary log-likelihood `log softmax_y f(w, x)`, as if lam = 1; the threat is not used.
 
     Args:
@@ -92,17 +120,15 @@ def clean_categorical(apply: Apply) -> LogLikelihood:
     Returns:
         `loglik(key, params, x, y, threat)` in nats.
     """
-
-    def loglik(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
-        del key, threat
-        return jax.nn.log_softmax(apply(params, x))[y]
-
-    return loglik
+    return Composed(
+        lambda key, params, x, y, threat: apply(params, x),
+        lambda logits, y, threat: jax.nn.log_softmax(logits)[y],
+    )
 
 
 def robust_categorical(
     apply: Apply, *, method: str = "ibp", clip: tuple[float, float] | None = None
-) -> LogLikelihood:
+) -> Composed:
     """The certified robust log-likelihood of classification.
 
         log M_power( p_clean, p_worst(eps_1), ..., p_worst(eps_K) )
@@ -122,19 +148,29 @@ def robust_categorical(
 
     Cost: one clean evaluation and K bounds ("ibp": about 2 evaluations each).
     """
-    worst = certified_categorical(apply, method=method, clip=clip)
+    bounded = margin_bounds(apply, method)
 
-    def loglik(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
-        clean = jax.nn.log_softmax(apply(params, x))[y]
-        worsts = _per_radius(lambda eps: worst(key, params, x, y, Threat(eps)), threat)
-        return _mixture(clean, worsts, threat)
+    def outputs(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
+        del key
+        logits = apply(params, x)
 
-    return loglik
+        def worst(eps: Array) -> Array:
+            return bounded(params, ball(x, jax.lax.stop_gradient(eps), clip=clip), y).upper
+
+        return jnp.concatenate([logits, _per_radius(worst, threat).reshape(-1)])
+
+    def log_prob(outputs: Array, y: Array, threat: Threat) -> Array:
+        # Logits, and the margins at each radius: row y of these is exactly 0.
+        rows = outputs.reshape(1 + jnp.size(threat.eps), -1)
+        worsts = -jax.nn.logsumexp(rows[1:], axis=1)
+        return _mixture(jax.nn.log_softmax(rows[0])[y], worsts, threat)
+
+    return Composed(outputs, log_prob)
 
 
 def certified_categorical(
     apply: Apply, *, method: str = "ibp", clip: tuple[float, float] | None = None
-) -> LogLikelihood:
+) -> Composed:
     """A lower bound on the log-likelihood of the worst case, `log min_{x'} softmax_y f(w, x')`.
 
     Args:
@@ -150,20 +186,20 @@ def certified_categorical(
     """
     bounded = margin_bounds(apply, method)
 
-    def loglik(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
+    def outputs(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
         del key
         if jnp.ndim(threat.eps) > 0:
             raise ValueError(
                 f"threat.eps has shape {jnp.shape(threat.eps)}: this is the worst case at one "
                 "radius; for K of them use robust_categorical."
             )
-        upper = bounded(params, ball(x, jax.lax.stop_gradient(threat.eps), clip=clip), y).upper
-        return -jax.nn.logsumexp(upper)  # row y is exactly 0: the 1 of the formula
+        return bounded(params, ball(x, jax.lax.stop_gradient(threat.eps), clip=clip), y).upper
 
-    return loglik
+    # Row y is exactly 0: the 1 of the formula.
+    return Composed(outputs, lambda margins, y, threat: -jax.nn.logsumexp(margins))
 
 
-def attacked_categorical(apply: Apply, attack: Attack) -> LogLikelihood:
+def attacked_categorical(apply: Apply, attack: Attack) -> Composed:
     """The robust log-likelihood with the worst case *found* by an attack: adversarial training.
 
     An upper bound on the true worst case: nothing is certified.
@@ -177,17 +213,20 @@ def attacked_categorical(apply: Apply, attack: Attack) -> LogLikelihood:
         weights at the attacked input, not through the attack.
     """
 
-    def loglik(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
-        clean = jax.nn.log_softmax(apply(params, x))[y]
+    def outputs(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
         fixed = jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf[None], params))
 
         def worst(eps: Array) -> Array:
             found = attack(key, apply, fixed, x, y, eps).x
-            return jax.nn.log_softmax(apply(params, jax.lax.stop_gradient(found)))[y]
+            return apply(params, jax.lax.stop_gradient(found))
 
-        return _mixture(clean, _per_radius(worst, threat), threat)
+        return jnp.concatenate([apply(params, x), _per_radius(worst, threat).reshape(-1)])
 
-    return loglik
+    def log_prob(outputs: Array, y: Array, threat: Threat) -> Array:
+        each = jax.nn.log_softmax(outputs.reshape(1 + jnp.size(threat.eps), -1))[:, y]
+        return _mixture(each[0], each[1:], threat)
+
+    return Composed(outputs, log_prob)
 
 
 def robust_gaussian(
@@ -196,7 +235,7 @@ def robust_gaussian(
     noise_scale: float,
     method: str = "ibp",
     clip: tuple[float, float] | None = None,
-) -> LogLikelihood:
+) -> Composed:
     """The certified robust log-likelihood of regression, y ~ N(f(w, x), noise_scale^2).
 
     The worst case puts the mean at the end of its interval that is farther from y.
@@ -217,20 +256,23 @@ def robust_gaussian(
         raise ValueError(f"noise_scale = {noise_scale}: a standard deviation must be positive.")
     bounded = bound(apply, method)
 
-    def log_prob(error: Array) -> Array:
-        return dist.Normal(0.0, noise_scale).log_prob(error).sum()
-
-    def loglik(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
+    def outputs(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
         del key
 
         def worst(eps: Array) -> Array:
             mean: Box = bounded(params, ball(x, jax.lax.stop_gradient(eps), clip=clip))
-            return log_prob(jnp.maximum(jnp.abs(mean.upper - y), jnp.abs(y - mean.lower)))
+            return jnp.maximum(jnp.abs(mean.upper - y), jnp.abs(y - mean.lower)).reshape(-1)
 
-        clean = log_prob(apply(params, x) - y)
-        return _mixture(clean, _per_radius(worst, threat), threat)
+        errors = (apply(params, x) - y).reshape(-1)
+        return jnp.concatenate([errors, _per_radius(worst, threat).reshape(-1)])
 
-    return loglik
+    def log_prob(errors: Array, y: Array, threat: Threat) -> Array:
+        del y  # the errors are from it already
+        rows = errors.reshape(1 + jnp.size(threat.eps), -1)
+        each = dist.Normal(0.0, noise_scale).log_prob(rows).sum(1)
+        return _mixture(each[0], each[1:], threat)
+
+    return Composed(outputs, log_prob)
 
 
 def log_power_mean(

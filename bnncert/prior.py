@@ -211,5 +211,32 @@ def check(prior: Prior, params: Any) -> None:
             )
 
 
+def normal_parameters(prior: Prior) -> dict[str, tuple[Array, Array]]:
+    """Mean and standard deviation of each random leaf, each of the leaf's shape, by name.
+
+    Raises:
+        ValueError: naming a leaf whose prior is not normal.
+
+    Example:
+        >>> loc, scale = normal_parameters({"w": dist.Normal(0.0, 2.0).expand([3])})["w"]
+        >>> print(scale)
+        [2. 2. 2.]
+    """
+    found = {}
+    for name, leaf in sites(prior).items():
+        base = leaf
+        while isinstance(base, (dist.Independent, dist.ExpandedDistribution)):
+            base = base.base_dist
+        if not isinstance(base, dist.Normal):
+            raise ValueError(
+                f"the prior of leaf {name!r} is a {type(base).__name__}: this method knows normal "
+                "priors only, e.g. bnncert.prior.normal(params, 0.1)"
+            )
+        shape = tuple(leaf.batch_shape) + tuple(leaf.event_shape)
+        loc, scale = jnp.asarray(base.loc), jnp.asarray(base.scale)
+        found[name] = jnp.broadcast_to(loc, shape), jnp.broadcast_to(scale, shape)
+    return found
+
+
 def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")

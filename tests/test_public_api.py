@@ -5,6 +5,7 @@ import inspect
 import pkgutil
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(
     info.name for info in pkgutil.walk_packages(bc.__path__, "bnncert.") if "._" not in info.name
 )
+
+ALGORITHMS: list[Any] = [getattr(bc.infer, name) for name in bc.infer.__all__]
 
 pytestmark = pytest.mark.smoke
 
@@ -75,16 +78,14 @@ def test_likelihoods():
 def test_inference_has_one_anatomy():
     assert bc.Algorithm._fields == ("init", "update", "posterior")
     assert bc.Batch._fields == ("x", "y", "mask")
-    algorithms = [getattr(bc.infer, name) for name in bc.infer.__all__]
-    assert {bc.infer.svi, bc.infer.map} <= set(algorithms)
-    for module in algorithms:
+    for module in ALGORITHMS:
         assert starts_with(module.build, "log_likelihood", "prior", "*", "num_data")
         assert "prepare" in parameters(module.build)
     prior = {"w": bc.prior.normal({"w": jnp.zeros(2)})["w"]}
     import optax
 
-    for module in (bc.infer.svi, bc.infer.map):
-        algorithm = module.build(
+    for module in ALGORITHMS:
+        algorithm: Any = module.build(
             bc.likelihood.clean_categorical(lambda p, x: p["w"] * x),
             prior,
             num_data=10,
@@ -134,7 +135,7 @@ def test_version_is_that_of_the_project():
 def public_functions() -> list:
     """Every function that a front door exports, and those of the modules it names."""
     doors = [bc, *(getattr(bc, name) for name in bc.__all__ if inspect.ismodule(getattr(bc, name)))]
-    doors += [bc.infer.svi, bc.infer.map]
+    doors += ALGORITHMS
     found = {}
     for door in doors:
         names = getattr(door, "__all__", [n for n in vars(door) if not n.startswith("_")])
@@ -167,15 +168,14 @@ def test_every_public_function_is_documented_and_typed(f):
         bc.likelihood.certified_categorical,
         bc.likelihood.attacked_categorical,
         bc.likelihood.robust_gaussian,
-        bc.infer.svi.build,
-        bc.infer.map.build,
+        *(module.build for module in ALGORITHMS),
         bc.certify.decision,
         bc.certify.predictive,
         bc.attack.pgd,
         bc.attack.fgsm,
         bc.prior.normal,
     ],
-    ids=lambda f: f.__qualname__,
+    ids=lambda f: f"{f.__module__}.{f.__qualname__}",
 )
 def test_the_contract_documents_each_argument(f):
     doc = inspect.getdoc(f) or ""

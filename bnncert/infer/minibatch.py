@@ -25,6 +25,33 @@ Schedule = Callable[[Array], Array]
 """Step number -> value, as Optax's schedules."""
 
 
+def each_datum(
+    function: Callable[[Key, Params, Array, Array, Threat], Array],
+    prepare: Prepare | None,
+    key: Key,
+    params: Params,
+    batch: Batch,
+    threat: Threat,
+) -> Array:
+    """A function of one datum, such as a log-likelihood, at every datum of a minibatch.
+
+    Args:
+        function: `(key, params, x, y, threat) -> array`.
+        prepare: `(params, x_batch) -> params`, applied first, or None.
+        key: split over the data.
+        params: one network's weights.
+        batch: the data.
+        threat: what the error model guards against.
+
+    Returns:
+        The values, with the data as leading axis; padding has a value too.
+    """
+    prepared = params if prepare is None else prepare(params, batch.x)
+    keys = jax.random.split(key, batch.mask.shape[0])
+    each = jax.vmap(function, in_axes=(0, None, 0, 0, None))
+    return each(keys, prepared, batch.x, batch.y, threat)
+
+
 def log_likelihoods(
     log_likelihood: LogLikelihood,
     prepare: Prepare | None,
@@ -33,20 +60,8 @@ def log_likelihoods(
     batch: Batch,
     threat: Threat,
 ) -> Float[Array, " batch"]:
-    """Log-likelihood of each datum of a minibatch, in nats; 0 for padding.
-
-    Args:
-        log_likelihood: of one datum.
-        prepare: `(params, x_batch) -> params`, applied first, or None.
-        key: split over the data.
-        params: one network's weights.
-        batch: the data.
-        threat: what the error model guards against.
-    """
-    prepared = params if prepare is None else prepare(params, batch.x)
-    keys = jax.random.split(key, batch.mask.shape[0])
-    each = jax.vmap(log_likelihood, in_axes=(0, None, 0, 0, None))
-    terms = each(keys, prepared, batch.x, batch.y, threat)
+    """Log-likelihood of each datum of a minibatch, in nats; 0 for padding. See `each_datum`."""
+    terms = each_datum(log_likelihood, prepare, key, params, batch, threat)
     return jnp.where(batch.mask > 0, batch.mask * terms, 0.0)
 
 

@@ -1,0 +1,111 @@
+"""IVON: the natural-gradient step with the Hessian itself, estimated without second derivatives.
+
+By Price's theorem (integration by parts), for w = loc + offset drawn from q,
+
+    E_q[ diagonal Hessian ]  =  E_q[ gradient(w) offset / scale^2 ],
+
+which costs no more than the gradient. The estimate may be negative; a correction of second order in
+the step, from the geometry of positive precisions, keeps h + d > 0:
+
+    h  <-  beta2 h + (1 - beta2) e + (1 - beta2)^2 (h - e)^2 / (2 (h + d)),     e: the estimate
+
+(with r = (1 - beta2)(e - h) / (h + d), the new h + d is (h + d)(1 + r + r^2 / 2) > 0). Its fixed
+point is the optimum of the ELBO over mean-field normals: in a conjugate model the exact diagonal
+precision, up to the correction's bias, of relative size (1 - beta2) Var(e) / (2 (h + d)^2).
+
+The noise of the minibatch enters e divided by the scale, Var(e) ~ Var(gradient) / scale^2, so that
+both this bias and the variance of h are about
+
+    (1 - beta2) N / (2 B kl_weight)
+
+relative to h: the colder the posterior, the longer h has to be averaged. Where a run is too short
+for that, h comes out too large, that is the posterior too narrow.
+
+Source: Shen et al., "Variational Learning is Effective for Large Deep Networks", ICML 2024,
+algorithm 1; the correction from Lin et al., "Handling the Positive-Definite Constraint in the
+Bayesian Learning Rule", ICML 2020.
+"""
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from bnncert.infer import natural_gradient
+from bnncert.infer.minibatch import Schedule
+from bnncert.infer.natural_gradient import Draw, Leaves, Smooth
+from bnncert.types import Algorithm, LogLikelihood, Prepare
+
+
+def build(
+    log_likelihood: LogLikelihood,
+    prior: PyTree,
+    *,
+    num_data: int,
+    optimizer: optax.GradientTransformation,
+    beta2: float = 0.9995,
+    kl_weight: float | Schedule = 1.0,
+    initial_scale: float = 0.1,
+    beta1: float = 0.9,
+    num_particles: int = 1,
+    deterministic: optax.GradientTransformation | None = None,
+    prepare: Prepare | None = None,
+) -> Algorithm:
+    """IVON as an `Algorithm`.
+
+    Args:
+        log_likelihood: of one datum, e.g. `bnncert.likelihood.robust_categorical(apply)`.
+        prior: pytree of NumPyro distributions, normal; None for deterministic leaves.
+        num_data: N, the size of the training set.
+        optimizer: from Optax, given the natural gradient, in units of the weights, e.g.
+            `optax.sgd(0.1)` with a schedule; 1 would be Newton's step.
+        beta2: decay of the running mean of the curvature, in [0, 1); close to 1, because a single
+            estimate is noisy.
+        kl_weight: of KL(q || p), > 0; 1 is the ELBO. Or a schedule of the step.
+        initial_scale: sd of the posterior at the start, relative to the root mean square of each
+            leaf; never above the prior's.
+        beta1: decay of the running mean of gradients, in [0, 1).
+        num_particles: draws of the weights for each update; they are vmapped.
+        deterministic: optimiser of the leaves without a prior, given the gradient of the negative
+            log-likelihood, nats summed over the data; needed where there are any.
+        prepare: `(params, x_batch) -> params`, applied to each draw: e.g. batch-norm statistics.
+
+    Returns:
+        `Algorithm(init, update, posterior)`; the posterior is a `MeanField`.
+
+    Raises:
+        ValueError: a number out of its range; as `natural_gradient.build`.
+    """
+    return natural_gradient.build(
+        price,
+        riemannian(beta2),
+        log_likelihood,
+        prior,
+        num_data=num_data,
+        optimizer=optimizer,
+        kl_weight=kl_weight,
+        initial_scale=initial_scale,
+        beta1=beta1,
+        num_particles=num_particles,
+        deterministic=deterministic,
+        prepare=prepare,
+    )
+
+
+def price(draw: Draw) -> Leaves:
+    """Price's estimate, gradient offset / scale^2: unbiased for E_q[diagonal Hessian]."""
+    return {
+        name: gradient * draw.offset[name] / jnp.square(draw.scale[name])
+        for name, gradient in draw.gradient.items()
+    }
+
+
+def riemannian(beta2: float) -> Smooth:
+    """The running mean of the curvature that stays above -d; beta2 in [0, 1)."""
+    natural_gradient.check_decay("beta2", beta2)
+    rate = 1 - beta2
+
+    def smooth(h: Array, estimate: Array, damping: Array) -> Array:
+        correction = jnp.square(rate * (h - estimate)) / (2 * (h + damping))
+        return beta2 * h + rate * estimate + correction
+
+    return smooth
