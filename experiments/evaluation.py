@@ -21,9 +21,9 @@ from tqdm import tqdm
 from bnncert import attack, certify, metrics
 from bnncert.sets import ball
 from bnncert.types import Apply
-from experiments.config import EvalConfig
 from experiments.data import Split
-from experiments.training import PIXELS
+from experiments.inference import PIXELS
+from experiments.settings import EvalConfig
 
 OnBatch = Callable[[np.ndarray, np.ndarray, np.ndarray, np.float32], Any]
 """`(images, labels, positions, eps) -> pytree` with the images as the leading axis."""

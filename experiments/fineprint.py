@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from experiments.config import PRESETS
+from experiments.config import PRESETS, preset
 from experiments.figures import radius_text
+from experiments.settings import INFERENCES
 
 
 def statement(results: Mapping[str, Any]) -> str:
@@ -86,8 +87,9 @@ def command(config: Mapping[str, Any]) -> str:
     >>> command({"preset": "digits", "inference": "map", "seed": 1, "train": {"epochs": 5}})
     'python -m experiments.run digits --inference map --seed 1 --train.epochs 5'
     """
-    preset = PRESETS.get(config["preset"])
-    usual = _flat(dataclasses.asdict(preset)) if preset else {}
+    known = config["preset"] in PRESETS and config["inference"] in INFERENCES
+    usual = preset(config["preset"], config["inference"]) if known else None
+    usual = _flat(dataclasses.asdict(usual)) if usual else {}
     words = ["python", "-m", "experiments.run", str(config["preset"])]
     for name, value in _flat(config).items():
         option = "--" + name.replace("_", "-")

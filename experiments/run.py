@@ -19,11 +19,12 @@ import bnncert
 from bnncert.posterior import Samples, spread
 from experiments import outcomes
 from experiments.allocator import keep_freed_pages
-from experiments.config import RunConfig, from_dict, output_folder, parse, to_dict
+from experiments.config import output_folder, parse
 from experiments.data import Dataset, load, validation_split
 from experiments.evaluation import Evaluated, SoundnessError, evaluate
 from experiments.models import build
 from experiments.report import write_report
+from experiments.settings import RunConfig, from_dict, to_dict
 from experiments.training import Trained, TrainingError, train
 
 SPLIT_SEED = 0

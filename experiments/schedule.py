@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from experiments.config import TrainConfig
+from experiments.settings import TrainConfig
 
 Step = int | Int[Array, ""]
 

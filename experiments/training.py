@@ -9,37 +9,31 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
 from bnncert import certify
-from bnncert import prior as priors
-from bnncert.likelihood import Threat, robust_categorical
 from bnncert.sets import ball
-from bnncert.types import Algorithm, Apply, Batch
+from bnncert.types import Algorithm, Apply, Batch, Threat
 from experiments import checkpoint
-from experiments.config import INFERENCES, RunConfig
 from experiments.data import Split, epoch_batches
+from experiments.inference import PIXELS, build_algorithm
 from experiments.models import Model
 from experiments.schedule import learning_rate_schedule, threat_schedule
-
-PIXELS = (0.0, 1.0)
-"""The adversary stays in the range of pixels, in training, certificate and attack alike."""
+from experiments.settings import RunConfig
 
 CHECKPOINT_SECONDS = 10.0
 """Least time between two checkpoints: saving takes some 50 ms."""
 
 
 class TrainingError(RuntimeError):
-    """The loss or a weight is no number: the last checkpoint is from before."""
+    """The loss or a number of the state is not finite: the last checkpoint is from before."""
 
 
 class Trained(NamedTuple):
@@ -70,7 +64,7 @@ def train(config: RunConfig, model: Model, train_set: Split, held: Split, folder
         The posterior and how long it took.
 
     Raises:
-        TrainingError: the loss or a weight became NaN or infinite; names the step.
+        TrainingError: something became NaN or infinite; names the step and the leaf.
     """
     settings = config.train
     num, size = len(train_set.y), min(config.train.batch_size, len(train_set.y))
@@ -99,11 +93,11 @@ def train(config: RunConfig, model: Model, train_set: Split, held: Split, folder
     ):
         for epoch in range(first, settings.epochs):
             started = time.monotonic()
-            infos = []
+            infos, finite = [], []
             indices, mask = epoch_batches((config.seed, epoch), num, size)
             for i in range(steps_per_epoch):
                 step = epoch * steps_per_epoch + i
-                state, info = update(
+                state, info, fine = update(
                     jax.random.fold_in(key, 2),
                     state,
                     np.int32(step),
@@ -113,14 +107,12 @@ def train(config: RunConfig, model: Model, train_set: Split, held: Split, folder
                     labels,
                 )
                 infos.append(info)
+                finite.append(fine)
                 bar.update()
                 if i % 50 == 49:  # now and then: reading a number waits for the device
                     _show(bar, float(info.loss) / num, float(threats(step)[0]))
-            losses = np.asarray([info.loss for info in infos])
+            _check_finite(state, np.asarray(finite), epoch * steps_per_epoch, folder)
             posterior = algorithm.posterior(state)
-            # A gradient may be no number where its loss is one: the last step's shows in no loss.
-            if not np.isfinite(losses).all() or not _is_finite(posterior):
-                _stop(losses, epoch * steps_per_epoch, folder)
             seconds = time.monotonic() - started
             last = (epoch + 1) * steps_per_epoch - 1
             eps, lam = threats(last)
@@ -146,30 +138,11 @@ def train(config: RunConfig, model: Model, train_set: Split, held: Split, folder
     return Trained(algorithm.posterior(state), float(np.median(spent)), float(np.sum(spent)))
 
 
-def build_algorithm(
-    config: RunConfig, apply: Apply, params: PyTree, num_data: int, steps_per_epoch: int
-) -> Algorithm:
-    """The inference method of a config, on the robust likelihood."""
-    settings = config.train
-    optimizer = optax.chain(
-        # The loss is summed over the data: per image, the norm is num_data times smaller.
-        optax.clip_by_global_norm(settings.clip_norm * num_data),
-        optax.adam(learning_rate_schedule(settings, steps_per_epoch)),
-    )
-    likelihood = robust_categorical(apply, method=settings.method, clip=PIXELS)
-    prior = priors.normal(params, settings.prior_scale)
-    options: dict[str, dict[str, Any]] = {
-        "map": {"prior_weight": settings.kl_weight},
-        "bbb": {"kl_weight": settings.kl_weight, "initial_scale": settings.initial_scale},
-    }
-    method = import_module(INFERENCES[config.inference])
-    return method.build(
-        likelihood, prior, num_data=num_data, optimizer=optimizer, **options[config.inference]
-    )
-
-
 def make_update(config: RunConfig, algorithm: Algorithm, steps_per_epoch: int) -> Callable:
     """One jitted step: gathers its minibatch on the device, and follows the schedules.
+
+    It returns the new state, the method's info, and whether the loss and each leaf of the state
+    are finite.
 
     A loop in Python, not `lax.scan`: inside XLA's loops the gradients of convolutions run 10 times
     slower on CPU, and the dispatch of a step is hidden behind the one before.
@@ -185,7 +158,7 @@ def make_update(config: RunConfig, algorithm: Algorithm, steps_per_epoch: int) -
         mask: Array,
         images: Array,
         labels: Array,
-    ) -> tuple[PyTree, Any]:
+    ) -> tuple[PyTree, Any, Array]:
         eps, lam = threats(step)
         here = jax.random.fold_in(key, step)
         x = images[indices]
@@ -193,7 +166,9 @@ def make_update(config: RunConfig, algorithm: Algorithm, steps_per_epoch: int) -
             chosen = jax.random.bernoulli(jax.random.fold_in(here, 1), 0.5, (x.shape[0], 1, 1, 1))
             x = jnp.where(chosen, x[:, :, ::-1], x)
         threat = Threat(eps, lam, jnp.float32(config.train.power))
-        return algorithm.update(here, state, Batch(x, labels[indices], mask), threat)
+        state, info = algorithm.update(here, state, Batch(x, labels[indices], mask), threat)
+        numbers = [info.loss, *_numbers(state).values()]
+        return state, info, jnp.stack([jnp.isfinite(leaf).all() for leaf in numbers])
 
     return update
 
@@ -250,19 +225,27 @@ def _mean(infos: list[Any], name: str) -> float:
     return math.fsum(float(getattr(info, name)) for info in infos) / len(infos)
 
 
-@jax.jit
-def _is_finite(tree: PyTree) -> Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+def _numbers(state: PyTree) -> dict[str, Array]:
+    """The floating-point leaves of a state by their paths."""
+    return {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
 
 
-def _stop(losses: np.ndarray, first_step: int, folder: Path) -> None:
-    finite = np.isfinite(losses)
-    i = len(losses) - 1 if finite.all() else int(np.argmin(finite))
-    what = "a weight became NaN or infinite" if finite.all() else f"the loss became {losses[i]}"
+def _check_finite(state: PyTree, finite: np.ndarray, first_step: int, folder: Path) -> None:
+    """Raises unless every step of an epoch left all finite; names the first that did not."""
+    if finite.all():
+        return
+    step = int(np.argmin(finite.all(1)))
+    names = np.array(["the loss", *(f"state{name}" for name in _numbers(state))])
+    wrong = names[~finite[step]]
+    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
     last = checkpoint.latest(folder / "checkpoints")
     kept = f"the checkpoint of epoch {last} is kept" if last else "no checkpoint was made yet"
     raise TrainingError(
-        f"{what} at step {first_step + i}; {kept} in {folder}. Lower "
-        "--train.learning-rate or --train.clip-norm, or ramp eps more slowly (--train.ramp), and "
-        "start again in another --out."
+        f"{wrong[0]}{more} became NaN or infinite at step {first_step + step}; {kept} in {folder}. "
+        "Lower --train.learning-rate or --train.clip-norm, or ramp eps more slowly "
+        "(--train.ramp), and start again in another --out."
     )

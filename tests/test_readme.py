@@ -132,7 +132,8 @@ def test_the_methods_named_are_those_there_are() -> None:
 
 
 def test_presets_and_inference_methods_named_are_those_there_are() -> None:
-    from experiments.config import INFERENCES, PRESETS
+    from experiments.config import PRESETS
+    from experiments.settings import INFERENCES
 
     text = section("Other data sets and settings")
     presets = text.split("Presets are ", 1)[1].split(". ", 1)[0]

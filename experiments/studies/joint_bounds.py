@@ -59,9 +59,10 @@ from bnncert.posterior import stack
 from bnncert.sets import Box
 from bnncert.types import Apply
 from experiments.allocator import keep_freed_pages
-from experiments.config import PRESETS, RunConfig
+from experiments.config import PRESETS
 from experiments.data import Dataset, load
 from experiments.models import Model, build
+from experiments.settings import RunConfig
 from experiments.training import PIXELS, train
 
 FORMS = ("decision", "logits", "margins", "pairs", "log", "corner", "corner-0")

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from experiments import config as cfg
+from experiments import settings as stg
 
 
-def with_option(option: str, value: object) -> cfg.RunConfig:
+def with_option(option: str, value: object) -> stg.RunConfig:
     base = cfg.PRESETS["digits"]
     *section, name = option.split(".")
     if not section:
@@ -21,17 +22,17 @@ def with_option(option: str, value: object) -> cfg.RunConfig:
 @pytest.mark.parametrize("name", cfg.PRESETS)
 def test_presets_are_valid_and_survive_json(name: str) -> None:
     config = cfg.PRESETS[name]
-    cfg.validate(config)
+    stg.validate(config)
     assert config.preset == name
     assert cfg.parse([name]) == config
     moved = dataclasses.replace(config, data_dir=Path("a/b"), out=Path("c"))
-    assert cfg.from_dict(json.loads(json.dumps(cfg.to_dict(moved)))) == moved
+    assert stg.from_dict(json.loads(json.dumps(stg.to_dict(moved)))) == moved
 
 
 def test_the_presets_of_the_contract_exist() -> None:
     expected = ["digits", "mnist-mlp", "mnist-cnn", "fashion-mlp", "fashion-cnn", "cifar-cnn"]
     assert list(cfg.PRESETS) == expected
-    assert {"map", "bbb"} <= set(cfg.INFERENCES)
+    assert {"map", "bbb"} <= set(stg.INFERENCES)
     assert cfg.PRESETS["cifar-cnn"].eval.eps == 2 / 255
     assert cfg.PRESETS["cifar-cnn"].train.flip
 
@@ -42,9 +43,9 @@ def test_every_field_has_help_and_is_an_option(capsys: pytest.CaptureFixture[str
     assert exit.value.code == 0
     text = capsys.readouterr().out
     for prefix, kind in [
-        ("", cfg.RunConfig),
-        ("train.", cfg.TrainConfig),
-        ("eval.", cfg.EvalConfig),
+        ("", stg.RunConfig),
+        ("train.", stg.TrainConfig),
+        ("eval.", stg.EvalConfig),
     ]:
         for field in dataclasses.fields(kind):
             flag = "--" + (prefix + field.name).replace("_", "-")
@@ -136,16 +137,16 @@ NAN, INF = float("nan"), float("inf")
 def test_validate_names_the_option_and_the_value(option: str, values: list[object]) -> None:
     for value in values:
         with pytest.raises(ValueError) as raised:
-            cfg.validate(with_option(option, value))
+            stg.validate(with_option(option, value))
         assert f"--{option.replace('_', '-')} must be" in str(raised.value)
         assert str(value) in str(raised.value)
 
 
 def test_every_number_has_a_requirement() -> None:
     """A numeric option added without one would accept NaN or a negative value."""
-    required = {option for _, _, options in cfg._REQUIREMENTS for option in options}
+    required = {option for _, _, options in stg._REQUIREMENTS for option in options}
     numeric = {"seed"}
-    for prefix, kind in [("train", cfg.TrainConfig), ("eval", cfg.EvalConfig)]:
+    for prefix, kind in [("train", stg.TrainConfig), ("eval", stg.EvalConfig)]:
         for name, hint in typing.get_type_hints(kind).items():
             if hint in (int, float, tuple[float, ...]):
                 numeric.add(f"{prefix}.{name}")
@@ -155,16 +156,16 @@ def test_every_number_has_a_requirement() -> None:
 def test_warmup_and_ramp_fit_into_training() -> None:
     train = dataclasses.replace(cfg.PRESETS["digits"].train, warmup=0.7, ramp=0.7)
     with pytest.raises(ValueError, match=r"warmup and --train.ramp .* got 1.4"):
-        cfg.validate(dataclasses.replace(cfg.PRESETS["digits"], train=train))
+        stg.validate(dataclasses.replace(cfg.PRESETS["digits"], train=train))
 
 
 @pytest.mark.parametrize("field", ["dataset", "model", "inference"])
 def test_unknown_names_are_refused(field: str) -> None:
     with pytest.raises(ValueError, match=r"unknown .* 'xyzzy'"):
-        cfg.validate(with_option(field, "xyzzy"))
+        stg.validate(with_option(field, "xyzzy"))
 
 
-@pytest.mark.parametrize("name", cfg.INFERENCES)
+@pytest.mark.parametrize("name", stg.INFERENCES)
 def test_each_inference_method_has_the_anatomy(name: str) -> None:
-    module = importlib.import_module(cfg.INFERENCES[name])
+    module = importlib.import_module(stg.INFERENCES[name])
     assert callable(module.build)

@@ -17,9 +17,10 @@ import pytest
 from bnncert import certify
 from bnncert.posterior import Samples
 from experiments import data, run
-from experiments.config import from_dict, parse
+from experiments.config import parse
 from experiments.models import Model
 from experiments.run import main, open_folder
+from experiments.settings import from_dict
 from experiments.training import Trained
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.config import TrainConfig
 from experiments.schedule import learning_rate_schedule, threat_schedule
+from experiments.settings import TrainConfig
 
 TRAIN = TrainConfig(epochs=10, eps=0.2, lam=0.25, warmup=0.1, ramp=0.5)
 

@@ -1,0 +1,250 @@
+"""The settings of a run: frozen dataclasses, what each has to be, and how JSON holds them.
+
+Every field is an option of the command line; a field's docstring is its help.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from experiments.data import DATASETS, check_name
+from experiments.models import MODELS
+
+INFERENCES: dict[str, str] = {
+    "map": "bnncert.infer.map",  # one network, the mode of the robust posterior
+    "bbb": "bnncert.infer.svi",  # Bayes by Backprop: mean-field variational inference
+    "vogn": "bnncert.infer.vogn",  # natural gradients, squared gradients of single images
+    "noisy-adam": "bnncert.infer.noisy_adam",  # natural gradients, squared gradients of minibatches
+    "ivon": "bnncert.infer.ivon",  # natural gradients, the Hessian by Price's theorem
+}
+"""Inference methods that exist: name on the command line -> module with `build`."""
+
+LIKELIHOODS = ("certified", "attacked", "clean")
+TRAIN_METHODS = ("ibp", "crown-ibp")
+RANDOM_LAYERS = ("all", "last")
+CERTIFY_METHODS = ("ibp", "crown-ibp", "crown")
+
+
+def _choice(names: Sequence[str]) -> Any:
+    return tyro.conf.arg(metavar="{" + ",".join(names) + "}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the posterior is trained."""
+
+    epochs: int = 25
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Training images in a minibatch."""
+    learning_rate: float = 2e-3
+    """Step size at the start: Adam's, or of the natural gradient (vogn, noisy-adam, ivon)."""
+    learning_rate_drops: tuple[float, ...] = (0.75, 0.9)
+    """Where the learning rate drops, as fractions of training."""
+    learning_rate_decay: float = 0.2
+    """The factor the learning rate is multiplied by at each drop."""
+    clip_norm: float = 10.0
+    """Largest global norm of a gradient (nats per image per unit of parameter)."""
+    prior_scale: float = 0.1
+    """Standard deviation of the normal prior of each weight."""
+    kl_weight: float = 0.02
+    """Weight of KL(q || prior) in the ELBO; 1 is the ELBO itself, less tempers the posterior."""
+    initial_scale: float = 0.1
+    """Posterior standard deviation at the start, relative to that of the weights' initialisation
+    (sqrt(2 pi) / fan_in)."""
+    eps: float = 0.1
+    """Largest radius of the training threat: l_inf, in units of pixels in [0, 1]."""
+    lam: float = 0.25
+    """Weight of the clean term in the robust likelihood after the ramp; 1: an ordinary network."""
+    power: float = 0.0
+    """Exponent of the mixture of clean and worst-case likelihood: 0 geometric, 1 arithmetic."""
+    warmup: float = 0.0
+    """Fraction of training before the ramp, at eps 0 and lam 1."""
+    ramp: float = 0.4
+    """Fraction of training over which eps goes linearly up from 0, and lam down from 1."""
+    likelihood: Annotated[str, _choice(LIKELIHOODS)] = "certified"
+    """Error model: the certified worst case, one found by PGD (adversarial training), or none."""
+    method: Annotated[str, _choice(TRAIN_METHODS)] = "ibp"
+    """Bounds inside the certified likelihood."""
+    attack_steps: int = 7
+    """Steps of PGD inside the attacked likelihood."""
+    random_layers: Annotated[str, _choice(RANDOM_LAYERS)] = "all"
+    """Layers that have a posterior; the others are deterministic."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients (vogn, noisy-adam, ivon)."""
+    beta2: float = 0.999
+    """Decay of the mean of curvatures (vogn, noisy-adam, ivon)."""
+    clip_step: float = math.inf
+    """Largest natural gradient of a weight, in its units (vogn, noisy-adam, ivon)."""
+    validation: int = 1000
+    """Training images held out, to follow training on; 0 holds out none."""
+    flip: bool = False
+    """Flip training images left to right at random."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How the trained posterior is certified and attacked."""
+
+    eps: float = 0.1
+    """Radius of the test threat: l_inf, in units of pixels in [0, 1]."""
+    num_samples: int = 16
+    """Posterior samples deployed; their average is the predictor that is certified."""
+    attack_steps: int = 10
+    """Steps of PGD."""
+    attack_restarts: int = 1
+    """Random starts of PGD."""
+    certify_method: Annotated[str, _choice(CERTIFY_METHODS)] = "crown-ibp"
+    """Bounds of the certificates."""
+    curve_points: int = 9
+    """Radii at which the curve of accuracy over eps is computed, 0 included."""
+    curve_images: int = 500
+    """Test images the curve is computed on."""
+    batch_size: int = 256
+    """Test images bounded or attacked at once; memory grows with it."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Train a certified Bayesian neural network, certify it, attack it, and report."""
+
+    preset: tyro.conf.Suppress[str]
+    """The preset this started from."""
+    dataset: Annotated[str, _choice(DATASETS)]
+    """Data set; all but digits are read from a folder prepared by TensorFlow Datasets."""
+    model: Annotated[str, _choice(tuple(MODELS))]
+    """Network: mlp (one hidden layer of 512) or cnn (two convolutions, a hidden layer of 100)."""
+    inference: Annotated[str, _choice(tuple(INFERENCES))] = "bbb"
+    """Inference method: bbb (Bayes by Backprop) or map (one deterministic network)."""
+    seed: int = 0
+    """Fixes the initialisation, the order of the data, the posterior samples and the attack."""
+    data_dir: Path | None = None
+    """TFDS data folder. Default: TFDS's own, ~/tensorflow_datasets."""
+    out: Path | None = None
+    """Output folder, a new one. Default: runs/PRESET-INFERENCE-seedSEED."""
+    resume: bool = False
+    """Continue the run in the output folder from its last checkpoint."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def validate(config: RunConfig) -> None:
+    """Raise a ValueError that names the option, its value and the way out, if one is wrong.
+
+    >>> validate(dataclasses.replace(PRESETS["digits"], seed=-1))
+    Traceback (most recent call last):
+    ValueError: --seed must be an integer in 0 .. 2**32 - 1, got -1
+    """
+    check_name(config.dataset, DATASETS, "data set")
+    check_name(config.model, tuple(MODELS), "model")
+    check_name(config.inference, tuple(INFERENCES), "inference method")
+    check_name(config.train.likelihood, LIKELIHOODS, "likelihood")
+    check_name(config.train.method, TRAIN_METHODS, "bound method of training")
+    check_name(config.train.random_layers, RANDOM_LAYERS, "choice of random layers")
+    check_name(config.eval.certify_method, CERTIFY_METHODS, "bound method of certificates")
+    for requirement, holds, options in _REQUIREMENTS:
+        for option in options:
+            value = _lookup(config, option)
+            if not holds(value):
+                raise ValueError(f"{_flag(option)} must be {requirement}, got {value}")
+    if config.inference != "map" and config.train.kl_weight == 0:
+        raise ValueError(
+            f"--train.kl-weight must be > 0 with --inference {config.inference}, got 0: without "
+            "its prior a posterior shrinks to a point; for that, use --inference map"
+        )
+    covered = config.train.warmup + config.train.ramp
+    if covered > 1:
+        raise ValueError(
+            f"--train.warmup and --train.ramp are fractions of one training, got {covered} in all"
+        )
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return the config as nested dicts that JSON can hold."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(child) for name, child in value.items()}
+        if isinstance(value, tuple):
+            return list(value)
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(fields: Mapping[str, Any]) -> RunConfig:
+    """Invert `to_dict`.
+
+    >>> from_dict(to_dict(PRESETS["mnist-cnn"])) == PRESETS["mnist-cnn"]
+    True
+    """
+    train = dict(fields["train"])
+    train["learning_rate_drops"] = tuple(train["learning_rate_drops"])
+    paths = {name: None if fields[name] is None else Path(fields[name])
+             for name in ("data_dir", "out")}  # fmt: skip
+    nested = {"train": TrainConfig(**train), "eval": EvalConfig(**fields["eval"])}
+    return RunConfig(**{**fields, **paths, **nested})
+
+
+_REQUIREMENTS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    ("an integer in 0 .. 2**32 - 1", lambda v: 0 <= v < 2**32, ("seed",)),
+    (
+        "at least 1",
+        lambda v: v >= 1,
+        (
+            "train.epochs",
+            "train.batch_size",
+            "train.attack_steps",
+            "eval.num_samples",
+            "eval.attack_restarts",
+            "eval.curve_images",
+            "eval.batch_size",
+        ),
+    ),
+    ("at least 2", lambda v: v >= 2, ("eval.curve_points",)),
+    ("at least 0", lambda v: v >= 0, ("train.validation", "eval.attack_steps")),
+    (
+        "a finite number > 0",
+        lambda v: 0 < v < math.inf,
+        (
+            "train.learning_rate",
+            "train.learning_rate_decay",
+            "train.clip_norm",
+            "train.prior_scale",
+            "train.initial_scale",
+        ),
+    ),
+    ("a finite number >= 0", lambda v: 0 <= v < math.inf, ("train.kl_weight",)),
+    (
+        "a radius in [0, 1], the range of a pixel (8/255, not 8)",
+        lambda v: 0 <= v <= 1,
+        ("train.eps", "eval.eps"),
+    ),
+    (
+        "a number in [0, 1]",
+        lambda v: 0 <= v <= 1,
+        ("train.lam", "train.power", "train.warmup", "train.ramp"),
+    ),
+    ("a decay in [0, 1)", lambda v: 0 <= v < 1, ("train.beta1", "train.beta2")),
+    ("a number > 0, or inf", lambda v: v > 0, ("train.clip_step",)),
+    (
+        "increasing fractions between 0 and 1",
+        lambda v: all(0 < drop < 1 for drop in v) and list(v) == sorted(v),
+        ("train.learning_rate_drops",),
+    ),
+)
+"""What each number has to be. Every comparison is written so that NaN fails it."""
+
+
+def _lookup(config: RunConfig, option: str) -> Any:
+    return functools.reduce(getattr, option.split("."), config)
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
