@@ -6,6 +6,6 @@ state, info = algorithm.update(key, state, batch, threat)
 posterior = algorithm.posterior(state)
 """
 
-from bnncert.infer import map, svi
+from bnncert.infer import map, svi, swag
 
-__all__ = ["map", "svi"]
+__all__ = ["map", "svi", "swag"]
