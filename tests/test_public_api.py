@@ -77,7 +77,8 @@ def test_inference_has_one_anatomy():
     assert bc.Batch._fields == ("x", "y", "mask")
     algorithms = [getattr(bc.infer, name) for name in bc.infer.__all__]
     assert {bc.infer.svi, bc.infer.map} <= set(algorithms)
-    for module in algorithms:
+    assert starts_with(bc.infer.ensemble.build, "algorithm", "num_members", "*", "vectorize")
+    for module in set(algorithms) - {bc.infer.ensemble}:  # it is built on another
         assert starts_with(module.build, "log_likelihood", "prior", "*", "num_data")
         assert "prepare" in parameters(module.build)
     prior = {"w": bc.prior.normal({"w": jnp.zeros(2)})["w"]}
