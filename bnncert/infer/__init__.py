@@ -6,6 +6,6 @@ state, info = algorithm.update(key, state, batch, threat)
 posterior = algorithm.posterior(state)
 """
 
-from bnncert.infer import ensemble, map, svi, swag
+from bnncert.infer import ensemble, laplace, map, svi, swag
 
-__all__ = ["ensemble", "map", "svi", "swag"]
+__all__ = ["ensemble", "laplace", "map", "svi", "swag"]
