@@ -211,31 +211,31 @@ def check(prior: Prior, params: Any) -> None:
             )
 
 
-def normal_parameters(prior: Prior) -> dict[str, tuple[Array, Array]]:
-    """Mean and standard deviation of each random leaf, each of the leaf's shape, by name.
+def normal_parameters(prior: Prior) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Locations and scales of a prior of independent normals, by random leaf, in its shape.
 
     Raises:
-        ValueError: naming a leaf whose prior is not normal.
+        NotImplementedError: naming a leaf whose prior is another distribution.
 
     Example:
-        >>> loc, scale = normal_parameters({"w": dist.Normal(0.0, 2.0).expand([3])})["w"]
-        >>> print(scale)
+        >>> _, scales = normal_parameters({"w": dist.Normal(0.0, 2.0).expand([3]), "b": None})
+        >>> print(scales["w"])
         [2. 2. 2.]
     """
-    found = {}
+    locs, scales = {}, {}
     for name, leaf in sites(prior).items():
         base = leaf
-        while isinstance(base, (dist.Independent, dist.ExpandedDistribution)):
+        while isinstance(base, dist.Independent | dist.ExpandedDistribution):
             base = base.base_dist
         if not isinstance(base, dist.Normal):
-            raise ValueError(
-                f"the prior of leaf {name!r} is a {type(base).__name__}: this method knows normal "
-                "priors only, e.g. bnncert.prior.normal(params, 0.1)"
+            raise NotImplementedError(
+                f"the prior of leaf {name!r} is a {type(base).__name__}: closed forms are for "
+                "independent normals (bnncert.prior.normal). Estimate a KL as the mean of "
+                "`log_prob(w) - bnncert.prior.log_prob(prior, w)` over draws w"
             )
-        shape = tuple(leaf.batch_shape) + tuple(leaf.event_shape)
-        loc, scale = jnp.asarray(base.loc), jnp.asarray(base.scale)
-        found[name] = jnp.broadcast_to(loc, shape), jnp.broadcast_to(scale, shape)
-    return found
+        locs[name] = jnp.broadcast_to(jnp.asarray(base.loc), leaf.shape())
+        scales[name] = jnp.broadcast_to(jnp.asarray(base.scale), leaf.shape())
+    return locs, scales
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -63,7 +63,7 @@ def test_bounds_over_weights():
         run(weights(i), inputs(i)[0][0], jnp.float32(0.1 * i))
 
 
-@pytest.mark.parametrize(("name", "eps"), [("svi", 0.1), ("map", [0.1, 0.2])])
+@pytest.mark.parametrize(("name", "eps"), [("svi", 0.1), ("map", [0.1, 0.2]), ("swag", 0.1)])
 def test_updates_take_a_schedule_without_a_recompile(name, eps):
     algorithm = getattr(bc.infer, name).build(
         bc.likelihood.robust_categorical(apply),

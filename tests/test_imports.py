@@ -18,7 +18,8 @@ ORDER = """
     bounds.rules bounds.arithmetic bounds.rounding.terms bounds.rounding.affine
     bounds.rounding.relaxed bounds.rounding bounds.interval bounds.relax bounds.backward
     bounds.forward bounds.sweeps bounds.alpha bounds.api bounds.margins bounds.joint bounds
-    likelihood prior posterior
+    likelihood prior posterior.leaves posterior.mean_field posterior.samples posterior.low_rank
+    posterior.gaussian posterior.mixture posterior.summary posterior
     infer.minibatch infer.map infer.svi infer.natural_gradient infer.vogn infer.noisy_adam
     infer.ivon infer.swag infer.mcmc infer.sgmcmc infer.laplace infer.ensemble infer
     certify.predictive certify.safety certify.moments certify.confidence certify.radii certify

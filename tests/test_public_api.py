@@ -18,7 +18,8 @@ MODULES = sorted(
     info.name for info in pkgutil.walk_packages(bc.__path__, "bnncert.") if "._" not in info.name
 )
 
-ALGORITHMS: list[Any] = [getattr(bc.infer, name) for name in bc.infer.__all__]
+METHODS: list[Any] = [getattr(bc.infer, name) for name in bc.infer.__all__ if name != "ensemble"]
+ALGORITHMS = [module for module in METHODS if module is not bc.infer.laplace]
 
 pytestmark = pytest.mark.smoke
 
@@ -78,7 +79,8 @@ def test_likelihoods():
 def test_inference_has_one_anatomy():
     assert bc.Algorithm._fields == ("init", "update", "posterior")
     assert bc.Batch._fields == ("x", "y", "mask")
-    for module in ALGORITHMS:
+    assert starts_with(bc.infer.ensemble.build, "algorithm", "num_members", "*", "vectorize")
+    for module in METHODS:
         assert starts_with(module.build, "log_likelihood", "prior", "*", "num_data")
         assert "prepare" in parameters(module.build)
     prior = {"w": bc.prior.normal({"w": jnp.zeros(2)})["w"]}
@@ -135,7 +137,7 @@ def test_version_is_that_of_the_project():
 def public_functions() -> list:
     """Every function that a front door exports, and those of the modules it names."""
     doors = [bc, *(getattr(bc, name) for name in bc.__all__ if inspect.ismodule(getattr(bc, name)))]
-    doors += ALGORITHMS
+    doors += [*METHODS, bc.infer.ensemble]
     found = {}
     for door in doors:
         names = getattr(door, "__all__", [n for n in vars(door) if not n.startswith("_")])
@@ -168,7 +170,8 @@ def test_every_public_function_is_documented_and_typed(f):
         bc.likelihood.certified_categorical,
         bc.likelihood.attacked_categorical,
         bc.likelihood.robust_gaussian,
-        *(module.build for module in ALGORITHMS),
+        *(module.build for module in METHODS),
+        bc.infer.ensemble.build,
         bc.certify.decision,
         bc.certify.predictive,
         bc.attack.pgd,

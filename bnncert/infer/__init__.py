@@ -6,6 +6,6 @@ state, info = algorithm.update(key, state, batch, threat)
 posterior = algorithm.posterior(state)
 """
 
-from bnncert.infer import ivon, map, noisy_adam, svi, vogn
+from bnncert.infer import ensemble, ivon, laplace, map, noisy_adam, svi, swag, vogn
 
-__all__ = ["ivon", "map", "noisy_adam", "svi", "vogn"]
+__all__ = ["ensemble", "ivon", "laplace", "map", "noisy_adam", "svi", "swag", "vogn"]

@@ -152,15 +152,15 @@ def build(
         `Algorithm(init, update, posterior)`; the posterior is a `MeanField`.
 
     Raises:
-        ValueError: a number out of its range, a prior that is not normal, deterministic leaves
-            without an optimiser.
+        ValueError: a number out of its range, deterministic leaves without an optimiser.
+        NotImplementedError: a prior that is not normal, naming the leaf.
     """
     check_settings(prior, num_data, kl_weight, initial_scale)
     check_decay("beta1", beta1)
     if num_particles < 1:
         raise ValueError(f"num_particles = {num_particles}: draw at least one.")
-    random = priors.normal_parameters(prior)
-    fixed = sorted(priors.named(prior).keys() - random.keys())
+    priors.normal_parameters(prior)  # raises if one is not normal
+    fixed = sorted(priors.named(prior).keys() - priors.sites(prior).keys())
     if fixed and deterministic is None:
         raise ValueError(
             f"the leaves {fixed} have no prior: give the optimiser that trains them, e.g. "
@@ -254,9 +254,9 @@ def _update(
     fixed = {name: leaf for name, leaf in state.loc.items() if name not in curvature}
     average: Any
     average, momentum = settings.ema.update({n: gradient[n] for n in random}, state.momentum)
-    centres = priors.normal_parameters(settings.prior)
+    centres, _ = priors.normal_parameters(settings.prior)
     natural = {
-        name: (average[name] + d * (random[name] - centres[name][0])) / (curvature[name] + d)
+        name: (average[name] + d * (random[name] - centres[name])) / (curvature[name] + d)
         for name, d in damping.items()
     }
     steps, opt_state = settings.optimizer.update(natural, state.opt_state, random)
@@ -326,8 +326,8 @@ def _observe(
 def _damping(settings: _Settings, step: Array) -> Leaves:
     """d, the prior's share of the precision, in the units of h."""
     weight = settings.kl_weight(step) / settings.num_data
-    normals = priors.normal_parameters(settings.prior)
-    return {name: (weight / tau**2).astype(tau.dtype) for name, (_, tau) in normals.items()}
+    _, widths = priors.normal_parameters(settings.prior)
+    return {name: (weight / tau**2).astype(tau.dtype) for name, tau in widths.items()}
 
 
 def _scales(settings: _Settings, state: NaturalGradientState) -> Leaves:

@@ -1,0 +1,94 @@
+"""What all posteriors share: their random leaves as one vector, keys, checks, and a KL.
+
+A Gaussian q of any covariance meets an independent normal prior only through its variances,
+
+    E_q[log p(w)] = log p(loc) - sum_i var_i / (2 s_i^2),
+
+so that KL(q || p) = -H[q] - E_q[log p] is closed wherever the entropy H[q] is.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bnncert import prior as priors
+from bnncert.types import Key, Params
+
+
+def flatten(params: Params, names: Sequence[str]) -> Float[Array, " size"]:
+    """The named leaves as one vector, in the order of the names, row by row within each."""
+    leaves = priors.named(params)
+    return jnp.concatenate([jnp.ravel(leaves[name]) for name in names] or [jnp.zeros(0)])
+
+
+def unflatten(
+    vector: Float[Array, " size"], params: Params, names: Sequence[str]
+) -> dict[str, Array]:
+    """The named leaves by name, from a vector: the inverse of `flatten`; shapes are of `params`."""
+    leaves = priors.named(params)
+    found, start = {}, 0
+    for name in names:
+        leaf = leaves[name]
+        piece = vector[start : start + leaf.size]
+        found[name] = piece.reshape(leaf.shape).astype(leaf.dtype)
+        start += leaf.size
+    return found
+
+
+def draw_keys(key: Key, n: int) -> Array:
+    """One key a draw; the first m of n are the m of the same key, unlike those of a split."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
+
+
+def check_count(n: int) -> None:
+    """Raise unless n draws can be made."""
+    if n < 1:
+        raise ValueError(f"the number of draws must be at least 1, got {n}")
+
+
+def check_structure(loc: Params, other: Any, what: str) -> None:
+    """Raise unless `other` has the leaves of `loc`, None among them."""
+    differ = priors.named(loc).keys() ^ priors.named(other).keys()
+    if differ:
+        raise ValueError(
+            f"{what} must have loc's structure, with None for a deterministic leaf: they differ "
+            f"in {sorted(differ)}"
+        )
+
+
+def check_random(names: Sequence[str], prior: priors.Prior) -> None:
+    """Raise unless the prior's random leaves are the named ones of the posterior."""
+    ours, theirs = set(names), set(priors.names(prior))
+    if ours != theirs:
+        raise ValueError(
+            "prior and posterior must be random in the same leaves: "
+            f"only the prior is in {sorted(theirs - ours)}, "
+            f"only the posterior is in {sorted(ours - theirs)}; "
+            "None marks a deterministic leaf in both"
+        )
+
+
+def kl_from_entropy(
+    entropy: Float[Array, ""], loc: Params, scale: Params, prior: priors.Prior
+) -> Float[Array, ""]:
+    """KL(q || prior) of a Gaussian q of this entropy and these means and standard deviations.
+
+    Args:
+        entropy: of q, over its random leaves, in nats.
+        loc: means, all leaves.
+        scale: standard deviations of single weights; None for the deterministic leaves.
+        prior: independent normals, None for the deterministic leaves.
+
+    Raises:
+        ValueError: if prior and posterior disagree on structure, shapes or which leaves are random.
+        NotImplementedError: for a prior that is not normal; says what to do instead.
+    """
+    priors.check(prior, loc)
+    scales = {name: leaf for name, leaf in priors.named(scale).items() if leaf is not None}
+    check_random(tuple(scales), prior)
+    widths = priors.normal_parameters(prior)[1]
+    excess = [0.5 * jnp.sum(jnp.square(scales[name] / widths[name])) for name in scales]
+    return sum(excess, -entropy - priors.log_prob(prior, loc))
