@@ -78,8 +78,11 @@ def test_inference_has_one_anatomy():
     algorithms = [getattr(bc.infer, name) for name in bc.infer.__all__]
     assert {bc.infer.svi, bc.infer.map} <= set(algorithms)
     for module in algorithms:
-        assert starts_with(module.build, "log_likelihood", "prior", "*", "num_data")
+        full_batch = module is bc.infer.mcmc  # which is given all the data, and so their number
+        assert starts_with(module.build, "log_likelihood", "prior", "*")
+        assert ("num_data" in parameters(module.build)) is not full_batch
         assert "prepare" in parameters(module.build)
+    assert bc.infer.mcmc.Sampler._fields == ("sample",)
     prior = {"w": bc.prior.normal({"w": jnp.zeros(2)})["w"]}
     import optax
 

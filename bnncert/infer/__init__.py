@@ -4,8 +4,10 @@ algorithm = bnncert.infer.svi.build(log_likelihood, prior, num_data=N, ...)
 state = algorithm.init(key, params)
 state, info = algorithm.update(key, state, batch, threat)
 posterior = algorithm.posterior(state)
+
+`mcmc`, which needs all the data at once, has `sample(key, params, data, threat)` in their place.
 """
 
-from bnncert.infer import map, svi
+from bnncert.infer import map, mcmc, svi
 
-__all__ = ["map", "svi"]
+__all__ = ["map", "mcmc", "svi"]
