@@ -8,6 +8,6 @@ posterior = algorithm.posterior(state)
 `mcmc`, which needs all the data at once, has `sample(key, params, data, threat)` in their place.
 """
 
-from bnncert.infer import map, mcmc, svi
+from bnncert.infer import map, mcmc, sgmcmc, svi
 
-__all__ = ["map", "mcmc", "svi"]
+__all__ = ["map", "mcmc", "sgmcmc", "svi"]
