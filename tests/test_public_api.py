@@ -19,7 +19,7 @@ MODULES = sorted(
 )
 
 METHODS: list[Any] = [getattr(bc.infer, name) for name in bc.infer.__all__ if name != "ensemble"]
-ALGORITHMS = [module for module in METHODS if module is not bc.infer.laplace]
+OPTIMIZED = [m for m in METHODS if "optimizer" in inspect.signature(m.build).parameters]
 
 pytestmark = pytest.mark.smoke
 
@@ -81,12 +81,15 @@ def test_inference_has_one_anatomy():
     assert bc.Batch._fields == ("x", "y", "mask")
     assert starts_with(bc.infer.ensemble.build, "algorithm", "num_members", "*", "vectorize")
     for module in METHODS:
-        assert starts_with(module.build, "log_likelihood", "prior", "*", "num_data")
+        full_batch = module is bc.infer.mcmc  # which is given all the data, and so their number
+        assert starts_with(module.build, "log_likelihood", "prior", "*")
+        assert ("num_data" in parameters(module.build)) is not full_batch
         assert "prepare" in parameters(module.build)
+    assert bc.infer.mcmc.Sampler._fields == ("sample",)
     prior = {"w": bc.prior.normal({"w": jnp.zeros(2)})["w"]}
     import optax
 
-    for module in ALGORITHMS:
+    for module in OPTIMIZED:
         algorithm: Any = module.build(
             bc.likelihood.clean_categorical(lambda p, x: p["w"] * x),
             prior,

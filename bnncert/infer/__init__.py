@@ -4,8 +4,22 @@ algorithm = bnncert.infer.svi.build(log_likelihood, prior, num_data=N, ...)
 state = algorithm.init(key, params)
 state, info = algorithm.update(key, state, batch, threat)
 posterior = algorithm.posterior(state)
+
+`mcmc`, which needs all the data at once, has `sample(key, params, data, threat)` in their place,
+and `laplace`, which starts from trained weights, `fit(key, params, data, threat)`.
 """
 
-from bnncert.infer import ensemble, ivon, laplace, map, noisy_adam, svi, swag, vogn
+from bnncert.infer import ensemble, ivon, laplace, map, mcmc, noisy_adam, sgmcmc, svi, swag, vogn
 
-__all__ = ["ensemble", "ivon", "laplace", "map", "noisy_adam", "svi", "swag", "vogn"]
+__all__ = [
+    "ensemble",
+    "ivon",
+    "laplace",
+    "map",
+    "mcmc",
+    "noisy_adam",
+    "sgmcmc",
+    "svi",
+    "swag",
+    "vogn",
+]

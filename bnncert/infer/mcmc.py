@@ -1,0 +1,457 @@
+"""Hamiltonian Monte Carlo and NUTS on all the data, by NumPyro.
+
+    U(w) = -log p(w) - (1 / kl_weight) log p(D | w)        (nats, summed over weights and data)
+
+is the potential: its Markov chains have the density exp(-U), p(w) p(D | w)^(1 / kl_weight), as
+their limit, without the bias of a step size. HMC moves along
+
+    dw/dt = M^-1 r,   dr/dt = -grad U(w),   r ~ N(0, M)
+
+by leapfrog steps and accepts the end with probability min(1, exp(-change of U + r' M^-1 r / 2));
+NUTS chooses the length of the trajectory. Step size and mass matrix M adapt during the warm-up.
+
+For the gradient to belong to U, U has to be one function: a log-likelihood that uses its key, such
+as an attack with random starts, is given the same key at every evaluation of a run.
+
+Diagnostics are of *predictions*: weights can be permuted, so that chains that agree on every
+prediction still disagree on weights.
+
+Source: Neal, "MCMC Using Hamiltonian Dynamics", 2011; Hoffman & Gelman, "The No-U-Turn Sampler",
+JMLR 2014; diagnostics as in Gelman et al., "Bayesian Data Analysis", 3rd edition, section 11.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, Int, PyTree
+from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
+from numpyro.infer import HMC, MCMC, NUTS
+
+from bnncert import prior as priors
+from bnncert.infer.minibatch import log_likelihoods
+from bnncert.posterior import Samples
+from bnncert.sets import is_concrete
+from bnncert.types import (
+    Apply,
+    Batch,
+    Key,
+    LogLikelihood,
+    Params,
+    Posterior,
+    Prepare,
+    Threat,
+)
+
+
+class Sampler(NamedTuple):
+    """A full-batch method.
+
+    Attributes:
+        sample: `(key, params, data, threat) -> (Samples, MCMCInfo)`.
+    """
+
+    sample: Callable[[Key, Any, Batch, Threat], tuple[Samples, "MCMCInfo"]]
+
+
+class MCMCInfo(NamedTuple):
+    """What the chains did after the warm-up, at the draws that were kept.
+
+    Attributes:
+        divergences: draws whose energy went astray: where there are any, mistrust the samples.
+        acceptance: mean probability of acceptance, over all draws after the warm-up.
+        step_size: of the leapfrog, as the warm-up left it.
+        num_steps: leapfrog steps of each draw; for NUTS a tree of depth ceil(log2(num_steps + 1)).
+        potential: U at each draw, nats.
+    """
+
+    divergences: Int[Array, " chains"]
+    acceptance: Float[Array, " chains"]
+    step_size: Float[Array, " chains"]
+    num_steps: Int[Array, "chains draws"]
+    potential: Float[Array, "chains draws"]
+
+
+class Diagnostics(NamedTuple):
+    """Of one or many scalars; every field has their shape.
+
+    Attributes:
+        r_hat: split R-hat: variance over all halves of chains against that within them, as a
+            ratio of deviations. 1 where they agree; NaN where all draws are equal.
+        ess: how many independent draws would estimate the mean as well.
+    """
+
+    r_hat: Float[np.ndarray, "..."]
+    ess: Float[np.ndarray, "..."]
+
+
+def build(
+    log_likelihood: LogLikelihood,
+    prior: PyTree,
+    *,
+    num_warmup: int,
+    num_samples: int,
+    num_chains: int = 1,
+    kernel: str = "nuts",
+    kl_weight: float = 1.0,
+    max_tree_depth: int = 10,
+    num_steps: int | None = None,
+    trajectory_length: float | None = None,
+    target_accept: float = 0.8,
+    step_size: float = 0.1,
+    dense_mass: bool = False,
+    adapt_mass: bool = True,
+    thinning: int = 1,
+    batch_size: int = 1024,
+    progress_bar: bool = False,
+    prepare: Prepare | None = None,
+) -> Sampler:
+    """HMC or NUTS as a `Sampler`.
+
+    Args:
+        log_likelihood: of one datum, e.g. `bnncert.likelihood.robust_categorical(apply)`.
+        prior: pytree of NumPyro distributions with the params' structure, on unbounded supports;
+            None for leaves that keep the values they have.
+        num_warmup: draws of each chain that adapt and are discarded, >= 0.
+        num_samples: draws of each chain that are kept.
+        num_chains: run side by side, vectorised.
+        kernel: "nuts" or "hmc".
+        kl_weight: of the prior, > 0; 1 is Bayes.
+        max_tree_depth: NUTS takes at most 2^max_tree_depth - 1 leapfrog steps a draw. In vectorised
+            chains, all wait for the longest.
+        num_steps: leapfrog steps a draw, for "hmc".
+        trajectory_length: step size times number of steps, for "hmc", in its place.
+        target_accept: mean probability of acceptance that the step size is adapted to, in (0, 1).
+        step_size: that the adaptation starts at, and, without a warm-up, stays at.
+        dense_mass: M with all covariances, (number of weights)^2 numbers, or only its diagonal.
+        adapt_mass: whether M adapts; it is the identity otherwise.
+        thinning: keep every so many draws.
+        batch_size: data evaluated at once.
+        progress_bar: shows one. Every call compiles anew then; without, calls with the same shapes
+            share one compile.
+        prepare: `(params, x) -> params` with all the inputs, padding too: e.g. batch-norm
+            statistics.
+
+    Returns:
+        `Sampler(sample)`, with `sample(key, params, data, threat) -> (Samples, MCMCInfo)`:
+
+        - `params` are one network, at which all chains start; or stacked ones, one for each chain;
+          or a posterior that starts are drawn from. Deterministic leaves have one value in all.
+        - `data` is all of it, a `Batch`: what its mask leaves out adds nothing.
+        - the samples are num_chains * num_samples members, all of the first chain before those of
+          the second; deterministic leaves are repeated. States of a Markov chain are correlated.
+
+    Raises:
+        ValueError: a number out of its range, an unknown kernel, options of the other kernel; a
+            prior without a random leaf or with a bounded support; from `sample`, params that do not
+            match the prior or the number of chains.
+
+    Cost: (num_warmup + thinning num_samples) trajectories of full-batch gradients, in chunks of
+    `batch_size` data. Memory: the samples, and the activations of num_chains * batch_size data.
+    """
+    _check(prior, kernel, kl_weight, num_steps, trajectory_length, target_accept, step_size)
+    for name, value, least in (
+        ("num_warmup", num_warmup, 0),
+        ("num_samples", num_samples, 1),
+        ("num_chains", num_chains, 1),
+        ("max_tree_depth", max_tree_depth, 1),
+        ("num_steps", 1 if num_steps is None else num_steps, 1),
+        ("thinning", thinning, 1),
+        ("batch_size", batch_size, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} = {value}: it must be at least {least}.")
+    options: dict[str, Any] = {
+        "step_size": step_size,
+        "target_accept_prob": target_accept,
+        "dense_mass": dense_mass,
+        "adapt_mass_matrix": adapt_mass,
+    }
+    if kernel == "nuts":
+        make = partial(NUTS, max_tree_depth=max_tree_depth, **options)
+    else:
+        make = partial(HMC, num_steps=num_steps, trajectory_length=trajectory_length, **options)
+    energy = partial(
+        potential,
+        log_likelihood,
+        prior,
+        kl_weight=kl_weight,
+        prepare=prepare,
+        batch_size=batch_size,
+    )
+    run = partial(
+        _run,
+        prior,
+        energy,
+        make,
+        num_chains,
+        {
+            "num_warmup": num_warmup,
+            "num_samples": thinning * num_samples,
+            "thinning": thinning,
+            "progress_bar": progress_bar,
+        },
+    )
+    return Sampler(
+        partial(_sample, prior, num_chains, batch_size, run if progress_bar else jax.jit(run))
+    )
+
+
+def potential(
+    log_likelihood: LogLikelihood,
+    prior: PyTree,
+    key: Key,
+    params: Params,
+    data: Batch,
+    threat: Threat,
+    *,
+    kl_weight: float = 1.0,
+    prepare: Prepare | None = None,
+    batch_size: int = 1024,
+) -> Float[Array, ""]:
+    """U(w) in nats, summed over weights and data.
+
+    Args:
+        log_likelihood: of one datum.
+        prior: distributions, and None.
+        key: of the likelihood; the same one makes it the same function.
+        params: one network's weights.
+        data: all of it; padding, by the mask, adds nothing.
+        threat: what the error model guards against.
+        kl_weight: of the prior, > 0.
+        prepare: `(params, x) -> params`, applied first, or None.
+        batch_size: data evaluated at once, also in the gradient, which evaluates them twice.
+    """
+    prepared = params if prepare is None else prepare(params, data.x)
+
+    def chunk(inputs: tuple[Array, Batch]) -> Array:
+        number, rows = inputs
+        own = jax.random.fold_in(key, number)
+        return log_likelihoods(log_likelihood, None, own, prepared, rows, threat).sum()
+
+    if data.mask.shape[0] <= batch_size:
+        log_lik = chunk((jnp.asarray(0), data))
+    else:
+        # without the checkpoint the gradient would keep the activations of every chunk
+        chunks = jax.tree.map(
+            lambda v: v.reshape(-1, batch_size, *v.shape[1:]), _pad(data, batch_size)
+        )
+        numbers = jnp.arange(chunks.mask.shape[0])
+        log_lik = jax.lax.map(jax.checkpoint(chunk), (numbers, chunks)).sum()
+    return -log_lik / kl_weight - priors.log_prob(prior, params)
+
+
+def diagnose(
+    apply: Apply,
+    samples: Params,
+    num_chains: int,
+    x: Array,
+    *,
+    link: Callable[[Array], Array] = jax.nn.softmax,
+    batch_size: int = 64,
+) -> Diagnostics:
+    """R-hat and effective sample size of predictions.
+
+    Args:
+        apply: `(params, x) -> outputs (C,)` for one example.
+        samples: stacked params, chain after chain, as `Samples.params` of this module.
+        num_chains: how many chains they are.
+        x: inputs, shape (n, ...).
+        link: from outputs to what is diagnosed: class probabilities by default; for a regression
+            `lambda outputs: outputs`.
+        batch_size: networks evaluated at once.
+
+    Returns:
+        Diagnostics of shape (n, C): for every input and class.
+
+    Raises:
+        ValueError: as `diagnostics`; samples that are not num_chains of equal length.
+    """
+    total = jax.tree.leaves(samples)[0].shape[0]
+    if num_chains < 1 or total % num_chains:
+        raise ValueError(f"{total} samples are not {num_chains} chains of equal length.")
+
+    def predict(params: Params) -> Array:
+        return jax.vmap(lambda point: link(apply(params, point)))(x)
+
+    values = jax.lax.map(predict, samples, batch_size=batch_size)
+    return diagnostics(values.reshape(num_chains, total // num_chains, *values.shape[1:]))
+
+
+def diagnostics(values: Float[Array | np.ndarray, "chains draws ..."]) -> Diagnostics:
+    """R-hat and effective sample size of scalars along chains.
+
+    Args:
+        values: shape (chains, draws, ...), chains of at least 4 draws.
+
+    Raises:
+        ValueError: for chains that are too short.
+    """
+    if values.shape[1] < 4:
+        raise ValueError(f"chains of {values.shape[1]} draws: diagnostics need at least 4.")
+    array = np.asarray(values, np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):  # all draws equal: NaN
+        return Diagnostics(
+            np.asarray(split_gelman_rubin(array)), np.asarray(effective_sample_size(array))
+        )
+
+
+def check_support(prior: PyTree) -> None:
+    """Raise unless a sampler's steps stay inside the support of every distribution.
+
+    Raises:
+        ValueError: naming the leaf whose support is not all real numbers.
+    """
+    for name, leaf in priors.sites(prior).items():
+        support: Any = leaf.support
+        while hasattr(support, "base_constraint"):
+            support = support.base_constraint
+        if support != dist.constraints.real:
+            raise ValueError(
+                f"the prior of leaf {name!r} has support {leaf.support}, which a step can leave: "
+                "give a distribution on all real numbers."
+            )
+
+
+def _sample(
+    prior: PyTree,
+    num_chains: int,
+    batch_size: int,
+    run: Callable[..., tuple[Params, MCMCInfo]],
+    key: Key,
+    params: Any,
+    data: Batch,
+    threat: Threat,
+) -> tuple[Samples, MCMCInfo]:
+    start_key, likelihood_key, chain_key = jax.random.split(key, 3)
+    starts, params = _starts(prior, num_chains, start_key, params)
+    if data.mask.shape[0] > batch_size:
+        data = _pad(data, batch_size)  # once, not at every step
+    samples, info = run(likelihood_key, chain_key, starts, params, data, threat)
+    return Samples(samples), info
+
+
+def _starts(
+    prior: PyTree, num_chains: int, key: Key, params: Any
+) -> tuple[dict[str, Array], Params]:
+    """The random leaves of every chain, stacked; and one network with the deterministic ones."""
+    if isinstance(params, Posterior):
+        params = params.sample(key, num_chains)
+    leaves, sites = priors.named(params), priors.sites(prior)
+    stacked = all(
+        name in leaves and jnp.shape(leaves[name]) == (num_chains, *leaf.shape())
+        for name, leaf in sites.items()
+    )
+    if not stacked:
+        try:
+            priors.check(prior, params)
+        except ValueError as error:
+            error.add_note(f"(params may also be stacked, one for each of {num_chains} chains)")
+            raise
+        return {
+            name: jnp.broadcast_to(leaves[name], (num_chains, *leaf.shape()))
+            for name, leaf in sites.items()
+        }, params
+    one: Any = jax.tree.map(lambda leaf: leaf[0], params)
+    priors.check(prior, one)
+    for name, leaf in leaves.items():
+        if name in sites or leaf is None or not is_concrete(leaf):
+            continue
+        if bool((leaf != leaf[0]).any()):
+            raise ValueError(
+                f"leaf {name!r} has no prior and differs between the starts: the chains would "
+                "sample from different posteriors. Give it one value."
+            )
+    return {name: leaves[name] for name in sites}, one
+
+
+def _run(
+    prior: PyTree,
+    energy: Callable[..., Array],
+    make: Callable[..., HMC],
+    num_chains: int,
+    settings: dict[str, Any],
+    likelihood_key: Key,
+    chain_key: Key,
+    starts: dict[str, Array],
+    params: Params,
+    data: Batch,
+    threat: Threat,
+) -> tuple[Params, MCMCInfo]:
+    """All of one run, and so one compile: NumPyro's own caches end with its objects."""
+    types = {name: leaf.dtype for name, leaf in starts.items()}
+
+    def weights(values: dict[str, Array]) -> Params:
+        return priors.replace(params, {n: v.astype(types[n]) for n, v in values.items()})
+
+    def of_values(values: dict[str, Array]) -> Array:
+        return energy(likelihood_key, weights(values), data, threat).astype(float)
+
+    # NumPyro computes in the default type
+    positions = {name: leaf.astype(float) for name, leaf in starts.items()}
+    if num_chains == 1:
+        positions = {name: leaf[0] for name, leaf in positions.items()}
+    chains = MCMC(
+        make(potential_fn=of_values),
+        num_chains=num_chains,
+        chain_method="vectorized",
+        **settings,
+    )
+    kept = ("accept_prob", "num_steps", "potential_energy", "adapt_state.step_size")
+    chains.run(chain_key, init_params=positions, extra_fields=(*kept, "mean_accept_prob"))
+    draws: Any = chains.get_samples()  # chain after chain
+    extra = chains.get_extra_fields(group_by_chain=True)
+    info = MCMCInfo(
+        extra["diverging"].sum(1),
+        extra["mean_accept_prob"][:, -1],
+        extra["adapt_state.step_size"][:, -1],
+        extra["num_steps"],
+        extra["potential_energy"],
+    )
+    total = jax.tree.leaves(draws)[0].shape[0]
+    repeated = jax.tree.map(lambda v: jnp.broadcast_to(v, (total, *jnp.shape(v))), params)
+    return priors.replace(repeated, {n: v.astype(types[n]) for n, v in draws.items()}), info
+
+
+def _pad(data: Batch, batch_size: int) -> Batch:
+    """Padded to a multiple of `batch_size`, by repeating the first datum under a mask of 0."""
+    missing = -data.mask.shape[0] % batch_size
+    if not missing:
+        return data
+    x, y = (jnp.concatenate([v, jnp.repeat(v[:1], missing, axis=0)]) for v in (data.x, data.y))
+    return Batch(x, y, jnp.concatenate([data.mask, jnp.zeros_like(data.mask[:1]).repeat(missing)]))
+
+
+def _check(
+    prior: PyTree,
+    kernel: str,
+    kl_weight: float,
+    num_steps: int | None,
+    trajectory_length: float | None,
+    target_accept: float,
+    step_size: float,
+) -> None:
+    if not priors.sites(prior):
+        raise ValueError("the prior has no random leaf: use bnncert.infer.map.")
+    check_support(prior)
+    if kernel not in ("nuts", "hmc"):
+        raise ValueError(f"kernel = {kernel!r}: there are 'nuts' and 'hmc'.")
+    given = (num_steps is not None) + (trajectory_length is not None)
+    if given != (kernel == "hmc"):
+        raise ValueError(
+            f"num_steps = {num_steps}, trajectory_length = {trajectory_length}: 'hmc' needs one of "
+            f"the two, 'nuts' neither; the kernel is {kernel!r}."
+        )
+    for name, value, most in (
+        ("kl_weight", kl_weight, math.inf),
+        ("trajectory_length", trajectory_length, math.inf),
+        ("target_accept", target_accept, 1.0),
+        ("step_size", step_size, math.inf),
+    ):
+        if value is not None and not 0 < value < most:
+            raise ValueError(f"{name} = {value}: it must be positive and below {most}.")
