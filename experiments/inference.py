@@ -6,41 +6,99 @@ with, and in what they return.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, cast
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import PyTree
+from tqdm import tqdm
 
 from bnncert import attack, infer, likelihood
 from bnncert import prior as priors
-from bnncert.types import Algorithm, Apply, LogLikelihood
+from bnncert.posterior import Samples
+from bnncert.types import Algorithm, Apply, Batch, Key, LogLikelihood, Threat
+from experiments.data import Split
+from experiments.models import Model
 from experiments.schedule import learning_rate_schedule
 from experiments.settings import RunConfig, TrainConfig
+
+Posterior = Any
+"""One of `bnncert.posterior`."""
 
 PIXELS = (0.0, 1.0)
 """The adversary stays in the range of pixels, in training, certificate and attack alike."""
 
 
 def build_algorithm(
-    config: RunConfig, apply: Apply, params: PyTree, num_data: int, steps_per_epoch: int
+    config: RunConfig, model: Model, params: PyTree, num_data: int, steps_per_epoch: int
 ) -> Algorithm:
-    """The inference method of a run, on its likelihood.
+    """The inference method of a run, on its likelihood; of hmc, nuts and laplace the first stage.
 
     Args:
         config: the run's settings.
-        apply: `(params, x) -> logits` for one image.
+        model: the network.
         params: gives structure and shapes.
         num_data: training images.
         steps_per_epoch: minibatches in an epoch.
     """
+    task = _task(config, model, params, num_data, steps_per_epoch)
+    return _BUILDERS[config.inference](task)
+
+
+def refine(
+    config: RunConfig, model: Model, posterior: Posterior, images: Split
+) -> tuple[Posterior, dict[str, Any]]:
+    """What comes after the training loop: sampling with HMC or NUTS, or a Laplace approximation.
+
+    Args:
+        config: the run's settings.
+        model: the network.
+        posterior: of the training loop.
+        images: the training images.
+
+    Returns:
+        The posterior that is deployed, and what there is to report about it; other methods return
+        theirs as it is.
+    """
+    stage = _REFINEMENTS.get(config.inference)
+    if stage is None:
+        return posterior, {}
+    key = jax.random.fold_in(jax.random.key(config.seed), 6)
+    mean = posterior.moments()[0]
+    task = _task(config, model, mean, len(images.y), 1)
+    threat = Threat(*map(jnp.float32, (config.train.eps, config.train.lam, config.train.power)))
+    return stage(task, key, mean, images, threat)
+
+
+class _Task(NamedTuple):
+    """What every method is built from."""
+
+    inference: str
+    settings: TrainConfig
+    model: Model
+    log_likelihood: LogLikelihood
+    prior: PyTree
+    num_data: int
+    total_steps: int
+    rate: optax.Schedule
+
+
+def _task(
+    config: RunConfig, model: Model, params: PyTree, num_data: int, steps_per_epoch: int
+) -> _Task:
     settings = config.train
-    prior = priors.normal(params, settings.prior_scale, where=_random_leaves(settings, params))
-    return _BUILDERS[config.inference](
+    last = config.inference == "laplace" or settings.random_layers == "last"
+    return _Task(
+        config.inference,
         settings,
-        error_model(settings, apply),
-        prior,
-        num_data=num_data,
-        rate=learning_rate_schedule(settings, steps_per_epoch),
+        model,
+        error_model(settings, model.apply),
+        priors.normal(params, settings.prior_scale, where=_last_layer(params) if last else None),
+        num_data,
+        settings.epochs * steps_per_epoch,
+        learning_rate_schedule(settings, steps_per_epoch),
     )
 
 
@@ -54,65 +112,182 @@ def error_model(settings: TrainConfig, apply: Apply) -> LogLikelihood:
     return likelihood.clean_categorical(apply)
 
 
-def _random_leaves(settings: TrainConfig, params: PyTree) -> Callable[[str], bool] | None:
-    """Which leaves have a posterior: all, or those of the last layer (by name: Dense_1 of two)."""
-    if settings.random_layers == "all":
-        return None
+def _last_layer(params: PyTree) -> Callable[[str], bool]:
+    """Picks the leaves of the last layer, by name: Dense_1 of Dense_0, Dense_1."""
     last = list(priors.named(params))[-1].split("/")[0]
     return lambda name: name.split("/")[0] == last
 
 
-def _adam(settings: TrainConfig, num_data: int, rate: optax.Schedule) -> Any:
+def _adam(task: _Task) -> optax.GradientTransformation:
     return optax.chain(
         # The loss is summed over the data: per image, the norm is num_data times smaller.
-        optax.clip_by_global_norm(settings.clip_norm * num_data),
-        optax.adam(rate),
+        optax.clip_by_global_norm(task.settings.clip_norm * task.num_data),
+        optax.adam(task.rate),
     )
 
 
-def _map(settings: TrainConfig, loglik: LogLikelihood, prior: PyTree, **known: Any) -> Algorithm:
+def _map(task: _Task) -> Algorithm:
     return infer.map.build(
-        loglik,
-        prior,
-        num_data=known["num_data"],
-        optimizer=_adam(settings, **known),
-        prior_weight=settings.kl_weight,
+        task.log_likelihood,
+        task.prior,
+        num_data=task.num_data,
+        optimizer=_adam(task),
+        prior_weight=task.settings.kl_weight,
     )
 
 
-def _bbb(settings: TrainConfig, loglik: LogLikelihood, prior: PyTree, **known: Any) -> Algorithm:
+def _bbb(task: _Task) -> Algorithm:
     return infer.svi.build(
-        loglik,
-        prior,
-        num_data=known["num_data"],
-        optimizer=_adam(settings, **known),
-        kl_weight=settings.kl_weight,
-        initial_scale=settings.initial_scale,
+        task.log_likelihood,
+        task.prior,
+        num_data=task.num_data,
+        optimizer=_adam(task),
+        kl_weight=task.settings.kl_weight,
+        initial_scale=task.settings.initial_scale,
     )
 
 
-def _natural_gradient(
-    module: Any, settings: TrainConfig, loglik: LogLikelihood, prior: PyTree, **known: Any
-) -> Algorithm:
+def _natural_gradient(module: Any, task: _Task) -> Algorithm:
+    settings = task.settings
     return module.build(
-        loglik,
-        prior,
-        num_data=known["num_data"],
+        task.log_likelihood,
+        task.prior,
+        num_data=task.num_data,
         optimizer=optax.chain(
-            optax.clip(settings.clip_step), optax.scale_by_learning_rate(known["rate"])
+            optax.clip(settings.clip_step), optax.scale_by_learning_rate(task.rate)
         ),
         kl_weight=settings.kl_weight,
         initial_scale=settings.initial_scale,
         beta1=settings.beta1,
         beta2=settings.beta2,
-        deterministic=optax.adam(2e-3),
+        deterministic=optax.adam(TrainConfig.learning_rate),
     )
 
 
-_BUILDERS: dict[str, Callable[..., Algorithm]] = {
+def _swag(task: _Task) -> Algorithm:
+    start, every = _collection(task)
+    return infer.swag.build(
+        task.log_likelihood,
+        task.prior,
+        num_data=task.num_data,
+        optimizer=_adam(task),
+        kl_weight=task.settings.kl_weight,
+        start=start,
+        every=every,
+        rank=task.settings.rank,
+    )
+
+
+def _ensemble(task: _Task) -> Algorithm:
+    members = infer.ensemble.build(
+        _map(task), task.settings.members, vectorize=jax.default_backend() != "cpu"
+    )
+    # Each member has an initialisation of its own.
+    return members._replace(init=lambda key, params: members.init(key, task.model.init))
+
+
+def _sgmcmc(task: _Task) -> Algorithm:
+    settings, (start, every) = task.settings, _collection(task)
+    # Of the loss per image the gradient is taken with step h N / (2 kl_weight).
+    unit = 2 * settings.kl_weight / task.num_data
+    sampler = infer.sgmcmc.build(
+        task.log_likelihood,
+        task.prior,
+        num_data=task.num_data,
+        step_size=lambda step: unit * jnp.asarray(task.rate(step)),
+        num_samples=settings.collect,
+        friction=settings.friction if task.inference == "sghmc" else None,
+        kl_weight=settings.kl_weight,
+        every=every,
+        burn_in=start,
+        deterministic=optax.adam(TrainConfig.learning_rate),
+    )
+
+    def posterior(state: Any) -> Samples:
+        if int(state.collected):
+            return cast(Samples, sampler.posterior(state))
+        return Samples(jax.tree.map(lambda leaf: leaf[None], state.params))  # before the first
+
+    return sampler._replace(posterior=posterior)
+
+
+def _collection(task: _Task) -> tuple[int, int]:
+    """The first step whose weights are collected, and the steps from one to the next."""
+    start = round(task.settings.collect_from * task.total_steps)
+    return start, max((task.total_steps - start) // task.settings.collect, 1)
+
+
+def _mcmc(
+    task: _Task, key: Key, mean: PyTree, images: Split, threat: Threat
+) -> tuple[Posterior, dict[str, Any]]:
+    settings, part = task.settings, slice(task.settings.mcmc_images)
+    depth = {"num_steps": 2**settings.mcmc_depth} if task.inference == "hmc" else {}
+    sampler = infer.mcmc.build(
+        task.log_likelihood,
+        task.prior,
+        num_warmup=settings.mcmc_warmup,
+        num_samples=settings.mcmc_samples,
+        num_chains=settings.mcmc_chains,
+        kernel=task.inference,
+        kl_weight=settings.kl_weight,
+        progress_bar=True,
+        **(depth or {"max_tree_depth": settings.mcmc_depth}),
+    )
+    x, y = jnp.asarray(images.x[part]), jnp.asarray(images.y[part])
+    samples, info = sampler.sample(key, mean, Batch(x, y, jnp.ones(len(y))), threat)
+    found = infer.mcmc.diagnose(task.model.apply, samples, settings.mcmc_chains, x[:100])
+    return samples, {
+        "divergences": int(info.divergences.sum()),
+        "acceptance": float(info.acceptance.mean()),
+        "leapfrog_steps": float(info.num_steps.mean()),
+        "r_hat": float(np.nanmax(found.r_hat)),
+        "effective_sample_size": float(np.nanmin(found.ess)),
+        "mcmc_images": len(y),
+    }
+
+
+def _laplace(
+    task: _Task, key: Key, mean: PyTree, images: Split, threat: Threat
+) -> tuple[Posterior, dict[str, Any]]:
+    method = infer.laplace.build(
+        task.log_likelihood,
+        task.prior,
+        num_data=task.num_data,
+        kl_weight=task.settings.kl_weight,
+    )
+    size = task.settings.batch_size
+    starts = tqdm(range(0, len(images.y), size), desc="curvature", unit="batch")
+
+    def batch(start: int) -> Batch:
+        rows = np.arange(start, start + size)
+        mask = jnp.asarray(rows < len(images.y), jnp.float32)
+        rows = np.minimum(rows, len(images.y) - 1)
+        return Batch(jnp.asarray(images.x[rows]), jnp.asarray(images.y[rows]), mask)
+
+    posterior, info = method.fit(key, mean, map(batch, starts), threat)
+    return posterior, {
+        "negative_curvatures": int(info.num_negative),
+        "negative_curvature_mass": float(info.negative_mass),
+    }
+
+
+_BUILDERS: dict[str, Callable[[_Task], Algorithm]] = {
     "map": _map,
     "bbb": _bbb,
     "vogn": partial(_natural_gradient, infer.vogn),
     "noisy-adam": partial(_natural_gradient, infer.noisy_adam),
     "ivon": partial(_natural_gradient, infer.ivon),
+    "swag": _swag,
+    "ensemble": _ensemble,
+    "laplace": _map,
+    "sgld": _sgmcmc,
+    "sghmc": _sgmcmc,
+    "hmc": _bbb,
+    "nuts": _bbb,
+}
+
+_REFINEMENTS: dict[str, Callable[..., tuple[Posterior, dict[str, Any]]]] = {
+    "laplace": _laplace,
+    "hmc": _mcmc,
+    "nuts": _mcmc,
 }

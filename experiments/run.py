@@ -22,6 +22,7 @@ from experiments.allocator import keep_freed_pages
 from experiments.config import output_folder, parse
 from experiments.data import Dataset, load, validation_split
 from experiments.evaluation import Evaluated, SoundnessError, evaluate
+from experiments.inference import refine
 from experiments.models import build
 from experiments.report import write_report
 from experiments.settings import RunConfig, from_dict, to_dict
@@ -72,17 +73,19 @@ def run(config: RunConfig) -> Path:
         f"{config.train.epochs} epochs, eps up to {config.train.eps:.4g} -> {folder}"
     )
     trained = train(config, model, train_set, held, folder)
+    posterior, found = refine(config, model, trained.posterior, train_set)
+    trained = trained._replace(posterior=posterior)
     samples = deploy(config, trained.posterior)
     evaluated = evaluate(config.eval, model.apply, samples, dataset.test, config.seed)
-    results = write_results(config, folder, dataset, trained, evaluated)
+    results = write_results(config, folder, dataset, trained, evaluated, found)
     write_report(folder)
     _say(summary(results))
     return folder
 
 
 def deploy(config: RunConfig, posterior: Any) -> Any:
-    """The samples whose average is the predictor: all members, or draws from a density."""
-    if isinstance(posterior, Samples):
+    """The samples whose average is the predictor: all members if they are few enough, or draws."""
+    if isinstance(posterior, Samples) and posterior.num_samples <= config.eval.num_samples:
         return posterior.params
     key = jax.random.fold_in(jax.random.key(config.seed), 4)
     return posterior.sample(key, config.eval.num_samples)
@@ -118,7 +121,12 @@ def open_folder(config: RunConfig) -> Path:
 
 
 def write_results(
-    config: RunConfig, folder: Path, dataset: Dataset, trained: Trained, evaluated: Evaluated
+    config: RunConfig,
+    folder: Path,
+    dataset: Dataset,
+    trained: Trained,
+    evaluated: Evaluated,
+    found: dict[str, Any],
 ) -> dict[str, Any]:
     """Writes certificates.npz, gallery.npz and, last, results.json: its presence means finished."""
     certificates = evaluated.certificates
@@ -131,7 +139,6 @@ def write_results(
     }
     _write_npz(folder / "gallery.npz", gallery)
     settings = config.train
-    gaussian = not isinstance(trained.posterior, Samples)
     results = {
         **evaluated.results,
         "inference": config.inference,
@@ -141,16 +148,19 @@ def write_results(
         "model": config.model,
         "epochs": settings.epochs,
         "train_eps": settings.eps,
+        "likelihood": settings.likelihood,
+        "random_layers": settings.random_layers,
         "lam": settings.lam,
         "power": settings.power,
         "kl_weight": settings.kl_weight,
         "prior_scale": settings.prior_scale,
-        "posterior_scale": float(spread(trained.posterior)) if gaussian else 0.0,
+        "posterior_scale": float(spread(trained.posterior)),
         "kl": _last_kl(folder),
         "seconds_per_epoch": trained.seconds_per_epoch,
         "train_seconds": trained.train_seconds,
         "versions": {"bnncert": bnncert.__version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
+        **found,
         "class_names": list(dataset.class_names),
     }
     _write_json(folder / "results.json", results)

@@ -22,6 +22,13 @@ INFERENCES: dict[str, str] = {
     "vogn": "bnncert.infer.vogn",  # natural gradients, squared gradients of single images
     "noisy-adam": "bnncert.infer.noisy_adam",  # natural gradients, squared gradients of minibatches
     "ivon": "bnncert.infer.ivon",  # natural gradients, the Hessian by Price's theorem
+    "swag": "bnncert.infer.swag",  # a Gaussian fitted to the last iterates of map
+    "ensemble": "bnncert.infer.ensemble",  # several networks of map
+    "laplace": "bnncert.infer.laplace",  # map, then a Gaussian over the last layer
+    "sgld": "bnncert.infer.sgmcmc",  # stochastic-gradient Langevin dynamics
+    "sghmc": "bnncert.infer.sgmcmc",  # the same with momentum
+    "hmc": "bnncert.infer.mcmc",  # bbb, then HMC on some images, started at its mean
+    "nuts": "bnncert.infer.mcmc",  # bbb, then NUTS likewise
 }
 """Inference methods that exist: name on the command line -> module with `build`."""
 
@@ -44,7 +51,8 @@ class TrainConfig:
     batch_size: int = 128
     """Training images in a minibatch."""
     learning_rate: float = 2e-3
-    """Step size at the start: Adam's, or of the natural gradient (vogn, noisy-adam, ivon)."""
+    """Step size at the start: Adam's, that of the natural gradient (vogn, noisy-adam, ivon), or of
+    the gradient of the loss per image (sgld, sghmc)."""
     learning_rate_drops: tuple[float, ...] = (0.75, 0.9)
     """Where the learning rate drops, as fractions of training."""
     learning_rate_decay: float = 0.2
@@ -80,8 +88,28 @@ class TrainConfig:
     """Decay of the mean of gradients (vogn, noisy-adam, ivon)."""
     beta2: float = 0.999
     """Decay of the mean of curvatures (vogn, noisy-adam, ivon)."""
-    clip_step: float = math.inf
+    clip_step: float = 1.0
     """Largest natural gradient of a weight, in its units (vogn, noisy-adam, ivon)."""
+    members: int = 5
+    """Networks of an ensemble."""
+    collect_from: float = 0.75
+    """Fraction of training after which weights are collected (swag, sgld, sghmc)."""
+    collect: int = 40
+    """Weights collected from there on, evenly (swag, sgld, sghmc)."""
+    rank: int = 20
+    """Collected deviations that make swag's covariance; 0: diagonal."""
+    friction: float = 0.1
+    """Share of the momentum that a step of sghmc loses."""
+    mcmc_images: int = 1000
+    """Training images, the first ones, that hmc and nuts sample with: all of them in each step."""
+    mcmc_warmup: int = 50
+    """Draws of each chain that adapt, and are discarded (hmc, nuts)."""
+    mcmc_samples: int = 8
+    """Draws of each chain that are kept (hmc, nuts)."""
+    mcmc_chains: int = 2
+    """Chains side by side (hmc, nuts)."""
+    mcmc_depth: int = 6
+    """A draw takes 2^depth leapfrog steps (hmc), or at most one less (nuts)."""
     validation: int = 1000
     """Training images held out, to follow training on; 0 holds out none."""
     flip: bool = False
@@ -121,7 +149,7 @@ class RunConfig:
     model: Annotated[str, _choice(tuple(MODELS))]
     """Network: mlp (one hidden layer of 512) or cnn (two convolutions, a hidden layer of 100)."""
     inference: Annotated[str, _choice(tuple(INFERENCES))] = "bbb"
-    """Inference method: bbb (Bayes by Backprop) or map (one deterministic network)."""
+    """Inference method; its settings are under train, their defaults depend on it."""
     seed: int = 0
     """Fixes the initialisation, the order of the data, the posterior samples and the attack."""
     data_dir: Path | None = None
@@ -201,6 +229,12 @@ _REQUIREMENTS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = 
             "train.epochs",
             "train.batch_size",
             "train.attack_steps",
+            "train.members",
+            "train.collect",
+            "train.mcmc_images",
+            "train.mcmc_samples",
+            "train.mcmc_chains",
+            "train.mcmc_depth",
             "eval.num_samples",
             "eval.attack_restarts",
             "eval.curve_images",
@@ -208,7 +242,14 @@ _REQUIREMENTS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = 
         ),
     ),
     ("at least 2", lambda v: v >= 2, ("eval.curve_points",)),
-    ("at least 0", lambda v: v >= 0, ("train.validation", "eval.attack_steps")),
+    (
+        "at least 0",
+        lambda v: v >= 0,
+        ("train.validation", "train.mcmc_warmup", "eval.attack_steps"),
+    ),
+    ("0, or at least 2", lambda v: v == 0 or v >= 2, ("train.rank",)),
+    ("a number in (0, 1]", lambda v: 0 < v <= 1, ("train.friction",)),
+    ("a number in [0, 1)", lambda v: 0 <= v < 1, ("train.collect_from",)),
     (
         "a finite number > 0",
         lambda v: 0 < v < math.inf,
@@ -216,6 +257,7 @@ _REQUIREMENTS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = 
             "train.learning_rate",
             "train.learning_rate_decay",
             "train.clip_norm",
+            "train.clip_step",
             "train.prior_scale",
             "train.initial_scale",
         ),
@@ -232,7 +274,6 @@ _REQUIREMENTS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = 
         ("train.lam", "train.power", "train.warmup", "train.ramp"),
     ),
     ("a decay in [0, 1)", lambda v: 0 <= v < 1, ("train.beta1", "train.beta2")),
-    ("a number > 0, or inf", lambda v: v > 0, ("train.clip_step",)),
     (
         "increasing fractions between 0 and 1",
         lambda v: all(0 < drop < 1 for drop in v) and list(v) == sorted(v),

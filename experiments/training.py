@@ -28,6 +28,9 @@ from experiments.models import Model
 from experiments.schedule import learning_rate_schedule, threat_schedule
 from experiments.settings import RunConfig
 
+IN_NATS = ("loss", "log_likelihood", "log_prior", "kl")
+"""What the methods' infos have in nats over all data; logged per datum."""
+
 CHECKPOINT_SECONDS = 10.0
 """Least time between two checkpoints: saving takes some 50 ms."""
 
@@ -71,7 +74,7 @@ def train(config: RunConfig, model: Model, train_set: Split, held: Split, folder
     steps_per_epoch = -(-num // size)
     key = jax.random.key(config.seed)
     params = model.init(jax.random.fold_in(key, 0))
-    algorithm = build_algorithm(config, model.apply, params, num, steps_per_epoch)
+    algorithm = build_algorithm(config, model, params, num, steps_per_epoch)
     state = algorithm.init(jax.random.fold_in(key, 1), params)
     # A copy: donated buffers must not be shared with `params`.
     state = jax.tree.map(jnp.copy, state)
@@ -119,7 +122,7 @@ def train(config: RunConfig, model: Model, train_set: Split, held: Split, folder
             line = {
                 "epoch": epoch + 1,
                 "step": last + 1,
-                **{name: _mean(infos, name) / num for name in infos[0]._fields},
+                **{name: _mean(infos, name) / num for name in IN_NATS if hasattr(infos[0], name)},
                 "eps": float(eps),
                 "lam": float(lam),
                 "learning_rate": float(np.asarray(rates(last))),
