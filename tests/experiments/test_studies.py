@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bnncert.sets import Box
-from experiments.studies import joint_bounds, roundoff
+from experiments.studies import joint_bounds, roundoff, two_moons
 
 
 def differences(margins):
@@ -82,3 +82,22 @@ def test_a_sweep_that_finds_too_large_an_error_fails(monkeypatch, capsys):
     monkeypatch.setattr(roundoff, "cases", lambda: {"exp": exp._replace(relative=0.5)})
     with pytest.raises(SystemExit, match=r"these need more .*: exp"):
         roundoff.main(["--stride", "40009"])
+
+
+def test_two_moons(tmp_path, capsys):
+    out = tmp_path / "moons.json"
+    arguments = ["--data", "20", "--grid", "12", "--chains", "2", "--warmup", "20", "--depth", "4"]
+    arguments += ["--draws", "20", "--steps", "400", "--members", "30", "--out", str(out)]
+    arguments += ["--methods", "nuts", "svi", "cyclical"]
+    two_moons.main(arguments)
+    record = json.loads(out.read_text())
+    rows = {row["method"]: row for row in record["rows"]}
+    assert list(rows) == ["nuts, another seed", "svi", "cyclical"]
+    for row in rows.values():
+        assert 0 < row["tv"] <= row["worst"] <= 1
+        assert 0 < row["entropy"] <= np.log(2)
+        assert row["accuracy"] > 0.6
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        two_moons.main(arguments)
+    assert "exists: name a new file" in capsys.readouterr().err
