@@ -189,3 +189,14 @@ def check_set(region: Set, where: str = "a set") -> None:
                 f"{where}: Box with lower > upper at {i}: {lower[i]} > {upper[i]}; swap them, or "
                 "use bnncert.ball(x, eps)."
             )
+
+
+def dual_norm(a: Array, p: int) -> Array:
+    """Of the Lp norm: the largest magnitude for p = 1, the Euclidean norm for p = 2."""
+    if p == 1:
+        return jnp.max(jnp.abs(a), initial=0.0)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(a), initial=0.0))
+    usual = (largest > 0) & (largest < jnp.inf)
+    scale = jnp.where(usual, largest, 1)  # squares of it neither underflow nor overflow
+    square = jnp.sum((a / scale) ** 2)
+    return jnp.where(usual, scale * jnp.sqrt(jnp.where(usual, square, 1.0)), largest)

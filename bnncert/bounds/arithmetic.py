@@ -185,6 +185,8 @@ def function_error(node: Node, boxes: Sequence[Box]) -> tuple[ArrayLike, ArrayLi
     if node.op not in FUNCTION_ERRORS:
         raise _unknown(node)
     relative, absolute = FUNCTION_ERRORS[node.op]
+    if node.op in ("elu", "celu"):  # alpha (e^x - 1): what e^x - 1 is off by grows with alpha
+        absolute *= jnp.maximum(1, jnp.abs(jnp.asarray(node.operands[1], node.dtype)))  # pyright: ignore
     if node.op in OPERAND_ERRORS:
         return relative, absolute + OPERAND_ERRORS[node.op] * magnitude(boxes[0])
     return relative, absolute
@@ -208,7 +210,9 @@ def curvature(node: Node, box: Box, free: bool) -> ArrayLike:
     if node.op in CURVATURES:
         return CURVATURES[node.op]
     if node.op in ("exp", "exp2", "expm1"):
-        return jnp.exp2(box.upper) if node.op == "exp2" else jnp.exp(box.upper)
+        # The default tangent touches within 1 / ln 2 of the lower end (`powers.growth`).
+        last = box.upper if free else jnp.minimum(box.upper, box.lower + 1.5)
+        return jnp.exp2(last) if node.op == "exp2" else jnp.exp(last)
     if node.op == "squareplus":
         return 0.5 / jnp.sqrt(jnp.asarray(node.operands[1], node.dtype))  # pyright: ignore
     if node.op == "celu":

@@ -27,7 +27,7 @@ from bnncert.bounds.convolution import canonical
 from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.relaxations import Lines, Planes
 from bnncert.bounds.rules import AFFINE, affine_rule
-from bnncert.sets import Box, LpBall, Set
+from bnncert.sets import Box, LpBall, Set, dual_norm
 
 
 class Coefficients(NamedTuple):
@@ -297,15 +297,6 @@ def _extremes(a: Array, region: Set) -> tuple[Array, Array]:
     else:
         middle, reach = _dot(a, region.center), _dot(jnp.abs(a), region.radius)
     return middle - reach, middle + reach
-
-
-def dual_norm(a: Array, p: int) -> Array:
-    """Of the Lp norm: the largest magnitude for p = 1, the Euclidean norm for p = 2."""
-    if p == 1:
-        return jnp.max(jnp.abs(a), initial=0.0)
-    square = jnp.sum(a * a)
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -26,7 +26,6 @@ from jaxtyping import Array
 
 from bnncert.bounds.arithmetic import Arithmetic, gamma, own_unit
 from bnncert.bounds.arithmetic import magnitude as magnitude_of
-from bnncert.bounds.backward import dual_norm
 from bnncert.bounds.graph import Graph, Node, trace
 from bnncert.bounds.interval import bounded_nodes, drop_nan, intersect
 from bnncert.bounds.operands import Operand, Ref
@@ -34,7 +33,7 @@ from bnncert.bounds.relax import is_relaxed, relax
 from bnncert.bounds.relaxations import Choice
 from bnncert.bounds.rounding import network_error, outward_planes, outward_set, side_error
 from bnncert.bounds.rules.affine import linear, magnitude
-from bnncert.sets import Box, LpBall, Set
+from bnncert.sets import Box, LpBall, Set, dual_norm
 
 
 class Side(NamedTuple):

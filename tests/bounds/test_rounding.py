@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from bnncert.bounds import bound, linear_bounds
-from bnncert.bounds.arithmetic import CURVATURES, FUNCTION_ERRORS, gamma
-from bnncert.bounds.graph import UnsupportedPrimitiveError
+from bnncert.bounds.arithmetic import CURVATURES, FUNCTION_ERRORS, Arithmetic, gamma
+from bnncert.bounds.graph import UnsupportedPrimitiveError, trace
 from bnncert.bounds.relaxations import LINES
+from bnncert.bounds.rounding import EXACT, affine_errors
 from bnncert.bounds.rules import AFFINE, SUPPORTED
 from bnncert.sets import Box, LpBall, ball
 from experiments.studies import roundoff
@@ -203,6 +204,42 @@ def test_the_worst_arithmetic_of_the_model_is_bounded(method, float64):
         idle = bounds_of(f, method, region, unit_roundoff=ROUGH / 10, **options)
         reached.append(outside(values, idle))
     assert reached[0] > 0
+
+
+@pytest.mark.parametrize("activation", (jax.nn.elu, jax.nn.celu))
+@pytest.mark.parametrize("method", ("ibp", "crown"))
+def test_what_is_multiplied_by_alpha_is_off_by_as_much(method, activation, float64):
+    """alpha expm1(x): what expm1 is off by, absolutely, grows with alpha."""
+    relative, absolute = FUNCTION_ERRORS["expm1"]
+    x = -np.logspace(-4.0, 0.5, 30)
+    for alpha in (50.0, 0.02):
+        inner = x / alpha if activation is jax.nn.celu else x
+        exact = np.expm1(inner)
+        off = alpha * (relative * np.abs(exact) + absolute) * ROUGH
+        f = partial(activation, alpha=alpha)
+        options = {"rounding": "outward", "unit_roundoff": ROUGH}
+        ends = bounds_of(f, method, Box(jnp.asarray(x), jnp.asarray(x)), **options)
+        assert outside([alpha * exact - off, alpha * exact + off], ends) < 0
+
+
+@every_method
+def test_small_coefficients_have_a_euclidean_norm(method):
+    """1e-25 squared is 0 in float32, the norm of (1e-25, 1e-25) is not."""
+    center = jnp.float32([1.0, -1.0])
+    region = LpBall(center, jnp.float32(0.5), 2)
+    w = jnp.float32([[1e-25, 1e-25]])
+    farthest = 0.5 * jnp.sqrt(jnp.float32(0.5)) * jnp.float32([1.0, 1.0])
+    values = [w @ (center + sign * farthest) for sign in (-0.999, 0.999)]
+    assert outside(values, bounds_of(lambda x: w @ x, method, region, rounding="outward")) < 0
+
+
+def test_a_cast_s_transpose_rounds_in_the_dtype_it_comes_to(float64):
+    """Coefficients of a float32 value that is cast to float64 are float32 again."""
+    region = Box(jnp.float32([1.0, 2.0]), jnp.float32([1.0, 2.0]))
+    graph = trace(lambda x: x.astype(jnp.float64) / 3, (region,), {})
+    found = affine_errors(graph, [region, region], Arithmetic(), EXACT)
+    error = {**found.charged, **found.carried}[1]
+    assert (error >= 2.0**-24 * region.upper).all()
 
 
 @every_method

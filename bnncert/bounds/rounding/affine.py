@@ -122,7 +122,9 @@ def _affine_error(
     arithmetic: Arithmetic,
 ) -> Array | None:
     """e_i itself; None where the operation and its transpose are exact."""
-    own, unit = own_unit(node), arithmetic.unit(node)
+    # The transpose of a cast rounds in the dtype of its operand.
+    own = max(own_unit(node), *(own_unit(graph.nodes[i]) for i in node.refs))
+    unit = arithmetic.unit(node)
     counts = roundings(graph, node)
     # An operand that goes several ways has its coefficients added up.
     backward = counts.backward + max(ways(graph, i) for i in node.refs) - 1

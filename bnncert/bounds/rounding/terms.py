@@ -7,7 +7,7 @@ from jaxtyping import Array, ArrayLike
 
 from bnncert.bounds.arithmetic import gamma, magnitude, own_unit
 from bnncert.bounds.graph import Graph, Node
-from bnncert.sets import Box, LpBall, Set
+from bnncert.sets import Box, LpBall, Set, dual_norm
 
 
 def outward_set(graph: Graph, region: Set) -> Set:
@@ -17,7 +17,9 @@ def outward_set(graph: Graph, region: Set) -> Set:
     relative = gamma(2 * (size + depth(graph)), 0.5 * float(jnp.finfo(dtype).eps))
     underflow = 8 * float(jnp.finfo(dtype).tiny)
     if isinstance(region, LpBall):
-        norm = jnp.linalg.norm(region.center.reshape(-1), region.p) if size else 0.0
+        # The Euclidean norm is its own dual; squares of small numbers must not be lost.
+        center = region.center
+        norm = dual_norm(center, 2) if region.p == 2 else jnp.sum(jnp.abs(center))
         reach = region.eps + relative * (region.eps + norm) + underflow
         return LpBall(region.center, reach, region.p)
     reach = relative * magnitude(region) + underflow
