@@ -235,7 +235,7 @@ def _mcmc(
     )
     x, y = jnp.asarray(images.x[part]), jnp.asarray(images.y[part])
     samples, info = sampler.sample(key, mean, Batch(x, y, jnp.ones(len(y))), threat)
-    found = infer.mcmc.diagnose(task.model.apply, samples, settings.mcmc_chains, x[:100])
+    found = infer.mcmc.diagnose(task.model.apply, samples.params, settings.mcmc_chains, x[:100])
     return samples, {
         "divergences": int(info.divergences.sum()),
         "acceptance": float(info.acceptance.mean()),
@@ -254,6 +254,7 @@ def _laplace(
         task.prior,
         num_data=task.num_data,
         kl_weight=task.settings.kl_weight,
+        curvature=task.settings.curvature,
     )
     size = task.settings.batch_size
     starts = tqdm(range(0, len(images.y), size), desc="curvature", unit="batch")

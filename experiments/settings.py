@@ -35,6 +35,7 @@ INFERENCES: dict[str, str] = {
 LIKELIHOODS = ("certified", "attacked", "clean")
 TRAIN_METHODS = ("ibp", "crown-ibp")
 RANDOM_LAYERS = ("all", "last")
+CURVATURES = ("fisher", "hessian")
 CERTIFY_METHODS = ("ibp", "crown-ibp", "crown")
 
 
@@ -100,6 +101,8 @@ class TrainConfig:
     """Collected deviations that make swag's covariance; 0: diagonal."""
     friction: float = 0.1
     """Share of the momentum that a step of sghmc loses."""
+    curvature: Annotated[str, _choice(CURVATURES)] = "fisher"
+    """Of laplace: the empirical Fisher matrix, or the exact Hessian (slow beyond 2,000 weights)."""
     mcmc_images: int = 1000
     """Training images, the first ones, that hmc and nuts sample with: all of them in each step."""
     mcmc_warmup: int = 50
@@ -176,6 +179,7 @@ def validate(config: RunConfig) -> None:
     check_name(config.train.method, TRAIN_METHODS, "bound method of training")
     check_name(config.train.random_layers, RANDOM_LAYERS, "choice of random layers")
     check_name(config.eval.certify_method, CERTIFY_METHODS, "bound method of certificates")
+    check_name(config.train.curvature, CURVATURES, "curvature of laplace")
     for requirement, holds, options in _REQUIREMENTS:
         for option in options:
             value = _lookup(config, option)
@@ -232,7 +236,6 @@ _REQUIREMENTS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = 
             "train.members",
             "train.collect",
             "train.mcmc_images",
-            "train.mcmc_samples",
             "train.mcmc_chains",
             "train.mcmc_depth",
             "eval.num_samples",
@@ -247,6 +250,7 @@ _REQUIREMENTS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = 
         lambda v: v >= 0,
         ("train.validation", "train.mcmc_warmup", "eval.attack_steps"),
     ),
+    ("at least 4, for R-hat", lambda v: v >= 4, ("train.mcmc_samples",)),
     ("0, or at least 2", lambda v: v == 0 or v >= 2, ("train.rank",)),
     ("a number in (0, 1]", lambda v: 0 < v <= 1, ("train.friction",)),
     ("a number in [0, 1)", lambda v: 0 <= v < 1, ("train.collect_from",)),

@@ -194,7 +194,7 @@ def counted(key, params, x, y, threat):
     return GAUSSIAN(key, params, x, y, threat)
 
 
-def build(loglik=GAUSSIAN, prior: Any = PRIOR, **options):
+def build(loglik: Any = GAUSSIAN, prior: Any = PRIOR, **options):
     settings = {"num_warmup": 200, "num_samples": 300, "num_chains": 3, "kl_weight": KL_WEIGHT}
     return mcmc.build(loglik, prior, **(settings | options))
 

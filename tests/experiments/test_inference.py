@@ -1,0 +1,128 @@
+"""Every inference method a run can name: it trains, it is deployed, and it is what it says."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnncert import posterior
+from bnncert.infer import swag
+from experiments import inference
+from experiments.config import preset
+from experiments.data import Split
+from experiments.inference import refine
+from experiments.models import Model
+from experiments.run import deploy
+from experiments.settings import INFERENCES, RunConfig
+from experiments.training import train
+
+NUM, CLASSES = 20, 3
+NONE_HELD = Split(np.zeros((0, 2, 2, 1), np.float32), np.zeros(0, np.int32))
+
+
+def apply(params: Any, x: Any) -> jax.Array:
+    hidden = jax.nn.relu(params["Dense_0"] @ x.reshape(-1))
+    return params["Dense_1"] @ hidden
+
+
+def init(key: Any) -> Any:
+    first, second = jax.random.split(key)
+    return {
+        "Dense_0": jax.random.normal(first, (3, 4)),
+        "Dense_1": jax.random.normal(second, (CLASSES, 3)),
+    }
+
+
+MODEL = Model(apply, init)
+
+
+def images() -> Split:
+    draw = np.random.default_rng(0)
+    x = draw.uniform(size=(NUM, 2, 2, 1)).astype(np.float32)
+    return Split(x, draw.integers(CLASSES, size=NUM).astype(np.int32))
+
+
+def settings(name: str, **train: Any) -> RunConfig:
+    base = preset("digits", name)
+    small = {"epochs": 4, "batch_size": 8, "members": 3, "collect": 4, "rank": 2}
+    chains = {"mcmc_images": 20, "mcmc_warmup": 30, "mcmc_samples": 4, "mcmc_depth": 2}
+    changed = dataclasses.replace(base.train, **small, **chains, **train)
+    return dataclasses.replace(base, train=changed)
+
+
+KINDS = {
+    "map": (posterior.Samples, 1),
+    "ensemble": (posterior.Samples, 3),
+    "swag": (posterior.LowRank, 16),
+    "laplace": (posterior.Gaussian, 16),
+    "sgld": (posterior.Samples, 3),
+    "sghmc": (posterior.Samples, 3),
+    "hmc": (posterior.Samples, 8),
+    "nuts": (posterior.Samples, 8),
+}
+
+
+@pytest.mark.parametrize("name", INFERENCES)
+def test_each_method_trains_and_is_deployed(name: str, tmp_path: Path) -> None:
+    config = settings(name)
+    trained = train(config, MODEL, images(), NONE_HELD, tmp_path)
+    found, report = refine(config, MODEL, trained.posterior, images())
+    kind, number = KINDS.get(name, (posterior.MeanField, 16))
+    assert isinstance(found, kind)
+    samples = deploy(config, found)
+    assert jax.tree.map(jnp.shape, samples) == {
+        "Dense_0": (number, 3, 4),
+        "Dense_1": (number, CLASSES, 3),
+    }
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(samples))
+    fixed = name == "laplace"  # its first layer is one, all others differ from member to member
+    if number > 1:
+        assert bool((samples["Dense_0"][0] == samples["Dense_0"][-1]).all()) == fixed
+        assert bool((samples["Dense_1"][0] != samples["Dense_1"][1]).any())
+    assert bool(report) == (name in ("laplace", "hmc", "nuts"))
+    assert all(np.isfinite(value) for value in report.values())
+
+
+def test_swag_collects_from_the_stated_fraction_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    build = swag.build
+
+    def spy(*args: Any, **options: Any) -> Any:
+        seen.update(options)
+        return build(*args, **options)
+
+    monkeypatch.setattr(swag, "build", spy)
+    config = settings("swag", collect_from=0.5)
+    inference.build_algorithm(config, MODEL, init(jax.random.key(0)), NUM, 3)
+    assert (seen["start"], seen["every"], seen["rank"]) == (6, 1, 2)
+
+
+@pytest.mark.parametrize("name", ["bbb", "ivon", "sgld"])
+def test_the_last_layer_alone_may_be_random(name: str, tmp_path: Path) -> None:
+    config = settings(name, random_layers="last")
+    trained = train(config, MODEL, images(), NONE_HELD, tmp_path)
+    samples = deploy(config, trained.posterior)
+    moved = (samples["Dense_0"] != init(jax.random.fold_in(jax.random.key(0), 0))["Dense_0"]).any()
+    assert bool(moved)  # trained, by the likelihood
+    assert bool((samples["Dense_1"][0] != samples["Dense_1"][1]).any())
+    if name != "sgld":  # its samples are states, each with the body of its time
+        assert bool((samples["Dense_0"][0] == samples["Dense_0"][1]).all())
+
+
+@pytest.mark.parametrize("likelihood", ["certified", "attacked", "clean"])
+def test_the_error_model_is_the_one_asked_for(likelihood: str) -> None:
+    """At the same weights: the certified worst case is below an attacked one, that below clean."""
+    params, (x, y) = init(jax.random.key(1)), images()
+    threat = inference.Threat(jnp.float32(0.2), jnp.float32(0.0), jnp.float32(0.0))
+
+    def value(name: str) -> float:
+        model = inference.error_model(settings("bbb", likelihood=name).train, apply)
+        return float(model(jax.random.key(2), params, jnp.asarray(x[0]), jnp.asarray(y[0]), threat))
+
+    order = [value(name) for name in ("certified", "attacked", "clean")]
+    assert order[0] < order[1] < order[2]
+    assert value(likelihood) in order
