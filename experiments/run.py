@@ -2,8 +2,8 @@
 
     python -m experiments.run PRESET [--inference NAME] [--seed N] [--data-dir DIR] [--out DIR] ...
 
-writes one new folder: config.json, metrics.jsonl, checkpoints/, results.json, certificates.npz,
-gallery.npz and report.html.
+writes one new folder: config.json, metrics.jsonl, checkpoints/, posterior.npz, results.json,
+certificates.npz, gallery.npz and report.html.
 """
 
 import json
@@ -24,6 +24,7 @@ from experiments.data import Dataset, load, validation_split
 from experiments.evaluation import Evaluated, SoundnessError, evaluate
 from experiments.inference import refine
 from experiments.models import build
+from experiments.posteriors import save as save_posterior
 from experiments.report import write_report
 from experiments.settings import RunConfig, from_dict, to_dict
 from experiments.training import Trained, TrainingError, train
@@ -75,7 +76,8 @@ def run(config: RunConfig) -> Path:
     trained = train(config, model, train_set, held, folder)
     posterior, found = refine(config, model, trained.posterior, train_set)
     trained = trained._replace(posterior=posterior)
-    samples = deploy(config, trained.posterior)
+    save_posterior(folder / "posterior.npz", posterior)
+    samples = deploy(config, posterior)
     evaluated = evaluate(config.eval, model.apply, samples, dataset.test, config.seed)
     results = write_results(config, folder, dataset, trained, evaluated, found)
     write_report(folder)

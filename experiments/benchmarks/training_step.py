@@ -12,6 +12,7 @@ depends on shapes alone.
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,12 @@ import optax
 
 from bnncert import prior as priors
 from bnncert.infer import svi
-from bnncert.likelihood import Threat, clean_categorical, robust_categorical
-from bnncert.types import Batch
+from bnncert.likelihood import clean_categorical, robust_categorical
+from bnncert.types import Algorithm, Batch, Threat
 from experiments.allocator import keep_freed_pages
 from experiments.data import Dataset, Split
-from experiments.models import build
-from experiments.training import PIXELS
+from experiments.inference import PIXELS
+from experiments.models import Model, build
 
 NUM_DATA = 60_000
 
@@ -67,25 +68,17 @@ def interleaved(steps: dict[str, Callable[[], object]], repeats: int) -> dict[st
     return best
 
 
-def _step(model_name: str, likelihood: str, batch_size: int) -> Callable[[], object]:
-    """A function that takes one training step and remembers its state."""
+def mnist_model(name: str) -> Model:
+    """A network for images of MNIST's shape."""
     images = np.zeros((1, 28, 28, 1), np.float32)
     split = Split(images, np.zeros(1, np.int32))
     classes = tuple(str(i) for i in range(10))
-    model = build(model_name, Dataset("mnist", split, split, classes, (0.1307,), (0.3081,)))
+    return build(name, Dataset("mnist", split, split, classes, (0.1307,), (0.3081,)))
+
+
+def stepper(algorithm: Algorithm, params: Any, batch_size: int) -> Callable[[], object]:
+    """A function that takes one training step on random images and remembers its state."""
     key = jax.random.key(0)
-    params = model.init(key)
-    log_likelihood = {
-        "plain": clean_categorical(model.apply),
-        "robust": robust_categorical(model.apply, clip=PIXELS),
-    }[likelihood]
-    algorithm = svi.build(
-        log_likelihood,
-        priors.normal(params, 0.1),
-        num_data=NUM_DATA,
-        optimizer=optax.chain(optax.clip_by_global_norm(10.0 * NUM_DATA), optax.adam(1e-3)),
-        kl_weight=0.1,
-    )
     batch = Batch(
         jax.random.uniform(jax.random.fold_in(key, 1), (batch_size, 28, 28, 1)),
         jax.random.randint(jax.random.fold_in(key, 2), (batch_size,), 0, 10),
@@ -100,6 +93,24 @@ def _step(model_name: str, likelihood: str, batch_size: int) -> Callable[[], obj
         return info, state[0]
 
     return step
+
+
+def _step(model_name: str, likelihood: str, batch_size: int) -> Callable[[], object]:
+    """A step of Bayes by Backprop on the plain or the robust likelihood."""
+    model = mnist_model(model_name)
+    params = model.init(jax.random.key(0))
+    log_likelihood = {
+        "plain": clean_categorical(model.apply),
+        "robust": robust_categorical(model.apply, clip=PIXELS),
+    }[likelihood]
+    algorithm = svi.build(
+        log_likelihood,
+        priors.normal(params, 0.1),
+        num_data=NUM_DATA,
+        optimizer=optax.chain(optax.clip_by_global_norm(10.0 * NUM_DATA), optax.adam(1e-3)),
+        kl_weight=0.1,
+    )
+    return stepper(algorithm, params, batch_size)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bnncert.bounds.api import METHODS
-from experiments.benchmarks import bounds
+from experiments.benchmarks import bounds, inference_step, training_step
 
 
 def test_layers_and_floors_of_the_small_cnn():
@@ -63,3 +63,14 @@ def test_networks_give_ten_logits():
         logits = jax.eval_shape(net.apply, net.params, jnp.zeros((28, 28, 1)))
         assert logits.shape == (bounds.CLASSES,)
     assert len(bounds.layers(bounds.network("cnn7", width=2), jnp.zeros((28, 28, 1)))) == 7
+
+
+def test_steps_are_timed_in_steps_of_the_first(capsys):
+    tiny = "--models mlp --batch-size 2 --repeats 1".split()
+    inference_step.main([*tiny, "--methods", "ivon"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["mlp", "bbb"], ["mlp", "ivon"]]
+    assert rows[0][3] == "1.00" and float(rows[1][3]) > 0
+    training_step.main(tiny)
+    _, plain, robust, ratio, _ = capsys.readouterr().out.splitlines()[2].split()
+    assert float(ratio) == pytest.approx(float(robust) / float(plain), rel=0.1)

@@ -34,6 +34,7 @@ FILES = {
     "checkpoints",
     "results.json",
     "certificates.npz",
+    "posterior.npz",
     "gallery.npz",
     "report.html",
 }
@@ -94,7 +95,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     """The same numbers to the bit, but for times."""
     assert timeless(read(a)) == timeless(read(b))
     assert metrics(a) == metrics(b)
-    for name in ("certificates.npz", "gallery.npz"):
+    for name in ("certificates.npz", "gallery.npz", "posterior.npz"):
         first, second = arrays(a, name), arrays(b, name)
         assert first.keys() == second.keys()
         for key, value in first.items():
