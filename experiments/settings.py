@@ -168,6 +168,7 @@ class RunConfig:
 def validate(config: RunConfig) -> None:
     """Raise a ValueError that names the option, its value and the way out, if one is wrong.
 
+    >>> from experiments.config import PRESETS
     >>> validate(dataclasses.replace(PRESETS["digits"], seed=-1))
     Traceback (most recent call last):
     ValueError: --seed must be an integer in 0 .. 2**32 - 1, got -1
@@ -213,6 +214,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 def from_dict(fields: Mapping[str, Any]) -> RunConfig:
     """Invert `to_dict`.
 
+    >>> from experiments.config import PRESETS
     >>> from_dict(to_dict(PRESETS["mnist-cnn"])) == PRESETS["mnist-cnn"]
     True
     """
