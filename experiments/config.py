@@ -67,7 +67,7 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "noisy-adam": {"learning_rate": 0.5},
     "ivon": {"learning_rate": 0.5},
 }
-"""What each inference method's training has different from the preset's (tuned on validation)."""
+"""What each method's training has different from the preset's: held-out mnist-mlp, 5 epochs."""
 
 
 def preset(name: str, inference: str | None = None) -> RunConfig:
