@@ -15,8 +15,9 @@ ORDER = """
     bounds.relaxations.lines bounds.relaxations.curves bounds.relaxations.smooth
     bounds.relaxations.powers bounds.relaxations.waves bounds.relaxations.planes
     bounds.relaxations.products bounds.relaxations.reductions bounds.relaxations
-    bounds.rules bounds.arithmetic bounds.rounding.terms bounds.rounding.affine
-    bounds.rounding.relaxed bounds.rounding bounds.interval bounds.relax bounds.backward
+    bounds.rules bounds.arithmetic bounds.function_errors bounds.rounding.terms
+    bounds.rounding.intervals bounds.rounding.affine bounds.rounding.relaxed
+    bounds.rounding bounds.interval bounds.relax bounds.backward
     bounds.forward bounds.sweeps bounds.alpha bounds.api bounds.margins bounds.joint bounds
     likelihood prior posterior.leaves posterior.mean_field posterior.samples posterior.low_rank
     posterior.gaussian posterior.mixture posterior.summary posterior

@@ -33,25 +33,21 @@ the rule: 8 t for each are added at the end, with a few u of the value for the l
 
 A function that increases is evaluated at both ends, with the error that its value may have there,
 and the network's value has the same error once more. Others likewise, at the points where their
-rule evaluates them. R, A and X (`function_error`) are measured and not proved; they are as good as
-the backend's functions, and `experiments.studies.roundoff` checks them there.
+rule evaluates them. R, A and X (`function_errors.py`) are measured and not proved; they are as good
+as the backend's functions, and `experiments.studies.roundoff` checks them there.
 
 Source: Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., SIAM 2002, chapters 2, 3.
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array
 
-from bnncert.bounds import rules
-from bnncert.bounds.graph import Graph, Node, unsupported
+from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError, unsupported
 from bnncert.bounds.operands import Operand, Ref
-from bnncert.bounds.rules import AFFINE, affine_rule
-from bnncert.bounds.rules.affine import magnitude as with_magnitudes
-from bnncert.bounds.rules.reductions import to_last
+from bnncert.bounds.rules import SUPPORTED
 from bnncert.sets import Box
 
 
@@ -110,6 +106,12 @@ def magnitude(box: Box) -> Array:
     return jnp.maximum(jnp.abs(box.lower), jnp.abs(box.upper))
 
 
+def unknown_rounding(node: Node) -> UnsupportedPrimitiveError:
+    """What is raised where nothing is known of an operation's rounding."""
+    hint = f'rounding="outward" does not know how \'{node.op}\' rounds; "nearest" bounds it.'
+    return unsupported(node, sorted({*SUPPORTED} - {"pow"}), hint)
+
+
 def roundings(graph: Graph, node: Node) -> Roundings:
     """Of an operation that is affine in its bounded operands, or a product of two of them.
 
@@ -119,11 +121,11 @@ def roundings(graph: Graph, node: Node) -> Roundings:
     shapes = [graph.nodes[i].shape for i in node.refs]
     size, largest = math.prod(node.shape), max((math.prod(s) for s in shapes), default=1)
     op = node.op
-    if op in _EXACT:
+    if op in EXACT:
         return Roundings(0, 0)
     if op == "windows":
         return Roundings(0, node.shape[0] - 1)
-    if op in _REPEATING:
+    if op in REPEATING:
         return Roundings(0, size if op == "gather" else max(0, -(-size // max(largest, 1)) - 1))
     if op in ("add", "add_any", "sub"):
         return Roundings(1, 0)
@@ -146,140 +148,7 @@ def roundings(graph: Graph, node: Node) -> Roundings:
         return _dot_roundings(graph, node)
     if op == "conv_general_dilated":
         return _convolution_roundings(graph, node)
-    raise _unknown(node)
-
-
-def interval(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Arithmetic) -> Box:
-    """The interval of what a node computes, from those of its bounded operands.
-
-    Raises:
-        UnsupportedPrimitiveError: no rule for this operation, or nothing known of its rounding.
-    """
-    if node.op in _EXACT or node.op in _REPEATING or node.op in EXACT_FUNCTIONS:
-        return rules.interval(node, *boxes)
-    if affine_rule(node) or (node.op in rules.BILINEAR and len(boxes) == 2):
-        return _sum_interval(graph, node, boxes, arithmetic)
-    relative, absolute = function_error(node, boxes)
-    units = arithmetic.unit(node) + own_unit(node)
-    box = rules.interval(node, *(_off_subnormal(box, tiny(node)) for box in boxes))
-    return widened(box, units * relative, units * absolute + 8 * tiny(node))
-
-
-def function_error(node: Node, boxes: Sequence[Box]) -> tuple[ArrayLike, ArrayLike]:
-    """R, and A + X |x|, of the module's model, for a function that is not linear.
-
-    Those of softmax and log-sum-exp grow with the spread D of their operand, of C coordinates:
-    exp(x - max x) has an argument that is off by u D. Its relative error is (R + 2 D) u, that of
-    the sum (R + 2 D + C) u, and an interval rule that takes the sum of differences makes it again.
-
-    Raises:
-        UnsupportedPrimitiveError: nothing known.
-    """
-    if node.op in ("softmax", "log_softmax", "logsumexp", "cumlogsumexp"):
-        error = _exponential_sum_error(node, boxes[0])
-        return (error, 0.0) if node.op == "softmax" else (16.0, error)
-    if node.op in EXACT_FUNCTIONS:
-        return 0.0, 0.0
-    if node.op == "integer_pow":
-        return 4.0 * abs(int(node.params["y"])) + 4.0, 0.0  # pyright: ignore[reportArgumentType]
-    if node.op not in FUNCTION_ERRORS:
-        raise _unknown(node)
-    relative, absolute = FUNCTION_ERRORS[node.op]
-    if node.op in ("elu", "celu"):  # alpha (e^x - 1): what e^x - 1 is off by grows with alpha
-        absolute *= jnp.maximum(1, jnp.abs(jnp.asarray(node.operands[1], node.dtype)))  # pyright: ignore
-    if node.op in OPERAND_ERRORS:
-        return relative, absolute + OPERAND_ERRORS[node.op] * magnitude(boxes[0])
-    return relative, absolute
-
-
-def slope_error(node: Node) -> tuple[float, float]:
-    """R and A of the slope of an elementwise function, as `relaxations` computes it."""
-    if node.op == "integer_pow":
-        return 4.0 * abs(int(node.params["y"])) + 8.0, 0.0  # pyright: ignore[reportArgumentType]
-    return SLOPE_ERRORS.get(node.op, SLOPE_ERROR)
-
-
-def curvature(node: Node, box: Box, free: bool) -> ArrayLike:
-    """The largest |h''| where a tangent may touch an elementwise function.
-
-    Args:
-        node: the function.
-        box: of its operand.
-        free: whether a tangent may touch it anywhere; else, no nearer to a pole than the middle.
-    """
-    if node.op in CURVATURES:
-        return CURVATURES[node.op]
-    if node.op in ("exp", "exp2", "expm1"):
-        # The default tangent touches within 1 / ln 2 of the lower end (`powers.growth`).
-        last = box.upper if free else jnp.minimum(box.upper, box.lower + 1.5)
-        return jnp.exp2(last) if node.op == "exp2" else jnp.exp(last)
-    if node.op == "squareplus":
-        return 0.5 / jnp.sqrt(jnp.asarray(node.operands[1], node.dtype))  # pyright: ignore
-    if node.op == "celu":
-        return 1 / jnp.asarray(node.operands[1], node.dtype)  # pyright: ignore
-    if node.op == "elu":
-        return jnp.abs(jnp.asarray(node.operands[1], node.dtype))  # pyright: ignore
-    exponent = _POWERS[node.op] if node.op in _POWERS else float(int(node.params["y"]))  # pyright: ignore
-    factor = abs(exponent * (exponent - 1)) if exponent else float(node.op in _POWERS)
-    size = magnitude(box)
-    if not factor:
-        return 0.0
-    if exponent >= 2:
-        return factor * size ** (exponent - 2)
-    near = jnp.minimum(jnp.abs(box.lower), jnp.abs(box.upper))
-    if node.op == "log1p":
-        near, size = 1 + box.lower, 1 + box.upper
-    return factor * (near if free else jnp.maximum(near, 0.49 * size)) ** (exponent - 2)
-
-
-def widened(box: Box, relative: ArrayLike, absolute: ArrayLike) -> Box:
-    """Each end moved outward by `relative` of its magnitude, and by `absolute`."""
-    return Box(
-        box.lower - (relative * jnp.abs(box.lower) + absolute),
-        box.upper + (relative * jnp.abs(box.upper) + absolute),
-    )
-
-
-def _sum_interval(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Arithmetic) -> Box:
-    """Of an operation that is linear in each operand: its rule on widened operands."""
-    terms = roundings(graph, node).forward
-    unit, own = arithmetic.unit(node), own_unit(node)
-    relative, absolute = 0.0, 8 * (terms + 2) * tiny(node)
-    if terms > 3:
-        relative = gamma(terms + 2, unit) + gamma(terms + 12, own)
-        relative *= 1 + 4 * relative
-    if node.op in MIXING and len(boxes) == 1:
-        return _mixed(node, boxes[0], relative, absolute)
-    if terms > 3 and affine_rule(node) and AFFINE[node.op].has_offset:
-        absolute += relative * jnp.abs(constant_part(node, boxes))
-    if terms > 1:  # what subnormal operands add to a sum is covered by `absolute`
-        boxes = [_scaled(box, relative, 2 * tiny(node)) for box in boxes]
-    return widened(rules.interval(node, *boxes), 4 * (unit + own), absolute)
-
-
-def _mixed(node: Node, box: Box, relative: float, absolute: float) -> Box:
-    """By centre and radius, the radius widened before it is multiplied."""
-    radius = box.radius + relative * (jnp.abs(box.center) + box.radius) + 2 * tiny(node)
-    center = node.evaluate(*node.fill([box.center]))
-    reach = with_magnitudes(node, radius) + absolute
-    return Box(center - reach, center + reach)
-
-
-def constant_part(node: Node, boxes: Sequence[Box]) -> Array:
-    """The value of an affine operation at 0."""
-    return node.evaluate(*node.fill([jnp.zeros_like(box.lower) for box in boxes]))
-
-
-def _off_subnormal(box: Box, smallest: float) -> Box:
-    """Ends moved outward until none is subnormal: one may be read as 0, where h may be far off."""
-    lower = jnp.where((box.lower > 0) & (box.lower < smallest), 0, box.lower)
-    return Box(lower, jnp.where(box.upper > -smallest, jnp.maximum(box.upper, smallest), box.upper))
-
-
-def _scaled(box: Box, relative: float, absolute: float) -> Box:
-    """The box of all x (1 + theta), |theta| <= relative."""
-    reach = relative * magnitude(box) + absolute
-    return Box(box.lower - reach, box.upper + reach)
+    raise unknown_rounding(node)
 
 
 def _dot_roundings(graph: Graph, node: Node) -> Roundings:
@@ -311,94 +180,11 @@ def _shape(graph: Graph, operand: Operand) -> tuple[int, ...]:
     return graph.nodes[operand.index].shape if isinstance(operand, Ref) else jnp.shape(operand)
 
 
-def _exponential_sum_error(node: Node, box: Box) -> Array:
-    """(12 D + 32 C + 128), for each value."""
-    axes = node.params["axes"] if "axes" in node.params else (node.params["axis"],)
-    axes = tuple(map(int, axes))
-    count = math.prod(box.lower.shape[i] for i in axes)
-    keeps = node.op != "logsumexp"
-    most = jnp.max(to_last(box.upper, axes), -1)
-    spread = most - jnp.min(to_last(box.lower, axes), -1)
-    if keeps:
-        shape = [1 if i in axes else n for i, n in enumerate(box.lower.shape)]
-        spread = spread.reshape(shape)
-    else:
-        spread = spread.reshape(node.shape)
-    return 12.0 * spread + (32.0 * count + 128.0)
-
-
-def _unknown(node: Node) -> Exception:
-    known = {*FUNCTION_ERRORS, *_EXACT, *EXACT_FUNCTIONS, *_REPEATING, *rules.BILINEAR}
-    hint = f'rounding="outward" does not know how \'{node.op}\' rounds; "nearest" bounds it.'
-    return unsupported(node, sorted(known), hint)
-
-
-_EXACT = frozenset(
+EXACT = frozenset(
     "reshape transpose squeeze expand_dims rev slice split dynamic_slice unstack stack concatenate "
     "dynamic_update_slice scatter pad select_n neg".split()
 )
 """Operations that move values, each to one place."""
 
-_REPEATING = frozenset("tile windows broadcast_in_dim gather".split())
+REPEATING = frozenset("tile windows broadcast_in_dim gather".split())
 """Operations that move values, each to several places."""
-
-MIXING = ("dot_general", "conv_general_dilated")
-"""Operations whose interval rule is by centre and radius."""
-
-EXACT_FUNCTIONS = frozenset(
-    "max min abs hard_tanh sign floor ceil round reduce_max reduce_min cummax cummin".split()
-)
-
-_RELATIVE = "exp sqrt rsqrt reciprocal square leaky_relu soft_sign cbrt asinh log log1p".split()
-_ALSO_ABSOLUTE = (
-    "expm1 tanh logistic erf atan sin cos softplus squareplus log_sigmoid elu selu celu gelu silu "
-    "mish hard_silu".split()
-)
-
-FUNCTION_ERRORS: Mapping[str, tuple[float, float]] = {
-    **{op: (16.0, 0.0) for op in _RELATIVE},
-    **{op: (16.0, 4.0) for op in _ALSO_ABSOLUTE},
-    "exp2": (160.0, 0.0),
-    "sinh": (64.0, 4.0),
-    "gelu_tanh": (16.0, 32.0),
-}
-"""R and A by function: about twice what sweeps of float32 have been seen to need, or more."""
-
-OPERAND_ERRORS: Mapping[str, float] = {"squareplus": 4.0}
-"""X by function: (x + sqrt(x^2 + b)) / 2 cancels where x is negative."""
-
-CURVATURES: Mapping[str, float] = {
-    "tanh": 0.77,
-    "logistic": 0.1,
-    "erf": 0.97,
-    "atan": 0.65,
-    "asinh": 0.39,
-    "softplus": 0.25,
-    "log_sigmoid": 0.25,
-    "soft_sign": 2.0,
-    "selu": 1.76,
-    "gelu": 0.8,
-    "gelu_tanh": 0.81,
-    "silu": 0.5,
-    "mish": 0.65,
-    "hard_silu": 0.34,
-    "sin": 1.0,
-    "cos": 1.0,
-    "square": 2.0,
-    "leaky_relu": 0.0,
-}
-"""The largest |h''| by function: rounded up."""
-
-_POWERS: Mapping[str, float] = {
-    "log": 0.0,  # its h'' is that of a power 0, but for the factor
-    "log1p": 0.0,
-    "sqrt": 0.5,
-    "rsqrt": -0.5,
-    "reciprocal": -1.0,
-}
-
-SLOPE_ERROR = (16.0, 4.0)
-"""As `FUNCTION_ERRORS`, of derivatives, where `SLOPE_ERRORS` has none."""
-
-SLOPE_ERRORS: Mapping[str, tuple[float, float]] = {"exp2": (160.0, 4.0)}
-"""As `SLOPE_ERROR`, of single functions."""

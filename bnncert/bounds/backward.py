@@ -26,7 +26,8 @@ from jaxtyping import Array
 from bnncert.bounds.convolution import canonical
 from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.relaxations import Lines, Planes
-from bnncert.bounds.rules import AFFINE, affine_rule
+from bnncert.bounds.rules import affine_rule
+from bnncert.bounds.rules.affine import has_constant
 from bnncert.sets import Box, LpBall, Set, dual_norm
 
 
@@ -87,12 +88,13 @@ def linear_row(target: int, row: Array, steps: Steps) -> Row:
     if target in steps.slack:
         slack = charge(row, steps.slack[target])
         lower, upper = lower - slack, upper + slack
+    floors: list[Array] = []
     for index in range(target, -1, -1):
         if index not in waiting:
             continue
         coefficients = waiting.pop(index)
         if index in steps.floors:
-            lower, upper = lower - steps.floors[index], upper + steps.floors[index]
+            floors.append(steps.floors[index])
         if index not in steps.passing:
             remaining[index] = coefficients
             continue
@@ -100,6 +102,9 @@ def linear_row(target: int, row: Array, steps: Steps) -> Row:
         lower, upper = lower + gained.lower, upper + gained.upper
         for operand, more in passed:
             waiting[operand] = _add(waiting[operand], more) if operand in waiting else more
+    if floors:  # the same for all rows: one sum
+        floor = jnp.sum(jnp.stack(floors))
+        lower, upper = lower - floor, upper + floor
     return Row(remaining, Offset(lower, upper))
 
 
@@ -252,10 +257,9 @@ def _affine_step(graph: Graph, node: Node) -> Step:
     at_zero, transpose = _transposed(
         lambda *values: node.evaluate(*node.fill(values)), _zeros(graph, node.refs)
     )
-    has_offset = AFFINE[node.op].has_offset and len(node.refs) < len(node.operands)
 
     def through(row: Array) -> tuple[tuple[Array, ...], Array | float]:
-        return transpose(row), _dot(row, at_zero) if has_offset else 0.0
+        return transpose(row), _dot(row, at_zero) if has_constant(node) else 0.0
 
     def step(coefficients: Coefficients) -> tuple[list[tuple[int, Coefficients]], Offset]:
         lower, lower_offset = through(coefficients.lower)

@@ -8,7 +8,7 @@ An affine operation W acts on the two sides through their centre and half differ
 
 and a nonlinearity through its planes, affine operations that are traced and passed in their turn.
 Rounded outward, the sides move apart at each node by what the network computes otherwise there, and
-by what they lose themselves: of a sum of n terms gamma(n) |W| (|A| |x| + |b|) (`rounding.py`).
+by what they lose themselves: of a sum of n terms gamma(n) |W| (|A| |x| + |b|) (`rounding`).
 
 Cost: as many evaluations as the sets have coordinates, n; memory n times the widest value.
 
@@ -32,7 +32,7 @@ from bnncert.bounds.operands import Operand, Ref
 from bnncert.bounds.relax import is_relaxed, relax
 from bnncert.bounds.relaxations import Choice
 from bnncert.bounds.rounding import network_error, outward_planes, outward_set, side_error
-from bnncert.bounds.rules.affine import linear, magnitude
+from bnncert.bounds.rules.affine import SIGNED, linear, magnitude
 from bnncert.sets import Box, LpBall, Set, dual_norm
 
 
@@ -132,7 +132,7 @@ def _affine(node: Node, operands: Sequence[Between], inexact: Inexact | None) ->
 
 def _exactly(node: Node, operands: Sequence[Between]) -> Between:
     lowers, uppers = [o.lower for o in operands], [o.upper for o in operands]
-    if _grows(node) and any(low is not high for low, high in zip(lowers, uppers, strict=True)):
+    if node.op in SIGNED and any(low is not high for low, high in zip(lowers, uppers, strict=True)):
         halves = [
             jax.tree.map(lambda l, u: 0.5 * (u - l), *pair)
             for pair in zip(lowers, uppers, strict=True)
@@ -180,11 +180,6 @@ def _reach(region: Set) -> Array:
     if isinstance(region, LpBall):
         return jnp.abs(region.center) + region.eps
     return magnitude_of(region)
-
-
-def _grows(node: Node) -> bool:
-    """Whether the sides may change places: some coefficient of the operation may be negative."""
-    return node.op in ("neg", "sub", "mul", "div", "dot_general", "conv_general_dilated")
 
 
 def _evaluate(node: Node, sides: Sequence[Side]) -> Side:

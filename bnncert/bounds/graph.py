@@ -101,6 +101,7 @@ class Graph(NamedTuple):
         in_tree: structure of the arguments `(args, kwargs)`, sets as leaves.
         set_leaves: positions of the sets among the leaves of the arguments.
         out_tree: structure of the outputs.
+        users: for each node, the nodes that act on it, once for each of their operands it is.
     """
 
     nodes: tuple[Node, ...]
@@ -109,6 +110,7 @@ class Graph(NamedTuple):
     in_tree: Any
     set_leaves: tuple[int, ...]
     out_tree: Any
+    users: tuple[tuple[int, ...], ...]
 
 
 def trace(f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any]) -> Graph:
@@ -142,7 +144,8 @@ def trace(f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any]) -> Grap
     refs = [Ref(i) for i in range(len(nodes))]
     outputs = _walk(closed.jaxpr, closed.consts, refs, nodes)
     live, outputs = _prune(nodes, outputs, len(inputs))
-    return Graph(live, inputs, outputs, in_tree, tuple(where), jax.tree.structure(out_shape))
+    out_tree = jax.tree.structure(out_shape)
+    return Graph(live, inputs, outputs, in_tree, tuple(where), out_tree, _users(live))
 
 
 def unsupported(node: Node, supported: Sequence[str], hint: str = "") -> UnsupportedPrimitiveError:
@@ -154,6 +157,14 @@ def unsupported(node: Node, supported: Sequence[str], hint: str = "") -> Unsuppo
         f"{len(node.operands)}, called at {source}.{' ' + hint if hint else ''} "
         f"Supported: {', '.join(sorted(supported))}."
     )
+
+
+def _users(nodes: Sequence[Node]) -> tuple[tuple[int, ...], ...]:
+    found: list[list[int]] = [[] for _ in nodes]
+    for index, node in enumerate(nodes):
+        for i in node.refs:
+            found[i].append(index)
+    return tuple(map(tuple, found))
 
 
 def _prune(

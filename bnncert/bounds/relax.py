@@ -18,6 +18,7 @@ from bnncert.bounds.relaxations import (
     Choice,
     Planes,
     from_lines,
+    has_lines,
     initial_choice,
     products,
     reductions,
@@ -50,7 +51,7 @@ def relax(graph: Graph, index: int, boxes: Sequence[Box], choice: Choice) -> Pla
     if node.op in REDUCTION_PLANES:
         return _reduction(node, boxes[node.refs[0]], choice)
     operand = boxes[node.refs[0]]
-    if _has_lines(node):
+    if has_lines(node):
         lines = LINES[node.op](*_ends(node, operand), *_constants(node), choice=choice)
         return from_lines(node.refs[0], lines)
     values = interval(node, *(boxes[i] for i in node.refs))
@@ -62,7 +63,7 @@ def has_variants(graph: Graph, index: int) -> bool:
     node = graph.nodes[index]
     if _is_product(node):
         return _weight(graph, node) is None
-    return (node.op in TWO_VARIANTS and _has_lines(node)) or node.op in _TWO_PLANES
+    return (node.op in TWO_VARIANTS and has_lines(node)) or node.op in _TWO_PLANES
 
 
 def free_choice(graph: Graph, index: int, boxes: Sequence[Box]) -> Choice | None:
@@ -76,14 +77,9 @@ def free_choice(graph: Graph, index: int, boxes: Sequence[Box]) -> Choice | None
     if _is_pair(node):
         start = initial_choice("max", *_ends(node, _difference(node, boxes)), jnp.zeros(()))
         return Choice(start.lower, None)
-    if node.op in FREE and _has_lines(node):
+    if node.op in FREE and has_lines(node):
         return initial_choice(node.op, *_ends(node, boxes[node.refs[0]]), *_constants(node))
     return None
-
-
-def _has_lines(node: Node) -> bool:
-    """Whether it is a function of one value; 2 ** x is no power of x."""
-    return node.op in LINES and len(node.refs) == 1 and isinstance(node.operands[0], Ref)
 
 
 def _is_product(node: Node) -> bool:

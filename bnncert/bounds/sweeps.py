@@ -20,7 +20,6 @@ from jaxtyping import Array
 
 from bnncert.bounds import rounding
 from bnncert.bounds.arithmetic import Arithmetic
-from bnncert.bounds.arithmetic import interval as outward_interval
 from bnncert.bounds.backward import (
     Step,
     Steps,
@@ -92,7 +91,7 @@ def boxes_by_node(sweep: Sweeper, refine: Refine) -> list[Box]:
         return propagate(graph, refine)
 
     def rule(node: Node, *boxes: Box) -> Box:
-        return outward_interval(graph, node, boxes, arithmetic)
+        return rounding.outward_interval(graph, node, boxes, arithmetic)
 
     return propagate(graph, refine, rule)
 

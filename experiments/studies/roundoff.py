@@ -4,7 +4,7 @@
     python -m experiments.studies.roundoff --stride 64          every 64th: minutes
     python -m experiments.studies.roundoff --functions exp tanh
 
-`bnncert.bounds.arithmetic` takes |fl h(x) - h(x)| <= (R |h(x)| + A + X |x|) u + 2 t for each
+`bnncert.bounds.function_errors` takes |fl h(x) - h(x)| <= (R |h(x)| + A + X |x|) u + 2 t for each
 function h and for its slope, in place of a proof: that is as good as the backend that computes
 them. Run this on the backend at hand; the exit status is 1 if a function needs more.
 
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from tqdm import tqdm
 
-from bnncert.bounds.arithmetic import (
+from bnncert.bounds.function_errors import (
     FUNCTION_ERRORS,
     OPERAND_ERRORS,
     SLOPE_ERROR,
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 _save(rows, options.stride, options.out)
     broken = [row.function for row in rows if not row.share <= 1]
     if broken:
-        sys.exit(f"these need more than bnncert.bounds.arithmetic allows: {', '.join(broken)}")
+        sys.exit(f"these need more than bnncert.bounds.function_errors allows: {', '.join(broken)}")
 
 
 def _save(rows: Sequence[Row], stride: int, path: Path) -> None:

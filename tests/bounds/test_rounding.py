@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from bnncert.bounds import bound, linear_bounds
-from bnncert.bounds.arithmetic import CURVATURES, FUNCTION_ERRORS, Arithmetic, gamma
+from bnncert.bounds.arithmetic import Arithmetic, gamma
+from bnncert.bounds.function_errors import CURVATURES, FUNCTION_ERRORS, curvature
 from bnncert.bounds.graph import UnsupportedPrimitiveError, trace
 from bnncert.bounds.relaxations import LINES
 from bnncert.bounds.rounding import EXACT, affine_errors
@@ -286,6 +287,34 @@ def test_curvatures_are_the_largest(name, float64):
     x = jnp.linspace(-20.0, 20.0, 20001) + 1e-7
     found = float(jnp.abs(jax.vmap(jax.grad(jax.grad(function)))(x)).max())
     assert 0.5 * CURVATURES[name] <= found <= CURVATURES[name]
+
+
+SINGULAR = {
+    "exp": jnp.exp,
+    "exp2": jnp.exp2,
+    "expm1": jnp.expm1,
+    "log": jnp.log,
+    "log1p": jnp.log1p,
+    "sqrt": jnp.sqrt,
+    "rsqrt": jax.lax.rsqrt,
+    "reciprocal": lambda x: 1 / x,
+    "elu": partial(jax.nn.elu, alpha=3.0),
+    "celu": partial(jax.nn.celu, alpha=0.3),
+    "squareplus": jax.nn.squareplus,
+    **{f"power {n}": partial(jax.lax.integer_pow, y=n) for n in (-3, -2, 3, 4)},
+}
+
+
+@pytest.mark.parametrize("free", (True, False))
+@pytest.mark.parametrize("name", SINGULAR)
+def test_curvatures_on_a_box_are_the_largest(name, free, float64):
+    """Where a tangent may touch: anywhere, or no nearer to a pole than the middle."""
+    f, box = SINGULAR[name], Box(jnp.float64(0.2), jnp.float64(1.2))
+    node = trace(f, (box,), {}).nodes[1]
+    growing = node.op in ("exp", "exp2", "expm1")
+    x = jnp.linspace(box.lower if free or growing else 0.7, box.upper, 101)
+    found = float(jnp.abs(jax.vmap(jax.grad(jax.grad(f)))(x)).max())
+    assert found <= (1 + 1e-9) * jnp.asarray(curvature(node, box, free))
 
 
 def test_the_sweep_can_fail(float64):

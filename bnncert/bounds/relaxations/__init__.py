@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 
 from jaxtyping import Array, ArrayLike
 
+from bnncert.bounds.graph import Node
+from bnncert.bounds.operands import Ref
 from bnncert.bounds.relaxations import curves, powers, waves
 from bnncert.bounds.relaxations.lines import (
     DEFAULT,
@@ -45,6 +47,7 @@ __all__ = [
     "Planes",
     "constant",
     "from_lines",
+    "has_lines",
     "initial_choice",
     "relu",
 ]
@@ -90,6 +93,11 @@ TWO_VARIANTS = frozenset((*_HUMPED, *_WAVES, "integer_pow"))
 
 PARAMETERS: Mapping[str, tuple[str, ...]] = {"integer_pow": ("y",)}
 """Parameters of an operation that its rule takes after the constants."""
+
+
+def has_lines(node: Node) -> bool:
+    """Whether a node is a function of one value, with lines; 2 ** x is no power of x."""
+    return node.op in LINES and len(node.refs) == 1 and isinstance(node.operands[0], Ref)
 
 
 def initial_choice(op: str, l: Array, u: Array, *constants: ArrayLike) -> Choice:

@@ -44,6 +44,7 @@ size. A coefficient that underflows is off by t for each of its terms, and meets
 each node that a row comes through adds t (terms) sum (1 + m).
 
     terms     how many terms the sums have that a row is made of
+    intervals of what a network computes
     affine    errors of affine nodes
     relaxed   planes that allow for the errors of relaxed nodes
 """
@@ -55,6 +56,7 @@ from bnncert.bounds.rounding.affine import (
     network_error,
     side_error,
 )
+from bnncert.bounds.rounding.intervals import outward_interval
 from bnncert.bounds.rounding.relaxed import outward_planes
 from bnncert.bounds.rounding.terms import outward_set
 
@@ -63,6 +65,7 @@ __all__ = [
     "Errors",
     "affine_errors",
     "network_error",
+    "outward_interval",
     "outward_planes",
     "outward_set",
     "side_error",

@@ -9,7 +9,6 @@ from jaxtyping import Array
 
 from bnncert.bounds.arithmetic import (
     Arithmetic,
-    constant_part,
     gamma,
     magnitude,
     own_unit,
@@ -17,10 +16,10 @@ from bnncert.bounds.arithmetic import (
     tiny,
 )
 from bnncert.bounds.graph import Graph, Node
-from bnncert.bounds.operands import Ref
-from bnncert.bounds.relaxations import LINES
+from bnncert.bounds.relaxations import has_lines
 from bnncert.bounds.rounding.terms import offset_gamma, rounded_up, ways
 from bnncert.bounds.rules import AFFINE, affine_rule
+from bnncert.bounds.rules.affine import constant_part, has_constant
 from bnncert.bounds.rules.affine import magnitude as with_magnitudes
 from bnncert.sets import Box
 
@@ -59,10 +58,10 @@ def affine_errors(
     Cost: one evaluation of each affine operation.
     """
     charged, carried, floors = dict(known.charged), dict(known.carried), dict(known.floors)
-    flows_into = _users(graph)
+    terms = sum(math.prod(node.shape) for node in graph.nodes)
     for index in range(known.until, len(boxes)):
         node = graph.nodes[index]
-        floors[index] = _floor(graph, node, boxes[index])
+        floors[index] = _floor(node, terms, boxes[index])
         if not affine_rule(node):
             continue
         error = _affine_error(graph, node, boxes, arithmetic)
@@ -76,7 +75,7 @@ def affine_errors(
             error = passed if error is None else error + passed
         if error is None:
             continue
-        into = [graph.nodes[user] for user in flows_into[index]]
+        into = [graph.nodes[user] for user in graph.users[index]]
         keeps = not into or (len(into) == 1 and _takes(into[0]))
         (carried if keeps else charged)[index] = error
     return Errors(charged, carried, floors, len(boxes))
@@ -90,8 +89,8 @@ def network_error(
     if not terms:
         return None
     size = with_magnitudes(node, *(magnitude(box) + 2 * tiny(node) for box in operands))
-    if _has_constant(node):
-        size += jnp.abs(constant_part(node, operands))
+    if has_constant(node):
+        size += jnp.abs(constant_part(node, *(box.lower for box in operands)))
     error = gamma(terms + 2, arithmetic.unit(node)) * size
     return rounded_up(graph, node, error) + 8 * (terms + 2) * tiny(node)
 
@@ -108,9 +107,8 @@ def side_error(graph: Graph, node: Node, sizes: Sequence[Array], reach: Array) -
     terms, own = roundings(graph, node).forward, own_unit(node)
     relative = gamma(terms + 12, own)
     error = 2 * relative * with_magnitudes(node, *sizes)
-    if _has_constant(node):
-        zeros = [Box(jnp.zeros_like(size), jnp.zeros_like(size)) for size in sizes]
-        constant = jnp.abs(constant_part(node, zeros))
+    if has_constant(node):
+        constant = jnp.abs(constant_part(node, *sizes))
         error += relative * constant * (1 + reach) if terms > 1 else relative * constant
     return rounded_up(graph, node, error) + 16 * (terms + 2) * tiny(node) * (1 + reach)
 
@@ -128,7 +126,7 @@ def _affine_error(
     counts = roundings(graph, node)
     # An operand that goes several ways has its coefficients added up.
     backward = counts.backward + max(ways(graph, i) for i in node.refs) - 1
-    constant = _has_constant(node)
+    constant = has_constant(node)
     if not (counts.forward or backward or constant):
         return None
     operands = [boxes[i] for i in node.refs]
@@ -137,39 +135,22 @@ def _affine_error(
     size = with_magnitudes(node, *(magnitude(box) + 2 * tiny(node) for box in operands))
     error = (forward + transposed) * size
     if constant:
-        error += (forward + offset_gamma(graph, node)) * jnp.abs(constant_part(node, operands))
+        error += (forward + offset_gamma(graph, node)) * jnp.abs(
+            constant_part(node, *(box.lower for box in operands))
+        )
     return rounded_up(graph, node, error) + 8 * (counts.forward + 2) * tiny(node)
 
 
-def _has_constant(node: Node) -> bool:
-    return AFFINE[node.op].has_offset and len(node.refs) < len(node.operands)
-
-
-def _floor(graph: Graph, node: Node, box: Box) -> Array:
+def _floor(node: Node, terms: int, box: Box) -> Array:
     """What coefficients of this value have lost by underflow: t for each term of each."""
-    terms = sum(math.prod(node.shape) for node in graph.nodes)
     return 8 * tiny(node) * (terms + 2) * jnp.sum(1 + magnitude(box))
-
-
-def _users(graph: Graph) -> list[list[int]]:
-    """For each node, the nodes that act on it."""
-    found: list[list[int]] = [[] for _ in graph.nodes]
-    for index, node in enumerate(graph.nodes):
-        for i in node.refs:
-            found[i].append(index)
-    return found
 
 
 def _takes(node: Node) -> bool:
     """Whether a node's step allows for the error of what flows into it."""
-    return _by_lines(node) or (bool(affine_rule(node)) and _carries(node))
+    return has_lines(node) or (bool(affine_rule(node)) and _carries(node))
 
 
 def _carries(node: Node) -> bool:
     """Whether each coordinate of an operand goes to one coordinate of the value, at most."""
     return AFFINE[node.op].spreads in ("places", "adds") if node.op in AFFINE else False
-
-
-def _by_lines(node: Node) -> bool:
-    one = len(node.refs) == 1 and isinstance(node.operands[0], Ref)
-    return node.op in LINES and one and affine_rule(node) is None

@@ -5,20 +5,10 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert.bounds.arithmetic import (
-    EXACT_FUNCTIONS,
-    Arithmetic,
-    curvature,
-    function_error,
-    gamma,
-    magnitude,
-    own_unit,
-    roundings,
-    slope_error,
-    tiny,
-)
+from bnncert.bounds.arithmetic import Arithmetic, gamma, magnitude, own_unit, roundings, tiny
+from bnncert.bounds.function_errors import EXACT_FUNCTIONS, curvature, function_error, slope_error
 from bnncert.bounds.graph import Graph, Node
-from bnncert.bounds.relaxations import Lines, Planes
+from bnncert.bounds.relaxations import Lines, Planes, from_lines
 from bnncert.bounds.rounding.terms import offset_gamma, rounded_up, ways
 from bnncert.sets import Box
 
@@ -49,28 +39,36 @@ def outward_planes(
         slack = 2 * offset_gamma(graph, node) * magnitude(box)
         lower, upper = box.lower - slack, box.upper + slack
         return Planes((), lambda: lower, lambda: upper)
-    if planes.lines is not None:
-        return _outward_lines(graph, index, planes, boxes, carried, arithmetic, free)
-    error = _planes_error(graph, node, boxes, arithmetic)
-    return Planes(
-        planes.operands,
-        lambda *v: planes.lower(*v) - error,
-        lambda *v: planes.upper(*v) + error,
-    )
+    if planes.lines is None:
+        error = _planes_error(graph, node, boxes, arithmetic)
+        return Planes(
+            planes.operands,
+            lambda *v: planes.lower(*v) - error,
+            lambda *v: planes.upper(*v) + error,
+        )
+    (operand,) = planes.operands
+    below, low, above, high = lines = planes.lines
+    low_error = high_error = _lines_error(graph, index, lines, boxes, arithmetic, free)
+    if operand in carried:
+        inherited = (1 + 16 * own_unit(node)) * carried[operand]
+        low_error = low_error + jnp.abs(below) * inherited
+        high_error = high_error + jnp.abs(above) * inherited
+    return from_lines(operand, Lines(below, low - low_error, above, high + high_error))
 
 
-def _outward_lines(
+def _lines_error(
     graph: Graph,
     index: int,
-    planes: Planes,
+    lines: Lines,
     boxes: Sequence[Box],
-    carried: Mapping[int, Array],
     arithmetic: Arithmetic,
     free: bool,
-) -> Planes:
-    node, operand = graph.nodes[index], planes.operands[0]
+) -> Array:
+    """Of lines around a function of one value."""
+    node = graph.nodes[index]
+    (operand,) = node.refs
     own, unit = own_unit(node), arithmetic.unit(node)
-    below, low, above, high = planes.lines  # pyright: ignore[reportGeneralTypeIssues]
+    below, low, above, high = lines
     box, value = boxes[operand], magnitude(boxes[index])
     size = magnitude(box)
     slope = jnp.maximum(jnp.abs(below), jnp.abs(above))
@@ -84,21 +82,7 @@ def _outward_lines(
         error += 8 * own * curvature(node, box, free) * size * size
     error += gamma(ways(graph, operand) + 4, own) * slope * size
     error += offset_gamma(graph, node) * offset
-    error = rounded_up(graph, node, error) + 16 * tiny(node)
-    low_error = high_error = error
-    if operand in carried:
-        inherited = (1 + 16 * own) * carried[operand]
-        low_error, high_error = (
-            error + jnp.abs(below) * inherited,
-            error + jnp.abs(above) * inherited,
-        )
-    lines = Lines(below, low - low_error, above, high + high_error)
-    return Planes(
-        planes.operands,
-        lambda v: lines.lower_slope * v + lines.lower_offset,
-        lambda v: lines.upper_slope * v + lines.upper_offset,
-        lines,
-    )
+    return rounded_up(graph, node, error) + 16 * tiny(node)
 
 
 def _planes_error(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Arithmetic) -> Array:

@@ -40,6 +40,16 @@ class AffineRule(NamedTuple):
     has_offset: bool = False
 
 
+MIXING = ("dot_general", "conv_general_dilated")
+"""Operations bounded by centre and radius."""
+
+SCALING = ("mul", "div", *MIXING)
+"""Operations with coefficients of their own."""
+
+SIGNED = ("neg", "sub", *SCALING)
+"""Operations some coefficient of which may be negative."""
+
+
 def _order_preserving(node: Node, *boxes: Box) -> Box:
     lower = node.evaluate(*node.fill([box.lower for box in boxes]))
     upper = node.evaluate(*node.fill([box.upper for box in boxes]))
@@ -68,7 +78,7 @@ def magnitude(node: Node, *radii: Array) -> Array:
         return radii[0]
     if node.op == "sub":
         return sum(radii[1:], radii[0])
-    if node.op in ("mul", "div", "dot_general", "conv_general_dilated"):
+    if node.op in SCALING:
         return node.evaluate(*_with_magnitudes(node).fill(radii))
     return linear(node, *radii)
 
@@ -77,10 +87,18 @@ def linear(node: Node, *values: Array) -> Array:
     """An affine operation without its constant."""
     if len(values) == 1 and node.op in ("add", "add_any", "sub"):
         return -values[0] if node.op == "sub" and isinstance(node.operands[1], Ref) else values[0]
-    if not (AFFINE[node.op].has_offset and len(node.refs) < len(node.operands)):
-        return node.evaluate(*node.fill(values))
-    zeros = [jnp.zeros_like(v) for v in values]
-    return node.evaluate(*node.fill(values)) - node.evaluate(*node.fill(zeros))
+    value = node.evaluate(*node.fill(values))
+    return value - constant_part(node, *values) if has_constant(node) else value
+
+
+def has_constant(node: Node) -> bool:
+    """Whether an affine operation may have a value other than 0 at 0."""
+    return AFFINE[node.op].has_offset and len(node.refs) < len(node.operands)
+
+
+def constant_part(node: Node, *values: Array) -> Array:
+    """The value of an affine operation at 0, for operands of these shapes."""
+    return node.evaluate(*node.fill([jnp.zeros_like(v) for v in values]))
 
 
 def _with_magnitudes(node: Node) -> Node:
@@ -88,11 +106,14 @@ def _with_magnitudes(node: Node) -> Node:
     return node._replace(operands=tuple(magnitudes))
 
 
-def _mix(node: Node, box: Box) -> Box:
+def mix(node: Node, center: Array, radius: Array) -> Box:
     """Centre and radius: two products instead of the four of positive and negative parts."""
-    center = node.evaluate(*node.fill([box.center]))
-    radius = magnitude(node, box.radius)
-    return Box(center - radius, center + radius)
+    middle, reach = node.evaluate(*node.fill([center])), magnitude(node, radius)
+    return Box(middle - reach, middle + reach)
+
+
+def _mix(node: Node, box: Box) -> Box:
+    return mix(node, box.center, box.radius)
 
 
 def _is_float(node: Node) -> bool:
