@@ -7,7 +7,7 @@ The settings themselves, and what they have to be, are in `experiments.settings`
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -138,15 +138,20 @@ def _exit(message: str) -> NoReturn:
 
 
 def _overview() -> str:
-    width = max(map(len, PRESETS))
-    rows = "\n".join(
-        f"  {name:<{width}}  {config.model} on {config.dataset}, certified at eps "
-        f"{config.eval.eps:.4g}, {config.train.epochs} epochs"
+    presets = {
+        name: f"{config.model} on {config.dataset}, certified at eps {config.eval.eps:.4g}, "
+        f"{config.train.epochs} epochs"
         for name, config in PRESETS.items()
-    )
+    }
     return (
-        "usage: python -m experiments.run PRESET [OPTIONS]\n\n"
-        f"{RunConfig.__doc__}\n\npresets:\n{rows}\n\n"
+        "usage: python -m experiments.run PRESET [--inference METHOD] [OPTIONS]\n\n"
+        f"{RunConfig.__doc__}\n\npresets:\n{_rows(presets)}\n\n"
+        f"inference methods ({RunConfig.inference} unless told):\n{_rows(INFERENCES)}\n\n"
         "Every setting is an option: python -m experiments.run PRESET --help lists them.\n"
         "digits needs no download and takes less than two minutes on two cores."
     )
+
+
+def _rows(described: Mapping[str, str]) -> str:
+    width = max(map(len, described))
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in described.items())

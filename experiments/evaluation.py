@@ -22,8 +22,7 @@ from bnncert import attack, certify, metrics
 from bnncert.sets import ball
 from bnncert.types import Apply
 from experiments.data import Split
-from experiments.inference import PIXELS
-from experiments.settings import EvalConfig
+from experiments.settings import PIXELS, EvalConfig
 
 OnBatch = Callable[[np.ndarray, np.ndarray, np.ndarray, np.float32], Any]
 """`(images, labels, positions, eps) -> pytree` with the images as the leading axis."""

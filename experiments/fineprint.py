@@ -67,6 +67,7 @@ def reproduction(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         f"{what} took {results[field]:,.0f} s."
         for what, field in (
             ("Training", "train_seconds"),
+            ("Sampling, or the approximation that follows training,", "refinement_seconds"),
             ("Evaluation, with certificates and attacks,", "evaluate_seconds"),
         )
         if results.get(field) is not None

@@ -18,17 +18,11 @@ from tqdm import tqdm
 from bnncert import attack, infer, likelihood
 from bnncert import prior as priors
 from bnncert.posterior import Samples
-from bnncert.types import Algorithm, Apply, Batch, Key, LogLikelihood, Threat
+from bnncert.types import Algorithm, Apply, Batch, Key, LogLikelihood, Posterior, Threat
 from experiments.data import Split
 from experiments.models import Model
 from experiments.schedule import learning_rate_schedule
-from experiments.settings import RunConfig, TrainConfig
-
-Posterior = Any
-"""One of `bnncert.posterior`."""
-
-PIXELS = (0.0, 1.0)
-"""The adversary stays in the range of pixels, in training, certificate and attack alike."""
+from experiments.settings import PIXELS, RunConfig, TrainConfig
 
 
 def build_algorithm(
@@ -43,8 +37,9 @@ def build_algorithm(
         num_data: training images.
         steps_per_epoch: minibatches in an epoch.
     """
-    task = _task(config, model, params, num_data, steps_per_epoch)
-    return _BUILDERS[config.inference](task)
+    last = config.train.random_layers == "last"
+    task = _task(config, model, params, num_data, steps_per_epoch, last)
+    return BUILDERS[config.inference](task)
 
 
 def refine(
@@ -62,12 +57,13 @@ def refine(
         The posterior that is deployed, and what there is to report about it; other methods return
         theirs as it is.
     """
-    stage = _REFINEMENTS.get(config.inference)
+    stage = REFINEMENTS.get(config.inference)
     if stage is None:
         return posterior, {}
     key = jax.random.fold_in(jax.random.key(config.seed), 6)
     mean = posterior.moments()[0]
-    task = _task(config, model, mean, len(images.y), 1)
+    last = config.inference == "laplace" or config.train.random_layers == "last"
+    task = _task(config, model, mean, len(images.y), 1, last)
     threat = Threat(*map(jnp.float32, (config.train.eps, config.train.lam, config.train.power)))
     return stage(task, key, mean, images, threat)
 
@@ -86,10 +82,15 @@ class _Task(NamedTuple):
 
 
 def _task(
-    config: RunConfig, model: Model, params: PyTree, num_data: int, steps_per_epoch: int
+    config: RunConfig,
+    model: Model,
+    params: PyTree,
+    num_data: int,
+    steps_per_epoch: int,
+    last: bool,
 ) -> _Task:
+    """With a prior on the last layer alone, or on all of them."""
     settings = config.train
-    last = config.inference == "laplace" or settings.random_layers == "last"
     return _Task(
         config.inference,
         settings,
@@ -126,6 +127,11 @@ def _adam(task: _Task) -> optax.GradientTransformation:
     )
 
 
+def _plain_adam() -> optax.GradientTransformation:
+    """Of leaves without a prior: `task.rate` is in the units of the random ones' own steps."""
+    return optax.adam(TrainConfig.learning_rate)
+
+
 def _map(task: _Task) -> Algorithm:
     return infer.map.build(
         task.log_likelihood,
@@ -160,7 +166,7 @@ def _natural_gradient(module: Any, task: _Task) -> Algorithm:
         initial_scale=settings.initial_scale,
         beta1=settings.beta1,
         beta2=settings.beta2,
-        deterministic=optax.adam(TrainConfig.learning_rate),
+        deterministic=_plain_adam(),
     )
 
 
@@ -200,7 +206,7 @@ def _sgmcmc(task: _Task) -> Algorithm:
         kl_weight=settings.kl_weight,
         every=every,
         burn_in=start,
-        deterministic=optax.adam(TrainConfig.learning_rate),
+        deterministic=_plain_adam(),
     )
 
     def posterior(state: Any) -> Samples:
@@ -235,7 +241,8 @@ def _mcmc(
     )
     x, y = jnp.asarray(images.x[part]), jnp.asarray(images.y[part])
     samples, info = sampler.sample(key, mean, Batch(x, y, jnp.ones(len(y))), threat)
-    found = infer.mcmc.diagnose(task.model.apply, samples.params, settings.mcmc_chains, x[:100])
+    chains = settings.mcmc_chains
+    found = infer.diagnostics.of_predictions(task.model.apply, samples.params, chains, x[:100])
     return samples, {
         "divergences": int(info.divergences.sum()),
         "acceptance": float(info.acceptance.mean()),
@@ -272,7 +279,7 @@ def _laplace(
     }
 
 
-_BUILDERS: dict[str, Callable[[_Task], Algorithm]] = {
+BUILDERS: dict[str, Callable[[_Task], Algorithm]] = {
     "map": _map,
     "bbb": _bbb,
     "vogn": partial(_natural_gradient, infer.vogn),
@@ -286,9 +293,11 @@ _BUILDERS: dict[str, Callable[[_Task], Algorithm]] = {
     "hmc": _bbb,
     "nuts": _bbb,
 }
+"""What trains, by the name on the command line."""
 
-_REFINEMENTS: dict[str, Callable[..., tuple[Posterior, dict[str, Any]]]] = {
+REFINEMENTS: dict[str, Callable[..., tuple[Posterior, dict[str, Any]]]] = {
     "laplace": _laplace,
     "hmc": _mcmc,
     "nuts": _mcmc,
 }
+"""What follows training, where something does."""

@@ -74,7 +74,7 @@ def _describe(value: Any, arrays: list[np.ndarray]) -> Any:
     """JSON for a value, with the arrays in it appended to a list."""
     if value is None:
         return {"none": True}
-    if type(value).__name__ in KINDS and dataclasses.is_dataclass(value):
+    if type(value) in KINDS.values():
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         described = {name: _describe(child, arrays) for name, child in fields.items()}
         return {"kind": type(value).__name__, "fields": described}

@@ -8,6 +8,7 @@ certificates.npz, gallery.npz and report.html.
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,14 @@ def run(config: RunConfig) -> Path:
         f"{config.train.epochs} epochs, eps up to {config.train.eps:.4g} -> {folder}"
     )
     trained = train(config, model, train_set, held, folder)
+    started = time.monotonic()
     posterior, found = refine(config, model, trained.posterior, train_set)
+    refinement = time.monotonic() - started if found else None
     trained = trained._replace(posterior=posterior)
     save_posterior(folder / "posterior.npz", posterior)
     samples = deploy(config, posterior)
     evaluated = evaluate(config.eval, model.apply, samples, dataset.test, config.seed)
+    found = {**found, "refinement_seconds": refinement}
     results = write_results(config, folder, dataset, trained, evaluated, found)
     write_report(folder)
     _say(summary(results))

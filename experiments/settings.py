@@ -17,20 +17,23 @@ from experiments.data import DATASETS, check_name
 from experiments.models import MODELS
 
 INFERENCES: dict[str, str] = {
-    "map": "bnncert.infer.map",  # one network, the mode of the robust posterior
-    "bbb": "bnncert.infer.svi",  # Bayes by Backprop: mean-field variational inference
-    "vogn": "bnncert.infer.vogn",  # natural gradients, squared gradients of single images
-    "noisy-adam": "bnncert.infer.noisy_adam",  # natural gradients, squared gradients of minibatches
-    "ivon": "bnncert.infer.ivon",  # natural gradients, the Hessian by Price's theorem
-    "swag": "bnncert.infer.swag",  # a Gaussian fitted to the last iterates of map
-    "ensemble": "bnncert.infer.ensemble",  # several networks of map
-    "laplace": "bnncert.infer.laplace",  # map, then a Gaussian over the last layer
-    "sgld": "bnncert.infer.sgmcmc",  # stochastic-gradient Langevin dynamics
-    "sghmc": "bnncert.infer.sgmcmc",  # the same with momentum
-    "hmc": "bnncert.infer.mcmc",  # bbb, then HMC on some images, started at its mean
-    "nuts": "bnncert.infer.mcmc",  # bbb, then NUTS likewise
+    "map": "one network, the mode of the robust posterior",
+    "bbb": "Bayes by Backprop: mean-field variational inference",
+    "vogn": "natural gradients; curvature by squared gradients of single images",
+    "noisy-adam": "natural gradients; curvature by squared gradients of minibatches",
+    "ivon": "natural gradients; curvature by Price's theorem",
+    "swag": "a Gaussian fitted to the last iterates of map",
+    "ensemble": "several networks of map",
+    "laplace": "map, then a Gaussian over the last layer",
+    "sgld": "stochastic-gradient Langevin dynamics",
+    "sghmc": "stochastic-gradient Hamiltonian Monte Carlo: sgld with momentum",
+    "hmc": "bbb, then HMC on some of the images, started at its mean",
+    "nuts": "bbb, then NUTS on some of the images, started at its mean",
 }
-"""Inference methods that exist: name on the command line -> module with `build`."""
+"""Inference methods by their names on the command line."""
+
+PIXELS = (0.0, 1.0)
+"""The adversary stays in the range of pixels, in training, certificate and attack alike."""
 
 LIKELIHOODS = ("certified", "attacked", "clean")
 TRAIN_METHODS = ("ibp", "crown-ibp")

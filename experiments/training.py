@@ -23,10 +23,10 @@ from bnncert.sets import ball
 from bnncert.types import Algorithm, Apply, Batch, Threat
 from experiments import checkpoint
 from experiments.data import Split, epoch_batches
-from experiments.inference import PIXELS, build_algorithm
+from experiments.inference import build_algorithm
 from experiments.models import Model
 from experiments.schedule import learning_rate_schedule, threat_schedule
-from experiments.settings import RunConfig
+from experiments.settings import PIXELS, RunConfig
 
 IN_NATS = ("loss", "log_likelihood", "log_prior", "kl")
 """What the methods' infos have in nats over all data; logged per datum."""

@@ -22,7 +22,8 @@ ORDER = """
     likelihood prior posterior.leaves posterior.mean_field posterior.samples posterior.low_rank
     posterior.gaussian posterior.mixture posterior.summary posterior
     infer.minibatch infer.map infer.svi infer.natural_gradient infer.vogn infer.noisy_adam
-    infer.ivon infer.swag infer.mcmc infer.sgmcmc infer.laplace infer.ensemble infer
+    infer.ivon infer.swag infer.diagnostics infer.mcmc infer.sgmcmc infer.laplace infer.ensemble
+    infer
     certify.predictive certify.safety certify.moments certify.confidence certify.radii certify
     attack metrics parallel
 """.split()

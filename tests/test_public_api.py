@@ -18,7 +18,9 @@ MODULES = sorted(
     info.name for info in pkgutil.walk_packages(bc.__path__, "bnncert.") if "._" not in info.name
 )
 
-METHODS: list[Any] = [getattr(bc.infer, name) for name in bc.infer.__all__ if name != "ensemble"]
+METHODS: list[Any] = [
+    getattr(bc.infer, name) for name in bc.infer.__all__ if name not in ("diagnostics", "ensemble")
+]
 OPTIMIZED = [m for m in METHODS if "optimizer" in inspect.signature(m.build).parameters]
 
 pytestmark = pytest.mark.smoke

@@ -9,9 +9,22 @@ posterior = algorithm.posterior(state)
 and `laplace`, which starts from trained weights, `fit(key, params, data, threat)`.
 """
 
-from bnncert.infer import ensemble, ivon, laplace, map, mcmc, noisy_adam, sgmcmc, svi, swag, vogn
+from bnncert.infer import (
+    diagnostics,
+    ensemble,
+    ivon,
+    laplace,
+    map,
+    mcmc,
+    noisy_adam,
+    sgmcmc,
+    svi,
+    swag,
+    vogn,
+)
 
 __all__ = [
+    "diagnostics",
     "ensemble",
     "ivon",
     "laplace",

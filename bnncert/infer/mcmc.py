@@ -13,11 +13,10 @@ NUTS chooses the length of the trajectory. Step size and mass matrix M adapt dur
 For the gradient to belong to U, U has to be one function: a log-likelihood that uses its key, such
 as an attack with random starts, is given the same key at every evaluation of a run.
 
-Diagnostics are of *predictions*: weights can be permuted, so that chains that agree on every
-prediction still disagree on weights.
+`bnncert.infer.diagnostics` says whether chains agree.
 
 Source: Neal, "MCMC Using Hamiltonian Dynamics", 2011; Hoffman & Gelman, "The No-U-Turn Sampler",
-JMLR 2014; diagnostics as in Gelman et al., "Bayesian Data Analysis", 3rd edition, section 11.
+JMLR 2014.
 """
 
 import math
@@ -27,26 +26,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int, PyTree
-from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from numpyro.infer import HMC, MCMC, NUTS
 
 from bnncert import prior as priors
-from bnncert.infer.minibatch import log_likelihoods
+from bnncert.infer.minibatch import check_support, log_likelihoods
 from bnncert.posterior import Samples
 from bnncert.sets import is_concrete
-from bnncert.types import (
-    Apply,
-    Batch,
-    Key,
-    LogLikelihood,
-    Params,
-    Posterior,
-    Prepare,
-    Threat,
-)
+from bnncert.types import Batch, Key, LogLikelihood, Params, Posterior, Prepare, Threat
 
 
 class Sampler(NamedTuple):
@@ -75,19 +62,6 @@ class MCMCInfo(NamedTuple):
     step_size: Float[Array, " chains"]
     num_steps: Int[Array, "chains draws"]
     potential: Float[Array, "chains draws"]
-
-
-class Diagnostics(NamedTuple):
-    """Of one or many scalars; every field has their shape.
-
-    Attributes:
-        r_hat: split R-hat: variance over all halves of chains against that within them, as a
-            ratio of deviations. 1 where they agree; NaN where all draws are equal.
-        ess: how many independent draws would estimate the mean as well.
-    """
-
-    r_hat: Float[np.ndarray, "..."]
-    ess: Float[np.ndarray, "..."]
 
 
 def build(
@@ -246,78 +220,6 @@ def potential(
     return -log_lik / kl_weight - priors.log_prob(prior, params)
 
 
-def diagnose(
-    apply: Apply,
-    samples: Params,
-    num_chains: int,
-    x: Array,
-    *,
-    link: Callable[[Array], Array] = jax.nn.softmax,
-    batch_size: int = 64,
-) -> Diagnostics:
-    """R-hat and effective sample size of predictions.
-
-    Args:
-        apply: `(params, x) -> outputs (C,)` for one example.
-        samples: stacked params, chain after chain, as `Samples.params` of this module.
-        num_chains: how many chains they are.
-        x: inputs, shape (n, ...).
-        link: from outputs to what is diagnosed: class probabilities by default; for a regression
-            `lambda outputs: outputs`.
-        batch_size: networks evaluated at once.
-
-    Returns:
-        Diagnostics of shape (n, C): for every input and class.
-
-    Raises:
-        ValueError: as `diagnostics`; samples that are not num_chains of equal length.
-    """
-    total = jax.tree.leaves(samples)[0].shape[0]
-    if num_chains < 1 or total % num_chains:
-        raise ValueError(f"{total} samples are not {num_chains} chains of equal length.")
-
-    def predict(params: Params) -> Array:
-        return jax.vmap(lambda point: link(apply(params, point)))(x)
-
-    values = jax.lax.map(predict, samples, batch_size=batch_size)
-    return diagnostics(values.reshape(num_chains, total // num_chains, *values.shape[1:]))
-
-
-def diagnostics(values: Float[Array | np.ndarray, "chains draws ..."]) -> Diagnostics:
-    """R-hat and effective sample size of scalars along chains.
-
-    Args:
-        values: shape (chains, draws, ...), chains of at least 4 draws.
-
-    Raises:
-        ValueError: for chains that are too short.
-    """
-    if values.shape[1] < 4:
-        raise ValueError(f"chains of {values.shape[1]} draws: diagnostics need at least 4.")
-    array = np.asarray(values, np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):  # all draws equal: NaN
-        return Diagnostics(
-            np.asarray(split_gelman_rubin(array)), np.asarray(effective_sample_size(array))
-        )
-
-
-def check_support(prior: PyTree) -> None:
-    """Raise unless a sampler's steps stay inside the support of every distribution.
-
-    Raises:
-        ValueError: naming the leaf whose support is not all real numbers.
-    """
-    for name, leaf in priors.sites(prior).items():
-        support: Any = leaf.support
-        while hasattr(support, "base_constraint"):
-            support = support.base_constraint
-        if support != dist.constraints.real:
-            raise ValueError(
-                f"the prior of leaf {name!r} has support {leaf.support}, which a step can leave: "
-                "give a distribution on all real numbers."
-            )
-
-
 def _sample(
     prior: PyTree,
     num_chains: int,
@@ -402,8 +304,8 @@ def _run(
         chain_method="vectorized",
         **settings,
     )
-    kept = ("accept_prob", "num_steps", "potential_energy", "adapt_state.step_size")
-    chains.run(chain_key, init_params=positions, extra_fields=(*kept, "mean_accept_prob"))
+    fields = ("mean_accept_prob", "num_steps", "potential_energy", "adapt_state.step_size")
+    chains.run(chain_key, init_params=positions, extra_fields=fields)
     draws: Any = chains.get_samples()  # chain after chain
     extra = chains.get_extra_fields(group_by_chain=True)
     info = MCMCInfo(

@@ -13,9 +13,11 @@ the minimiser over all q of  E_q[-log p(D | w)] + kappa KL(q || p); kappa = 1 is
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpyro.distributions as dist
 from jaxtyping import Array, Float, PyTree
 
 from bnncert import prior as priors
@@ -85,6 +87,23 @@ def check_settings(
         raise ValueError(f"initial_scale = {initial_scale}: it must be positive, e.g. 0.1.")
     if not priors.sites(prior):
         raise ValueError("the prior has no random leaf: use bnncert.infer.map.")
+
+
+def check_support(prior: PyTree) -> None:
+    """Raise unless a sampler's steps stay inside the support of every distribution.
+
+    Raises:
+        ValueError: naming the leaf whose support is not all real numbers.
+    """
+    for name, leaf in priors.sites(prior).items():
+        support: Any = leaf.support
+        while hasattr(support, "base_constraint"):
+            support = support.base_constraint
+        if support != dist.constraints.real:
+            raise ValueError(
+                f"the prior of leaf {name!r} has support {leaf.support}, which a step can leave: "
+                "give a distribution on all real numbers."
+            )
 
 
 def initial_scales(prior: PyTree, params: Params, relative: float) -> dict[str, Array]:

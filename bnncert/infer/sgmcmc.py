@@ -40,8 +40,12 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bnncert import prior as priors
-from bnncert.infer.mcmc import check_support
-from bnncert.infer.minibatch import Schedule, check_settings, log_likelihoods
+from bnncert.infer.minibatch import (
+    Schedule,
+    check_settings,
+    check_support,
+    log_likelihoods,
+)
 from bnncert.posterior import Samples
 from bnncert.sets import is_concrete
 from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Threat

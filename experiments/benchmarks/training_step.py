@@ -25,8 +25,8 @@ from bnncert.likelihood import clean_categorical, robust_categorical
 from bnncert.types import Algorithm, Batch, Threat
 from experiments.allocator import keep_freed_pages
 from experiments.data import Dataset, Split
-from experiments.inference import PIXELS
 from experiments.models import Model, build
+from experiments.settings import PIXELS
 
 NUM_DATA = 60_000
 

@@ -62,8 +62,8 @@ from experiments.allocator import keep_freed_pages
 from experiments.config import PRESETS
 from experiments.data import Dataset, load
 from experiments.models import Model, build
-from experiments.settings import RunConfig
-from experiments.training import PIXELS, train
+from experiments.settings import PIXELS, RunConfig
+from experiments.training import train
 
 FORMS = ("decision", "logits", "margins", "pairs", "log", "corner", "corner-0")
 PRESET_OF = {"mnist": "mnist-mlp", "digits": "digits"}

@@ -35,8 +35,8 @@ from matplotlib.figure import Figure
 from sklearn.datasets import make_moons
 
 from bnncert import likelihood, prior
+from bnncert.infer import diagnostics, mcmc, sgmcmc, svi
 from bnncert.infer import map as maximum
-from bnncert.infer import mcmc, sgmcmc, svi
 from bnncert.types import Algorithm, Batch, Key, Threat
 from experiments.palette import LIGHT
 
@@ -146,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reference_key, key = jax.random.split(jax.random.key(options.seed))
     reference = nuts(reference_key, data, options)
     found = {"reference": predictive(reference, points)}
-    checked = mcmc.diagnose(apply, reference, options.chains, points[:: max(1, len(points) // 200)])
+    some = points[:: max(1, len(points) // 200)]
+    checked = diagnostics.of_predictions(apply, reference, options.chains, some)
     rows = []
     for name in options.methods:
         started = time.perf_counter()

@@ -1,5 +1,4 @@
 import dataclasses
-import importlib
 import json
 import typing
 from pathlib import Path
@@ -7,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments import config as cfg
+from experiments import inference
 from experiments import settings as stg
 
 
@@ -165,7 +165,10 @@ def test_unknown_names_are_refused(field: str) -> None:
         stg.validate(with_option(field, "xyzzy"))
 
 
-@pytest.mark.parametrize("name", stg.INFERENCES)
-def test_each_inference_method_has_the_anatomy(name: str) -> None:
-    module = importlib.import_module(stg.INFERENCES[name])
-    assert callable(module.build)
+def test_each_inference_method_is_built_and_described(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(stg.INFERENCES) == list(inference.BUILDERS)
+    assert set(inference.REFINEMENTS) <= set(inference.BUILDERS)
+    with pytest.raises(SystemExit):
+        cfg.parse(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"{name} " in text and about in text for name, about in stg.INFERENCES.items())

@@ -113,8 +113,7 @@ def test_the_last_layer_alone_may_be_random(name: str, tmp_path: Path) -> None:
         assert bool((samples["Dense_0"][0] == samples["Dense_0"][1]).all())
 
 
-@pytest.mark.parametrize("likelihood", ["certified", "attacked", "clean"])
-def test_the_error_model_is_the_one_asked_for(likelihood: str) -> None:
+def test_the_error_model_is_the_one_asked_for() -> None:
     """At the same weights: the certified worst case is below an attacked one, that below clean."""
     params, (x, y) = init(jax.random.key(1)), images()
     threat = inference.Threat(jnp.float32(0.2), jnp.float32(0.0), jnp.float32(0.0))
@@ -125,4 +124,3 @@ def test_the_error_model_is_the_one_asked_for(likelihood: str) -> None:
 
     order = [value(name) for name in ("certified", "attacked", "clean")]
     assert order[0] < order[1] < order[2]
-    assert value(likelihood) in order

@@ -11,7 +11,7 @@ import numpyro.distributions as dist
 import pytest
 
 from bnncert import likelihood, prior
-from bnncert.infer import mcmc
+from bnncert.infer import diagnostics, mcmc
 from bnncert.posterior import MeanField, Samples
 from bnncert.types import Batch, Threat
 
@@ -217,12 +217,12 @@ def check_exact(samples, num_chains):
     """Means and covariances within 4 Monte Carlo errors, by the effective sample size."""
     w = np.asarray(samples["w"], np.float64)
     chains = w.reshape(num_chains, -1, 2)
-    ess = mcmc.diagnostics(chains).ess
+    ess = diagnostics.of_values(chains).ess
     sd = np.diag(COVARIANCE) ** 0.5
     assert (ess > 100).all()
     assert (np.abs(w.mean(0) - MEAN) < 4 * sd / ess**0.5).all()
     outer = (chains - MEAN)[..., :, None] * (chains - MEAN)[..., None, :]
-    error = outer.std((0, 1)) / mcmc.diagnostics(outer).ess ** 0.5
+    error = outer.std((0, 1)) / diagnostics.of_values(outer).ess ** 0.5
     assert (np.abs(outer.mean((0, 1)) - COVARIANCE) < 4 * error).all()
     assert abs(COVARIANCE[0, 1]) > 0.3 * sd.min() * sd.max()  # a correlation is seen
 
@@ -261,28 +261,6 @@ def test_seeds_differ_and_draws_are_distinct(runs):
     )
     again = NUTS.sample(jax.random.key(0), START, DATA, PLAIN)[0]
     chex.assert_trees_all_equal(again, first)
-
-
-def test_diagnostics_are_of_predictions(runs):
-    (samples, _), _ = runs
-    points = DATA.x[:4]
-    found = mcmc.diagnose(
-        lambda w, x: affine(w, x)[None], samples.params, 3, points, link=lambda v: v
-    )
-    values = np.asarray(samples.params["w"] @ points.T + OFFSET).reshape(3, 300, 4, 1)
-    expected = mcmc.diagnostics(values)
-    assert found.r_hat.shape == found.ess.shape == (4, 1)
-    np.testing.assert_allclose(found.r_hat, expected.r_hat, rtol=1e-3)
-    np.testing.assert_allclose(found.ess, expected.ess, rtol=1e-2)
-    assert (found.r_hat < 1.03).all() and (found.ess > 100).all()
-    # chains around different means are told apart
-    apart = mcmc.diagnostics(values + 3 * values.std() * np.arange(3)[:, None, None, None])
-    assert (apart.r_hat > 2).all() and (apart.ess < 20).all()
-    # the classes of a softmax
-    probabilities = mcmc.diagnose(
-        lambda w, x: jnp.stack([affine(w, x), 0.0]), samples.params, 3, points
-    )
-    np.testing.assert_allclose(probabilities.r_hat[:, 0], probabilities.r_hat[:, 1], rtol=1e-3)
 
 
 def test_hmc_by_one_thinned_chain():
@@ -372,10 +350,3 @@ def test_float32_weights_where_the_default_is_float64():
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
-
-
-def test_bad_chains():
-    with pytest.raises(ValueError, match="10 samples are not 3 chains"):
-        mcmc.diagnose(mlp, {"w": jnp.zeros((10, 2))}, 3, jnp.zeros((1, 2)))
-    with pytest.raises(ValueError, match="3 draws"):
-        mcmc.diagnostics(np.zeros((2, 3)))
