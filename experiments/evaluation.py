@@ -118,6 +118,23 @@ def evaluate(
     return Evaluated(results, certificates, attacked.x)
 
 
+def certified_accuracy(
+    config: EvalConfig, apply: Apply, samples: PyTree, test: Split
+) -> tuple[float, float]:
+    """Clean and certified accuracy of the deployed samples, without an attack.
+
+    Args:
+        config: radius, bounds and batch size.
+        apply: `(params, x) -> logits` for one image.
+        samples: the deployed weights, stacked.
+        test: the images.
+    """
+    size = min(config.batch_size, len(test.y))
+    decision = _over(_certifier(config, apply, samples), test, size, config.eps)
+    correct = decision.predicted == test.y
+    return float(correct.mean()), float((correct & decision.robust).mean())
+
+
 def describe_attack(config: EvalConfig) -> str:
     """The attack in words: name, steps, restarts."""
     if not config.attack_steps:
