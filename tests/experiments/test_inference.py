@@ -11,7 +11,8 @@ import pytest
 
 from bnncert import posterior
 from bnncert.infer import swag
-from experiments import inference
+from bnncert.types import Batch
+from experiments import checkpoint, inference
 from experiments.config import preset
 from experiments.data import Split
 from experiments.inference import refine
@@ -85,6 +86,30 @@ def test_each_method_trains_and_is_deployed(name: str, tmp_path: Path) -> None:
         assert bool((samples["Dense_1"][0] != samples["Dense_1"][1]).any())
     assert bool(report) == (name in ("laplace", "hmc", "nuts"))
     assert all(np.isfinite(value) for value in report.values())
+
+
+@pytest.mark.parametrize("name", sorted(inference.BUILDERS.keys() - inference.REFINEMENTS.keys()))
+def test_each_method_goes_on_from_a_checkpoint_as_if_never_stopped(
+    name: str, tmp_path: Path
+) -> None:
+    config = settings(name, collect_from=0.25)
+    params, (x, y) = {"Dense_0": jnp.ones((CLASSES, 4)) / 4}, map(jnp.asarray, images())
+    model = Model(lambda params, x: params["Dense_0"] @ x.reshape(-1), lambda key: params)
+    algorithm = inference.build_algorithm(config, model, params, NUM, 3)
+    update = jax.jit(algorithm.update)
+    batch, threat = Batch(x, y, jnp.ones(NUM)), inference.Threat(jnp.float32(0.1), jnp.float32(0.5))
+    start = state = algorithm.init(jax.random.key(1), params)
+    for step in range(8):
+        if step == 5:
+            checkpoint.save(tmp_path, step, state)
+        state, _ = update(jax.random.key(step), state, batch, threat)
+    restored = checkpoint.restore(tmp_path, start)
+    for step in range(5, 8):
+        restored, _ = update(jax.random.key(step), restored, batch, threat)
+    equal = jax.tree.map(lambda a, b: bool((a == b).all()), restored, state)
+    assert all(jax.tree.leaves(equal))
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), start, state)
+    assert any(jax.tree.leaves(moved))
 
 
 def test_swag_collects_from_the_stated_fraction_on(monkeypatch: pytest.MonkeyPatch) -> None:
