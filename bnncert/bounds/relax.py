@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -63,7 +64,7 @@ def has_variants(graph: Graph, index: int) -> bool:
     node = graph.nodes[index]
     if _is_product(node):
         return _weight(graph, node) is None
-    return (node.op in TWO_VARIANTS and has_lines(node)) or node.op in _TWO_PLANES
+    return (node.op in TWO_VARIANTS and has_lines(node)) or node.op in REDUCTION_PLANES
 
 
 def free_choice(graph: Graph, index: int, boxes: Sequence[Box]) -> Choice | None:
@@ -77,6 +78,8 @@ def free_choice(graph: Graph, index: int, boxes: Sequence[Box]) -> Choice | None
     if _is_pair(node):
         start = initial_choice("max", *_ends(node, _difference(node, boxes)), jnp.zeros(()))
         return Choice(start.lower, None)
+    if node.op == "softmax":
+        return _softmax_choice(node, boxes[node.refs[0]])
     if node.op in FREE and has_lines(node):
         return initial_choice(node.op, *_ends(node, boxes[node.refs[0]]), *_constants(node))
     return None
@@ -166,6 +169,8 @@ def _reduction(node: Node, box: Box, choice: Choice) -> Planes:
     """A reduction brought to the last axis, and back where the axis stays."""
     axes = tuple(map(int, node.params["axes"]))
     last = partial(to_last, axes=axes)
+    lower_fraction, upper_fraction = jax.tree.map(last, (choice.lower, choice.upper))
+    choice = choice._replace(lower=lower_fraction, upper=upper_fraction)
     lower, upper = REDUCTION_PLANES[node.op](Box(last(box.lower), last(box.upper)), choice)
     keeps = node.op in ("softmax", "log_softmax")
 
@@ -173,6 +178,14 @@ def _reduction(node: Node, box: Box, choice: Choice) -> Planes:
         return from_last(v, node.shape, axes) if keeps else v.reshape(node.shape)
 
     return Planes(node.refs, lambda v: back(lower(last(v))), lambda v: back(upper(last(v))))
+
+
+def _softmax_choice(node: Node, box: Box) -> Choice:
+    axes = tuple(map(int, node.params["axes"]))
+    odds = reductions.log_odds(Box(to_last(box.lower, axes), to_last(box.upper, axes)))
+    start = initial_choice("logistic", odds.lower, odds.upper)
+    fractions = jax.tree.map(lambda t: from_last(t, node.shape, axes), (start.lower, start.upper))
+    return Choice(*fractions)
 
 
 def _minimum(x: Box, choice: Choice) -> reductions.Pair:
@@ -183,8 +196,7 @@ def _minimum(x: Box, choice: Choice) -> reductions.Pair:
 REDUCTION_PLANES: Mapping[str, Callable[[Box, Choice], reductions.Pair]] = {
     "reduce_max": reductions.maximum,
     "reduce_min": _minimum,
-    "logsumexp": lambda x, _: reductions.logsumexp(x),
-    "log_softmax": lambda x, _: reductions.log_softmax(x),
+    "logsumexp": reductions.logsumexp,
+    "log_softmax": reductions.log_softmax,
     "softmax": reductions.softmax,
 }
-_TWO_PLANES = ("reduce_max", "reduce_min", "softmax")
