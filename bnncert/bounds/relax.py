@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph, Node
-from bnncert.bounds.interval import input_sets
+from bnncert.bounds.interval import input_sets, intersect
 from bnncert.bounds.operands import Ref
 from bnncert.bounds.relaxations import (
     FREE,
@@ -90,7 +90,7 @@ def _is_product(node: Node) -> bool:
 
 
 def _is_pair(node: Node) -> bool:
-    return node.op in ("max", "min") and len(node.refs) == 2
+    return node.op in ("max", "min") and len(node.refs) > 1
 
 
 def _ends(node: Node, box: Box) -> tuple[Array, Array]:
@@ -149,19 +149,20 @@ def _is_moved_input(graph: Graph, index: int) -> bool:
 
 
 def _difference(node: Node, boxes: Sequence[Box]) -> Box:
-    a, b = (boxes[i] for i in node.refs)
-    return Box(a.lower - b.upper, a.upper - b.lower)
+    a, b, difference = (boxes[i] for i in node.refs)
+    return intersect(difference, Box(a.lower - b.upper, a.upper - b.lower))
 
 
 def _pair(node: Node, boxes: Sequence[Box], choice: Choice) -> Planes:
     """max(a, b) = b + relu(a - b); min(a, b) = a - relu(a - b)."""
+    operands = node.refs[:2]
     lines = from_lines(0, relu(*_ends(node, _difference(node, boxes)), choice=choice))
     if node.op == "max":
         return Planes(
-            node.refs, lambda a, b: b + lines.lower(a - b), lambda a, b: b + lines.upper(a - b)
+            operands, lambda a, b: b + lines.lower(a - b), lambda a, b: b + lines.upper(a - b)
         )
     return Planes(
-        node.refs, lambda a, b: a - lines.upper(a - b), lambda a, b: a - lines.lower(a - b)
+        operands, lambda a, b: a - lines.upper(a - b), lambda a, b: a - lines.lower(a - b)
     )
 
 

@@ -4,6 +4,8 @@
     x / y                x * reciprocal(y), for a bounded y
     x * x, x ** 2        square(x): never negative, and sharper than a product
     erfc(x)              1 - erf(x)
+    max(a, b)            itself, with a - b as a third operand, for a and b both bounded: then a - b
+                         has bounds of its own, which are sharper than those of a less those of b
     max over windows     max over an axis that lists each window's entries
 
 Each rule is `(add, operands, params) -> results`; `add(op, operands, evaluate, **params)` appends a
@@ -29,7 +31,9 @@ Rewrite = Callable[[Add, Sequence[Any], Mapping[str, Any]], list[Operand]]
 def _extremum(add: Add, name: str, a: Any, b: Any) -> Ref:
     """A max or a min; against a constant, by a selection, whose derivative is cheap."""
     if isinstance(a, Ref) and isinstance(b, Ref):
-        return add(name, (a, b), jnp.maximum if name == "max" else jnp.minimum)
+        extremum = jnp.maximum if name == "max" else jnp.minimum
+        difference = add("sub", (a, b), jnp.subtract)
+        return add(name, (a, b, difference), lambda v, w, _: extremum(v, w))
     x, constant = (a, b) if isinstance(a, Ref) else (b, a)
     # Written so that a NaN is handed on.
     if name == "max":

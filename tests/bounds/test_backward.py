@@ -108,3 +108,24 @@ def test_the_dual_norm_of_zero_has_a_finite_gradient():
     for p in (1, 2):
         slope = jax.grad(width)(jnp.zeros((2, 3)), p)
         assert bool(jnp.isfinite(slope).all())
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "outward"])
+def test_max_of_two_knows_their_difference(rounding, float64):
+    """a - b is bounded as a value of its own: where its sign is sure, max(a, b) is exact."""
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
+    box = Box(-jnp.ones(3), jnp.ones(3))
+
+    def extrema(x):
+        y = w @ x
+        one, two = jnp.maximum(y, y[::-1] + 40.0), jnp.minimum(y, 0.5 * y + jnp.sum(x) - 40.0)
+        return one, two, y + jnp.maximum(y + 1.0, 3.0 * y), jnp.minimum(y, 3.0 - 2.0 * y)
+
+    def expected(x):
+        y = w @ x
+        one, two = y[::-1] + 40.0, 0.5 * y + jnp.sum(x) - 40.0
+        return one, two, 2 * y + 1 + jax.nn.relu(2.0 * y - 1), y - jax.nn.relu(3.0 * y - 3.0)
+
+    boxes = (jax.jit(bound(f, "crown", rounding=rounding))(box) for f in (extrema, expected))
+    for a, b in zip(*map(jax.tree.leaves, boxes), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)

@@ -91,7 +91,8 @@ def _planes_error(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Ar
     sizes = [magnitude(boxes[i]) for i in node.refs]
     flows = max(ways(graph, i) for i in node.refs)
     if node.op in ("max", "min"):
-        size, terms = sum(sizes[1:], sizes[0]), 1
+        # The bounds of a - b hold for what a network would compute of it, and for a - b itself.
+        size, terms = sizes[0] + sizes[1], 1
         error = own * 64 * size + (gamma(flows + 8, own) + 2 * offset_gamma(graph, node)) * size
     elif node.op in ("reduce_max", "reduce_min"):
         size, terms = _largest(node, sizes[0]), 1

@@ -1,6 +1,7 @@
 """Interval rules of increasing functions: h([l, u]) = [h(l), h(u)].
 
-`max` and `min` increase in each operand, so they stand here too, with one bounded operand or both.
+`max` and `min` increase in each operand, so they stand here too, with one bounded operand or both
+(and then their difference, which their value does not depend on).
 """
 
 from collections.abc import Callable
