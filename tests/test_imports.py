@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A package's __init__ stands where the package's own name stands: it re-exports what is above it.
 ORDER = """
     _compiler types sets
-    bounds.operands bounds.recognition bounds.rewriting bounds.graph bounds.convolution
+    bounds.operands bounds.fusion bounds.recognition bounds.rewriting bounds.graph
+    bounds.convolution
     bounds.relaxations.lines bounds.relaxations.curves bounds.relaxations.smooth
     bounds.relaxations.powers bounds.relaxations.waves bounds.relaxations.planes
     bounds.relaxations.products bounds.relaxations.reductions bounds.relaxations

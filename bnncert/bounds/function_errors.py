@@ -108,7 +108,7 @@ def _exponential_sum_error(node: Node, box: Box) -> Array:
 
 
 EXACT_FUNCTIONS = frozenset(
-    "max min abs hard_tanh sign floor ceil round reduce_max reduce_min cummax cummin".split()
+    "max min abs clip hard_tanh sign floor ceil round reduce_max reduce_min cummax cummin".split()
 )
 
 _RELATIVE = "exp sqrt rsqrt reciprocal square leaky_relu soft_sign cbrt asinh log log1p".split()

@@ -7,7 +7,7 @@ may be a tracer: that is how `vmap` over weights works), calls are inlined. Ever
     Node(op, operands, evaluate, ...)        operands: Ref(index) of a node, or an array
 
 and never a jaxpr: this module looks inside JAX for them (public API only, `jax.extend`), with the
-help of `recognition.py` and `convolution.py`.
+help of `recognition.py`, `fusion.py` and `convolution.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ import numpy as np
 from jax.extend import core, source_info_util
 from jaxtyping import Array, ArrayLike, PyTree
 
+from bnncert.bounds.fusion import fused
 from bnncert.bounds.operands import Operand, Ref
 from bnncert.bounds.recognition import Recognised, find_runs, recognise
 from bnncert.bounds.rewriting import REWRITES
@@ -143,7 +144,7 @@ def trace(f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any]) -> Grap
     nodes = [_input_node(aval, i) for i, aval in zip(where, avals, strict=True)]
     refs = [Ref(i) for i in range(len(nodes))]
     outputs = _walk(closed.jaxpr, closed.consts, refs, nodes)
-    live, outputs = _prune(nodes, outputs, len(inputs))
+    live, outputs = _prune(fused(nodes), outputs, len(inputs))
     out_tree = jax.tree.structure(out_shape)
     return Graph(live, inputs, outputs, in_tree, tuple(where), out_tree, _users(live))
 

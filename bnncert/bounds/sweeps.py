@@ -233,10 +233,10 @@ def _thresholds(graph: Graph, index: int) -> list[Array] | None:
     for node in graph.nodes:
         if index not in node.refs or not is_relaxed(node):
             continue
-        if node.op not in ("max", "min", "leaky_relu") or len(node.refs) > 1:
+        if node.op not in ("max", "min", "clip", "leaky_relu") or len(node.refs) > 1:
             return None
-        at = 0.0 if node.op == "leaky_relu" else node.operands[1]
-        found.append(jnp.broadcast_to(jnp.asarray(at, node.dtype), node.shape))
+        kinks = (0.0,) if node.op == "leaky_relu" else node.operands[1:]
+        found += [jnp.broadcast_to(jnp.asarray(at, node.dtype), node.shape) for at in kinks]
     return found
 
 

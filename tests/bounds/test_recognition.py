@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from bnncert.bounds import bound
 from bnncert.bounds.graph import trace
 from bnncert.bounds.recognition import find_runs
 from bnncert.sets import Box
@@ -103,3 +104,45 @@ def test_an_almost_equal_run_is_not_trusted():
         return jnp.exp(x) / jnp.sum(jnp.exp(x))
 
     assert runs(almost) == [] and runs(unshifted) == [] and runs(jnp.max) == []
+
+
+@pytest.mark.parametrize(
+    ("f", "expected"),
+    [
+        (lambda x: jnp.clip(x, -0.5, 0.7), ["clip"]),
+        (lambda x: jnp.maximum(jnp.minimum(0.7, x), -0.5), ["clip"]),
+        (jax.nn.relu6, ["clip"]),
+        (jax.nn.hard_sigmoid, ["add", "clip", "div"]),
+        (lambda x: jax.nn.sigmoid(x) * x, ["silu"]),
+        (lambda x: x * jnp.tanh(jax.nn.softplus(x)), ["mish"]),
+        (lambda x: x * jnp.tanh(x), ["tanh", "mul"]),
+        (lambda x: x * jax.nn.sigmoid(2 * x), ["mul", "logistic", "mul"]),
+        (lambda x: jnp.minimum(jnp.minimum(x, 1.0), 2.0), ["min", "min"]),
+    ],
+)
+def test_nodes_that_are_one_function_are_one_node(f, expected):
+    assert operations(f)[1:] == expected
+
+
+def test_what_a_fused_node_was_made_of_may_be_used_besides():
+    def f(x):
+        above = jnp.maximum(x, 0.0)
+        return jnp.minimum(above, 1.0) + above
+
+    assert operations(f)[1:] == ["max", "clip", "add"]
+
+
+@pytest.mark.parametrize("low", [-1.0, 0.3, 2.0, -jnp.inf])
+def test_a_clip_is_what_it_was_traced_from(low):
+    """Also where the constants cross, which nobody knows under jit."""
+
+    def one(x):
+        return jnp.minimum(jnp.maximum(x, low), 0.5)
+
+    def other(x):
+        return jnp.maximum(jnp.minimum(x, 0.5), low)
+
+    at = jnp.linspace(-1.5, 1.5, 13)
+    for f in (one, other):
+        found = jax.jit(bound(f, "crown"))(Box(at, at))
+        assert jnp.array_equal(found.lower, f(at)) and jnp.array_equal(found.upper, f(at))

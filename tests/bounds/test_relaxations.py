@@ -26,6 +26,10 @@ CASES = {
     "max": ("max", partial(jnp.maximum, 0.7), (0.7,), EVERYWHERE),
     "min": ("min", partial(jnp.minimum, -0.3), (-0.3,), EVERYWHERE),
     "abs": ("abs", jnp.abs, (), EVERYWHERE),
+    **{
+        f"clip {a} {b}": ("clip", lambda x, a=a, b=b: jnp.clip(x, a, b), (a, b), EVERYWHERE)
+        for a, b in ((-0.4, 0.9), (0.0, 6.0), (0.5, 0.5), (-np.inf, 2.0), (-3.0, np.inf))
+    },
     "hard_tanh": ("hard_tanh", lambda x: jnp.clip(x, -1, 1), (), EVERYWHERE),
     **{
         f"leaky {a}": ("leaky_relu", partial(jax.nn.leaky_relu, negative_slope=a), (a,), EVERYWHERE)
@@ -91,7 +95,8 @@ CASES = {
 KINKS = tuple(
     name for name, case in CASES.items() if case[0] in ("max", "min", "abs", "leaky_relu")
 )
-KINKED = (*KINKS, "hard_tanh", "hard_silu", "elu 2.5", "selu", "elu 0.0")
+CLIPPED = (*(name for name in CASES if name.startswith("clip")), "hard_tanh")
+KINKED = (*KINKS, *CLIPPED, "hard_silu", "elu 2.5", "selu", "elu 0.0")
 SETTINGS = {
     "variant 0": Choice(variant=0),
     "variant 1": Choice(variant=1),
@@ -262,7 +267,8 @@ def test_gradients_are_finite(name, float64):
 
 
 @pytest.mark.parametrize(
-    "name", ["max", "min", "leaky 1.5", "hard_tanh", "exp", "tanh", "gelu", "sin", "log", "power 3"]
+    "name",
+    ["max", "min", "leaky 1.5", "clip -0.4 0.9", "exp", "tanh", "gelu", "sin", "log", "power 3"],
 )
 def test_initial_choice_gives_the_default_lines(name, float64):
     l, u = intervals(name, jnp.float64)

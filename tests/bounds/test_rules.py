@@ -94,6 +94,7 @@ INCREASING = {
     "squareplus": jax.nn.squareplus,
     "soft_sign": jax.nn.soft_sign,
     "log_sigmoid": jax.nn.log_sigmoid,
+    "clip": lambda x: jnp.clip(x, -0.5, 0.7),
     "hard_tanh": jax.nn.hard_tanh,
     "selu": jax.nn.selu,
     "celu": jax.nn.celu,

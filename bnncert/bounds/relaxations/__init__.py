@@ -25,6 +25,7 @@ from bnncert.bounds.relaxations.lines import (
     Choice,
     Lines,
     absolute,
+    clip,
     constant,
     hard_tanh,
     leaky_relu,
@@ -57,6 +58,7 @@ _KINKS: Mapping[str, Callable[..., Lines]] = {
     "min": minimum,
     "leaky_relu": leaky_relu,
     "abs": absolute,
+    "clip": clip,
     "hard_tanh": hard_tanh,
 }
 _WAVES: Mapping[str, Callable[..., Lines]] = {"sin": waves.sin, "cos": waves.cos}
@@ -88,7 +90,7 @@ FREE = frozenset(LINES)
 
 _HUMPED = ("gelu", "gelu_tanh", "silu", "mish", "hard_silu")
 
-TWO_VARIANTS = frozenset((*_HUMPED, *_WAVES, "integer_pow"))
+TWO_VARIANTS = frozenset((*_HUMPED, *_WAVES, "integer_pow", "clip"))
 """Operations of whose two default lines neither is nearly always the better."""
 
 PARAMETERS: Mapping[str, tuple[str, ...]] = {"integer_pow": ("y",)}
@@ -114,8 +116,9 @@ def initial_choice(op: str, l: Array, u: Array, *constants: ArrayLike) -> Choice
 def _initial_kink(op: str, l: Array, u: Array, *constants: ArrayLike) -> Choice:
     """Each default is 0 or 1: the steeper where the middle lies right of the kink."""
     middle = 0.5 * (l + u)
-    if op == "hard_tanh":
-        return Choice((middle > -1).astype(l.dtype), (middle < 1).astype(l.dtype))
+    if op in ("clip", "hard_tanh"):
+        low, high = constants or (-1.0, 1.0)
+        return Choice((middle > low).astype(l.dtype), (middle < high).astype(l.dtype))
     kink = constants[0] if op in ("max", "min") else 0.0
     right = (middle > kink).astype(l.dtype)
     return Choice(right, 1 - right if op == "min" else right)

@@ -8,7 +8,8 @@ Each function takes the pre-activation interval [l, u] and returns the two lines
     min(x, c)              -max(-x, -c)
     leaky_relu(x)          a x + (1 - a) relu(x)
     |x|                    2 relu(x) - x
-    hard_tanh(x)           min(max(x, -1), 1): lines that turn about the kinks
+    clip(x, a, b)          min(max(x, a), b), a <= b: lines that turn about the kinks
+    hard_tanh(x)           clip(x, -1, 1)
 
 Which of the valid lines is a `Choice`.
 
@@ -141,9 +142,24 @@ def absolute(l: Array, u: Array, choice: Choice = DEFAULT) -> Lines:
 
 
 def hard_tanh(l: Array, u: Array, choice: Choice = DEFAULT) -> Lines:
-    """min(max(x, -1), 1): each line turns about a kink, up to the other end of the function."""
-    above = _clip_lower(-u, -l, swapped(choice))
-    return Lines(*_clip_lower(l, u, choice), above[0], -above[1])
+    """clip(x, -1, 1)."""
+    return clip(l, u, -1.0, 1.0, choice)
+
+
+def clip(l: Array, u: Array, low: ArrayLike, high: ArrayLike, choice: Choice = DEFAULT) -> Lines:
+    """min(max(x, a), b): each line turns about a kink, up to the other end of the function.
+
+    Variant 1: the lines of the minimum, on those of the maximum.
+    """
+    # Kinks outside of [l, u], which may be infinite, do not matter.
+    low, high = (jnp.asarray(end, l.dtype) for end in (low, high))
+    low = jnp.where(low < l, l, low)
+    high = jnp.where(high > u, jnp.maximum(u, low), high)
+    if choice.variant:
+        outer = minimum(jnp.maximum(l, low), jnp.maximum(u, low), high, choice)
+        return _composed(outer, maximum(l, u, low, choice))
+    slope, offset = _clip_lower(-u, -l, -high, -low, swapped(choice))
+    return Lines(*_clip_lower(l, u, low, high, choice), slope, -offset)
 
 
 def _bent(lines: Lines, slope: Array, rise: Array) -> Lines:
@@ -152,6 +168,16 @@ def _bent(lines: Lines, slope: Array, rise: Array) -> Lines:
         rise * lines.lower_offset,
         slope + rise * lines.upper_slope,
         rise * lines.upper_offset,
+    )
+
+
+def _composed(outer: Lines, inner: Lines) -> Lines:
+    """Of an increasing function of a function."""
+    return Lines(
+        outer.lower_slope * inner.lower_slope,
+        outer.lower_slope * inner.lower_offset + outer.lower_offset,
+        outer.upper_slope * inner.upper_slope,
+        outer.upper_slope * inner.upper_offset + outer.upper_offset,
     )
 
 
@@ -164,20 +190,21 @@ def _default_slope(l: Array, u: Array, chord: Array, choice: Choice) -> Array:
     }[choice.lower_slope]
 
 
-def _clip_lower(l: Array, u: Array, choice: Choice) -> tuple[Array, Array]:
-    """Below hard_tanh.
+def _clip_lower(l: Array, u: Array, low: Array, high: Array, choice: Choice) -> tuple[Array, Array]:
+    """Below clip.
 
-    From (-1, -1), where l lies left of it, up to (u, min(u, 1)) at the steepest; else the chord of
-    min(x, 1), concave.
+    From (a, a), where l lies left of it, up to (u, min(u, b)) at the steepest; else the chord of
+    min(x, b), concave.
     """
-    turning = (l < -1) & (u > -1)
-    steepest = jnp.where(turning, jnp.minimum(u, 1) + 1, 0) / jnp.where(turning, u + 1, 1)
+    turning = (l < low) & (u > low)
+    rise = jnp.where(turning, jnp.minimum(u, high) - low, 0)
+    steepest = rise / jnp.where(turning, u - low, 1)
     middle = 0.5 * (l + u)
-    share = (middle > -1).astype(l.dtype) if choice.lower is None else choice.lower
+    share = (middle > low).astype(l.dtype) if choice.lower is None else choice.lower
     slope = share * steepest
-    concave = negated(mirrored(maximum(-u, -l, -jnp.ones_like(l))))
-    inside = l >= -1
+    concave = negated(mirrored(maximum(-u, -l, -high)))
+    inside = l >= low
     return (
         jnp.where(inside, concave.lower_slope, slope),
-        jnp.where(inside, concave.lower_offset, slope - 1),
+        jnp.where(inside, concave.lower_offset, low * (1 - slope)),
     )

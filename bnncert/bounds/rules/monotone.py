@@ -35,6 +35,7 @@ MONOTONE: dict[str, Callable[..., Box]] = {
     "squareplus": increasing,
     "soft_sign": increasing,
     "log_sigmoid": increasing,
+    "clip": increasing,
     "hard_tanh": increasing,
     "selu": increasing,
     "celu": increasing,
