@@ -27,7 +27,7 @@ ORDER = """
     certify.predictive certify.safety certify.moments certify.confidence certify.radii certify
     attack.predictive attack.geometry attack.losses attack.gradient attack.auto attack.query
     attack.battery attack
-    metrics.scores metrics parallel
+    metrics.scores metrics.calibration metrics.uncertainty metrics.detection metrics parallel
 """.split()
 
 # Files that may be many, and stand side by side.
