@@ -26,7 +26,9 @@ ORDER = """
     infer.ivon infer.swag infer.diagnostics infer.mcmc infer.sgmcmc infer.laplace infer.ensemble
     infer
     certify.predictive certify.safety certify.moments certify.confidence certify.radii certify
-    attack metrics parallel
+    attack.predictive attack.geometry attack.losses attack.gradient attack.auto attack.query
+    attack.battery attack
+    metrics.scores metrics.calibration metrics.uncertainty metrics.detection metrics parallel
 """.split()
 
 # Files that may be many, and stand side by side.

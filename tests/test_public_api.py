@@ -113,6 +113,11 @@ def test_certificates_and_attacks():
     assert starts_with(bc.certify.Decision, *fields)
     assert starts_with(bc.attack.pgd, "key", "apply", "samples", "x", "y", "eps", "*")
     assert starts_with(bc.attack.fgsm, "apply", "samples", "x", "y", "eps", "*")
+    attacks = bc.attack
+    for one in (attacks.apgd, attacks.targeted_apgd, attacks.square, attacks.strongest):
+        assert starts_with(one, "key", "apply", "samples", "x", "y", "eps", "*")
+    assert starts_with(bc.attack.transfer, "apply", "samples", "candidates", "y", "*")
+    assert bc.attack.AttackResult._fields == ("x", "predicted", "broken", "margin")
 
 
 def test_the_front_door_lists_what_it_has():
@@ -181,6 +186,12 @@ def test_every_public_function_is_documented_and_typed(f):
         bc.certify.predictive,
         bc.attack.pgd,
         bc.attack.fgsm,
+        bc.attack.apgd,
+        bc.attack.targeted_apgd,
+        bc.attack.square,
+        bc.attack.strongest,
+        bc.attack.battery,
+        bc.attack.transfer,
         bc.prior.normal,
     ],
     ids=lambda f: f"{f.__module__}.{f.__qualname__}",

@@ -11,36 +11,24 @@ import numpy as np
 import pytest
 
 from bnncert import attack
+from bnncert.attack.predictive import ascent
 from bnncert.sets import ball
-
-NUM_SAMPLES, SIZE, CLASSES, BATCH = 5, 6, 3, 16
-
-
-def mlp(params, x):
-    return params["v"] @ jnp.tanh(params["w"] @ x) + params["b"]
-
-
-def linear(params, x):
-    return params["w"] @ x + params["b"]
-
-
-def predictive(apply, samples, x):
-    """The definition, in one line: mean over samples of softmax."""
-    return jax.vmap(lambda params: jax.nn.softmax(apply(params, x)))(samples).mean(axis=0)
-
-
-def margin_of(probs, y):
-    return jnp.log(probs[y]) - jnp.log(jnp.delete(probs, y, assume_unique_indices=True).max())
+from tests.attack.networks import (
+    BATCH,
+    CLASSES,
+    SIZE,
+    clean_margins,
+    linear,
+    margin_of,
+    mlp,
+    mlp_samples,
+    predictive,
+)
 
 
 @pytest.fixture(scope="module")
 def samples():
-    keys = jax.random.split(jax.random.key(0), 3)
-    return {
-        "w": jax.random.normal(keys[0], (NUM_SAMPLES, 8, SIZE)),
-        "v": jax.random.normal(keys[1], (NUM_SAMPLES, CLASSES, 8)),
-        "b": jax.random.normal(keys[2], (NUM_SAMPLES, CLASSES)),
-    }
+    return mlp_samples()
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +59,6 @@ def boxes(xs, eps, clip) -> Any:
     return jax.vmap(lambda x: ball(x, jnp.float32(eps), clip=clip))(xs)
 
 
-def clean_margins(samples, xs, ys):
-    return jnp.array(
-        [margin_of(predictive(mlp, samples, x), y) for x, y in zip(xs, ys, strict=True)]
-    )
-
-
 @pytest.mark.parametrize("p", [jnp.inf, 2])
 @pytest.mark.parametrize("clip", [None, (0.0, 1.0)])
 def test_never_leaves_the_ball_or_the_clip_and_never_beats_the_clean_margin(
@@ -92,7 +74,7 @@ def test_never_leaves_the_ball_or_the_clip_and_never_beats_the_clean_margin(
         assert (distance <= eps + 2 * np.finfo(np.float32).eps).all()
     if clip is not None:
         assert (found.x >= 0).all() and (found.x <= 1).all()
-    clean = clean_margins(samples, xs, ys)
+    clean = clean_margins(mlp, samples, xs, ys)
     assert (found.margin <= clean + 1e-5).all()
     assert (found.margin < clean - 0.05).mean() > 0.9  # and it does attack
 
@@ -116,7 +98,7 @@ def test_direction_is_the_gradient_of_the_log_of_the_mean(samples, xs, batch_siz
 
     @jax.jit
     def gradient(x, y):
-        up = attack._ascent(mlp, samples, x, y, batch_size)
+        up = ascent(mlp, samples, x, y, batch_size)
         return jnp.exp(up.log_weight - up.log_probs[y]) * up.direction
 
     mean_of_gradients = jax.grad(
@@ -260,7 +242,7 @@ def test_a_sample_that_is_sure_does_not_drown_one_that_wavers():
         "b": jnp.array([[0.0, 0.0], [30.0, 0.0]]),
     }
     x, eps = jnp.zeros(2), 0.1
-    up = attack._ascent(linear, samples, x, 0, None)
+    up = ascent(linear, samples, x, 0, None)
     assert up.direction[0] < -0.99 and abs(up.direction[1]) < 1e-6
     found = attack.pgd(jax.random.key(15), linear, samples, x, 0, eps, p=2)
     np.testing.assert_allclose(found.x, [-eps, 0.0], atol=1e-3)
