@@ -22,9 +22,9 @@ ORDER = """
     bounds.forward bounds.sweeps bounds.alpha bounds.api bounds.margins bounds.joint bounds
     likelihood prior posterior.leaves posterior.mean_field posterior.samples posterior.low_rank
     posterior.gaussian posterior.mixture posterior.summary posterior
-    infer.minibatch infer.map infer.svi infer.natural_gradient infer.vogn infer.noisy_adam
-    infer.ivon infer.swag infer.diagnostics infer.mcmc infer.sgmcmc infer.laplace infer.ensemble
-    infer
+    infer.minibatch infer.map infer.guides infer.svi infer.natural_gradient infer.vogn
+    infer.noisy_adam infer.ivon infer.swag infer.diagnostics infer.mcmc infer.sgmcmc infer.laplace
+    infer.ensemble infer
     certify.predictive certify.safety certify.moments certify.confidence certify.radii certify
     attack.predictive attack.geometry attack.losses attack.gradient attack.auto attack.query
     attack.battery attack

@@ -13,20 +13,22 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from bnncert import prior as priors
-from bnncert.infer.minibatch import log_likelihoods
+from bnncert.infer.minibatch import Schedule, log_likelihoods
 from bnncert.posterior import Samples
 from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Threat
 
 
 class MAPState(NamedTuple):
-    """The weights, and the optimiser's state."""
+    """The weights, the optimiser's state, and how many updates were made."""
 
     params: Params
     opt_state: optax.OptState
+    step: Int[Array, "*members"]
 
 
 class MAPInfo(NamedTuple):
@@ -49,7 +51,7 @@ def build(
     *,
     num_data: int,
     optimizer: optax.GradientTransformation,
-    prior_weight: float = 1.0,
+    prior_weight: float | Schedule = 1.0,
     prepare: Prepare | None = None,
 ) -> Algorithm:
     """Maximum a posteriori as an `Algorithm`.
@@ -59,7 +61,7 @@ def build(
         prior: pytree of NumPyro distributions with the params' structure, None for flat leaves.
         num_data: N, the size of the training set.
         optimizer: from Optax; put clipping and schedules in its chain.
-        prior_weight: of log p(w); 0 is maximum likelihood.
+        prior_weight: of log p(w); 0 is maximum likelihood. Or a schedule of the step.
         prepare: `(params, x_batch) -> params`: e.g. batch-norm statistics.
 
     Returns:
@@ -70,22 +72,23 @@ def build(
     """
     if num_data < 1:
         raise ValueError(f"num_data = {num_data}: give the number of training data.")
-    if not prior_weight >= 0:
+    if not callable(prior_weight) and not prior_weight >= 0:
         raise ValueError(f"prior_weight = {prior_weight}: it must not be negative.")
 
     def init(key: Key, params: Params) -> MAPState:
         del key
         priors.check(prior, params)
-        return MAPState(params, optimizer.init(params))
-
-    negative = partial(objective, log_likelihood, prior, num_data, prior_weight, prepare)
+        return MAPState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
     def update(key: Key, state: MAPState, batch: Batch, threat: Threat) -> tuple[MAPState, MAPInfo]:
+        weight = prior_weight(state.step) if callable(prior_weight) else prior_weight
+        negative = partial(objective, log_likelihood, prior, num_data, weight, prepare)
         (_, info), gradient = jax.value_and_grad(negative, has_aux=True)(
             state.params, key, batch, threat
         )
         step, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        return MAPState(optax.apply_updates(state.params, step), opt_state), info
+        params = optax.apply_updates(state.params, step)
+        return MAPState(params, opt_state, state.step + 1), info
 
     return Algorithm(
         init, update, lambda state: Samples(jax.tree.map(lambda v: v[None], state.params))
@@ -96,7 +99,7 @@ def objective(
     log_likelihood: LogLikelihood,
     prior: PyTree,
     num_data: int,
-    prior_weight: float,
+    prior_weight: float | Float[Array, ""],
     prepare: Prepare | None,
     params: Params,
     key: Key,

@@ -36,7 +36,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from bnncert import prior as priors
 from bnncert.infer import map as maximum
-from bnncert.infer.minibatch import check_settings
+from bnncert.infer.minibatch import Schedule, check_settings
 from bnncert.posterior import LowRank, MeanField
 from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Threat
 
@@ -86,7 +86,7 @@ def build(
     *,
     num_data: int,
     optimizer: optax.GradientTransformation,
-    kl_weight: float = 1.0,
+    kl_weight: float | Schedule = 1.0,
     start: int = 0,
     every: int = 1,
     rank: int = 20,
@@ -102,7 +102,7 @@ def build(
         num_data: N, the size of the training set.
         optimizer: from Optax; of constant learning rate from `start` on, or a cyclic one.
         kl_weight: of log p(w) against log p(D | w), > 0. It moves the mode; the spread is that of
-            the iterates whatever it is.
+            the iterates whatever it is. Or a schedule of the step, constant from `start` on.
         start: the number of the first step whose result is collected; steps count from 0.
         every: steps from one collected iterate to the next: usually an epoch's.
         rank: K, deviations kept, >= 2; or 0, for a diagonal covariance.

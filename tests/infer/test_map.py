@@ -166,3 +166,23 @@ def test_bad_settings():
         build(prior_weight=-1.0)
     with pytest.raises(ValueError, match="only the params have"):
         ALGORITHM.init(KEY, {**PARAMS, "extra": jnp.zeros(1)})
+
+
+def test_a_scheduled_prior_weight_is_that_of_its_step_in_one_trace():
+    traces = []
+    scheduled = build(prior_weight=lambda step: 0.25 * step)
+
+    @jax.jit
+    def update(*args):
+        traces.append(args)
+        return scheduled.update(*args)
+
+    state = scheduled.init(KEY, PARAMS)
+    for step in range(3):
+        params = state.params
+        state, info = update(KEY, state, DATA, THREAT)
+        np.testing.assert_allclose(info.loss, negative(params, weight=0.25 * step), rtol=1e-5)
+        slope = jax.grad(negative)(params, weight=0.25 * step)
+        stepped = jax.tree.map(lambda w, g: w - 0.1 * g, params, slope)
+        chex.assert_trees_all_close(state.params, stepped, rtol=1e-4, atol=1e-5)
+    assert len(traces) == 1
