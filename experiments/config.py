@@ -62,12 +62,17 @@ PRESETS: dict[str, RunConfig] = {
 }
 
 
+_NATURAL: dict[str, Any] = {"learning_rate": 0.1, "clip_step": 0.02}
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
-    "vogn": {"learning_rate": 0.5},
-    "noisy-adam": {"learning_rate": 0.5},
-    "ivon": {"learning_rate": 0.5},
+    "vogn": _NATURAL,
+    "noisy-adam": _NATURAL,
+    "ivon": _NATURAL,
 }
-"""What each method's training has different from the preset's: held-out mnist-mlp, 5 epochs."""
+"""What each method's training has different from the preset's.
+
+No weight moves by more than 0.002 in a step, as by Adam: unclipped, natural gradients kill the
+small CNN's units in the first epoch (`experiments/results`).
+"""
 
 
 def preset(name: str, inference: str | None = None) -> RunConfig:
