@@ -31,8 +31,8 @@ from bnncert.posterior import LowRank, MeanField, Samples
 from bnncert.posterior.leaves import draw_keys
 from bnncert.types import Key, Params, Posterior
 
-Values = dict[str, Array]
-"""The parameters of a guide, and the deterministic leaves, by name."""
+Values = dict[str, Any]
+"""The parameters of a guide, and the deterministic leaves, by name; None where params hold None."""
 
 Start = tuple[Params, Values]
 """The network's weights, and what else the guide's parameters start from."""
@@ -167,7 +167,7 @@ def custom(
             return {name: trace[site(name)]["value"] for name in priors.sites(prior)}
 
         fixed = {
-            name: jnp.broadcast_to(values[name], (num_draws, *values[name].shape))
+            name: _repeated(values[name], num_draws)
             for name, leaf in priors.named(prior).items()
             if leaf is None
         }
@@ -181,6 +181,10 @@ def custom(
 
     found = draw if posterior is None else lambda values, key: posterior(values)
     return Guide(start, program, constrain, found, closed=False)
+
+
+def _repeated(leaf: Array | None, num: int) -> Array | None:
+    return None if leaf is None else jnp.broadcast_to(leaf, (num, *leaf.shape))
 
 
 def _transforms(program: Callable[[], None]) -> dict[str, Any]:
