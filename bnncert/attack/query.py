@@ -140,7 +140,7 @@ def _sizes(queries: int, fraction: float, shape: tuple[int, ...]) -> np.ndarray:
     """For each query: the side of the window, of an image; the number of features otherwise.
 
     >>> _sizes(10, 0.8, (100,)).tolist()
-    [80, 10, 5, 2, 2, 1, 1, 1, 1, 1]
+    [80, 5, 2, 1, 1, 1, 1, 1, 1, 1]
     """
     halvings = (np.arange(queries)[:, None] > _HALVINGS * queries).sum(1)
     part = fraction * 0.5**halvings
