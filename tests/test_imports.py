@@ -25,7 +25,8 @@ ORDER = """
     infer.minibatch infer.map infer.guides infer.svi infer.natural_gradient infer.vogn
     infer.noisy_adam infer.ivon infer.swag infer.diagnostics infer.mcmc infer.sgmcmc infer.laplace
     infer.ensemble infer
-    certify.predictive certify.safety certify.moments certify.confidence certify.radii certify
+    certify.predictive certify.safety certify.moments certify.confidence certify.sampling
+    certify.sampled_safety certify.radii certify
     attack.predictive attack.geometry attack.losses attack.gradient attack.auto attack.query
     attack.battery attack
     metrics.scores metrics.calibration metrics.uncertainty metrics.detection metrics parallel
@@ -34,8 +35,8 @@ ORDER = """
 # Files that may be many, and stand side by side.
 FAMILY = "bounds.rules."
 
-# The core dependencies, and NumPy, which JAX brings.
-THIRD_PARTY = {"jax", "jaxtyping", "numpy", "numpyro", "optax"}
+# The core dependencies, and NumPy and SciPy, which JAX brings.
+THIRD_PARTY = {"jax", "jaxtyping", "numpy", "numpyro", "optax", "scipy"}
 
 LIBRARY = sorted((ROOT / "bnncert").rglob("*.py"))
 EVERYTHING = sorted(

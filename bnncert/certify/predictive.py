@@ -20,8 +20,9 @@ predictor makes of them is rounded too: with d_k = max f - f_k, exp(-d_k) is off
 of itself, and d exp(-d) <= 1/e, so a computed softmax of C classes is off by (40 + 2 C) u at most;
 a mean of S of them by (S + 2) u more. The bounds above, by log-sum-exp and exp of the margins, are
 off by at most (130 + 2 C) u, and their mean likewise. A difference of two probabilities so gives
-way by (400 + 8 C + 4 S) u in all, a probability by half of it: `_slack`. What is certified is then
-that the float32 predictor, evaluated in any order, chooses the class (`bnncert.bounds.arithmetic`).
+way by (400 + 8 C + 4 S) u in all, a probability by half of it: `rounding_slack`. What is certified
+is then that the float32 predictor, evaluated in any order, chooses the class
+(`bnncert.bounds.arithmetic`).
 
 Source: Wicker et al., AISTATS 2021, section 6 (the predictive); differences of probabilities in
 place of a confidence above 1/2, which certifies far less on hard data.
@@ -52,7 +53,8 @@ class Decision:
         margins: for each class j a lower bound on pi_predicted - pi_j over the set (0 for itself),
             shape (C,).
         probability: a `Box` around pi_predicted over the set, scalars.
-        confidence: 1.0: a proof about the deployed samples.
+        confidence: 1.0: a proof about the deployed samples; 1 - delta where it is a statement about
+            a continuous posterior, from draws of it (`bnncert.certify.statistical`).
         arithmetic: what is proved is proved of the predictor in "float32" (or the dtype of its
             outputs), by `rounding="outward"`; in "real" arithmetic only, by "nearest".
     """
@@ -109,9 +111,9 @@ def decision(
         (0, True)
     """
     _check(samples, x_set, batch_size)
-    nominal = x_set.center if x is None else _inside(jnp.asarray(x), x_set)
+    nominal = nominal_input(x, x_set)
     average = _sweep(
-        lambda w: jax.nn.softmax(_logits(apply, w, nominal)), samples, batch_size
+        lambda w: jax.nn.softmax(checked_logits(apply, w, nominal)), samples, batch_size
     ).mean(0)
     predicted = jnp.argmax(average)
     classes = average.shape[0]
@@ -120,16 +122,10 @@ def decision(
 
     def certify(params: Params) -> tuple[Array, Box]:
         box = bounded(params, x_set, predicted)
-        # [j, k]: the margin m_k at which softmax_c - softmax_j is smallest
-        others = jnp.where(box.upper[:, None] > 0, box.lower[None, :], box.upper[None, :])
-        worst = jnp.where(jnp.eye(classes, dtype=bool), box.upper[:, None], others)
-        total = jax.nn.logsumexp(worst, axis=1)
-        difference = jnp.exp(-total) - jnp.exp(box.upper - total)
-        # Where a bound overflowed: the least that two probabilities can differ by.
-        return jnp.where(jnp.isnan(difference), -1.0, difference), _probability(box)
+        return least_differences(box), probability_box(box)
 
     differences, probabilities = _sweep(certify, samples, batch_size)
-    slack = _slack(rounding, average, num_samples(samples))
+    slack = rounding_slack(rounding, average, num_samples(samples))
     lower = jnp.where(jnp.arange(classes) == predicted, 0.0, differences.mean(0) - slack)
     robust = jnp.all((lower > 0) | (jnp.arange(classes) == predicted))
     probability = _mean(probabilities, slack)
@@ -173,13 +169,13 @@ def predictive(
     """
     _check(samples, x_set, batch_size)
 
-    bounded = all_margin_bounds(partial(_logits, apply), method, rounding=rounding)
+    bounded = all_margin_bounds(partial(checked_logits, apply), method, rounding=rounding)
 
     def certify(params: Params) -> Box:
-        return jax.vmap(_probability)(bounded(params, x_set))
+        return jax.vmap(probability_box)(bounded(params, x_set))
 
     boxes = _sweep(certify, samples, batch_size)
-    return _mean(boxes, _slack(rounding, boxes.lower[0], num_samples(samples)))
+    return _mean(boxes, rounding_slack(rounding, boxes.lower[0], num_samples(samples)))
 
 
 def num_samples(samples: Samples) -> int:
@@ -197,18 +193,61 @@ def num_samples(samples: Samples) -> int:
     return sizes.pop()[0]
 
 
-def _check(samples: Samples, x_set: Set, batch_size: int | None) -> None:
-    num_samples(samples)
+def least_differences(margins: Box) -> Float[Array, " classes"]:
+    """The least softmax_c - softmax_j of one network, for each j.
+
+    Args:
+        margins: bounds on f_k - f_c, shape (C,), of which that of c itself is 0.
+    """
+    # [j, k]: the margin m_k at which softmax_c - softmax_j is smallest
+    others = jnp.where(margins.upper[:, None] > 0, margins.lower[None, :], margins.upper[None, :])
+    itself = jnp.eye(margins.upper.shape[0], dtype=bool)
+    worst = jnp.where(itself, margins.upper[:, None], others)
+    total = jax.nn.logsumexp(worst, axis=1)
+    difference = jnp.exp(-total) - jnp.exp(margins.upper - total)
+    # Where a bound overflowed: the least that two probabilities can differ by.
+    return jnp.where(jnp.isnan(difference), -1.0, difference)
+
+
+def probability_box(margins: Box) -> Box:
+    """Bounds on softmax_c, from bounds on the margins f_k - f_c (of which that of c is 0)."""
+    lower, upper = -jax.nn.logsumexp(margins.upper), -jax.nn.logsumexp(margins.lower)
+    return Box(jnp.exp(lower), jnp.exp(upper))
+
+
+def rounding_slack(rounding: str, probabilities: Array, count: int) -> float:
+    """What a difference of two averaged probabilities gives way by, as the module derives.
+
+    Args:
+        rounding: "outward" or "nearest" (0).
+        probabilities: an array of their dtype whose first axis counts the classes.
+        count: networks averaged.
+    """
+    unit = 0.5 * float(jnp.finfo(probabilities.dtype).eps)
+    classes = probabilities.shape[0]
+    return 0.0 if rounding == "nearest" else (400 + 8 * classes + 4 * count) * unit
+
+
+def nominal_input(x: Array | None, x_set: Set) -> Array:
+    """Where the predicted class is read off: the set's center, or x if it is inside.
+
+    Raises:
+        ValueError: x has another shape, or lies outside.
+    """
+    return x_set.center if x is None else _inside(jnp.asarray(x), x_set)
+
+
+def check_region(x_set: Set) -> None:
+    """Raises TypeError unless it is a set."""
     if not is_set(x_set):
         raise TypeError(
             f"x_set is a {type(x_set).__name__}: give a bnncert.Box or a bnncert.LpBall (for an "
             "input x and a radius eps: bnncert.ball(x, eps))."
         )
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size}: at least one sample must be swept at once.")
 
 
-def _logits(apply: Apply, params: Params, x: Array) -> Float[Array, " classes"]:
+def checked_logits(apply: Apply, params: Params, x: Array) -> Float[Array, " classes"]:
+    """`apply(params, x)`; raises ValueError unless it has shape (C,), C >= 2."""
     logits = apply(params, x)
     if logits.ndim != 1 or logits.shape[0] < 2:
         raise ValueError(
@@ -218,21 +257,15 @@ def _logits(apply: Apply, params: Params, x: Array) -> Float[Array, " classes"]:
     return logits
 
 
+def _check(samples: Samples, x_set: Set, batch_size: int | None) -> None:
+    num_samples(samples)
+    check_region(x_set)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size}: at least one sample must be swept at once.")
+
+
 def _sweep(one: Callable[[Params], Any], samples: Samples, batch_size: int | None) -> Any:
     return jax.lax.map(one, samples, batch_size=batch_size)
-
-
-def _probability(margins: Box) -> Box:
-    """Of class c, from bounds on the margins f_k - f_c (of which that of c itself is 0)."""
-    lower, upper = -jax.nn.logsumexp(margins.upper), -jax.nn.logsumexp(margins.lower)
-    return Box(jnp.exp(lower), jnp.exp(upper))
-
-
-def _slack(rounding: str, probabilities: Array, count: int) -> float:
-    """What a difference of two averaged probabilities gives way by, as the module derives."""
-    unit = 0.5 * float(jnp.finfo(probabilities.dtype).eps)
-    classes = probabilities.shape[0]
-    return 0.0 if rounding == "nearest" else (400 + 8 * classes + 4 * count) * unit
 
 
 def _mean(boxes: Box, slack: float) -> Box:

@@ -1,0 +1,194 @@
+"""Decision robustness under a *continuous* posterior q, from independent draws of it.
+
+The *statistical* tier. For w_1, ..., w_n drawn from q independently, and a class c,
+
+    min_{x' in T} pi_c - pi_j  >=  E_q[ D_j(w) ],   D_j(w) = min_{x' in T} (softmax_c - softmax_j) f
+
+by exchange of minimum and expectation, and the mean of n bounds on D_j, less a slack, is below
+E_q[D_j] with confidence 1 - delta (`bnncert.certify.confidence`).
+
+Which class? D_j has to be a function of w alone. Were c read off the same draws, it would depend on
+all of them; so c is chosen by a batch of its own (`num_pilot` draws), and the rest holds given c.
+It need not be the class that pi itself would choose: where `robust` is said, it is.
+
+How many statements? The C - 1 margins and both ends of the probability: C + 1, for each point and
+each stage. All share delta, so that *everything* in the decisions holds together.
+
+Independence. Each draw is a call of `posterior.sample(key, 1)` with a key of its own: those of one
+call may be stratified (`Mixture`). The members of `Samples` are refused: a chain's states are not
+independent, and an ensemble's members come from no continuous posterior that could be drawn from
+again. A generator's numbers count as random, and q is the law of the weights that it returns.
+
+Arithmetic: as `bnncert.certify.predictive`; pi is the expectation, over q, of the softmax of the
+computed logits.
+
+Source: Wicker et al., AISTATS 2021, section 6, whose bounds on the predictive these are.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from bnncert.bounds.margins import margin_bounds
+from bnncert.certify import confidence
+from bnncert.certify.predictive import (
+    Decision,
+    check_region,
+    checked_logits,
+    least_differences,
+    nominal_input,
+    probability_box,
+    rounding_slack,
+)
+from bnncert.posterior import Mixture, Samples
+from bnncert.posterior.leaves import draw_keys
+from bnncert.sets import Box, Set
+from bnncert.types import Apply, Key, Params, Posterior
+
+
+def statistical(
+    key: Key,
+    apply: Apply,
+    posterior: Posterior,
+    x_set: Set,
+    *,
+    num_samples: int,
+    x: Float[Array, "..."] | None = None,
+    delta: float = 0.05,
+    num_points: int = 1,
+    num_stages: int = 1,
+    num_pilot: int = 100,
+    method: str = "crown-ibp",
+    rounding: str = "outward",
+    inequality: str = "best",
+    batch_size: int | None = None,
+) -> Decision:
+    """Certifies the decision of a continuous posterior's predictive, with confidence 1 - delta.
+
+    Args:
+        key: a PRNG key. Under `vmap` over points one key for all will do: the union bound does not
+            ask for independent points.
+        apply: `(params, x) -> logits (C,)` for one example.
+        posterior: what draws come from; not `Samples`.
+        x_set: a `Box` or an `LpBall` of inputs, for one example; `jax.vmap` for a batch.
+        num_samples: n, independent draws; take 1,000 or more.
+        x: the nominal input, as for `decision`.
+        delta: probability that anything said is wrong.
+        num_points: how many points the statement unites over: 1 says it of each point by itself,
+            the size of the test set says it of all of them together.
+        num_stages: how many certificates are tried on a point, whose best is kept: of a cascade, or
+            the radii that a bisection chooses from (`bnncert.certify.certified_radius`).
+        num_pilot: further draws, which choose the class.
+        method: of the bounds, as for `bnncert.bound`.
+        rounding: as for `decision`.
+        inequality: "best", "hoeffding" or "bernstein".
+        batch_size: draws at once, as for `decision`.
+
+    Returns:
+        A `Decision` whose margins and probability have the slack taken off.
+
+    Raises:
+        TypeError: a posterior of members, or no posterior; x_set is not a set.
+        ValueError: a count or a delta out of range, an unknown inequality; else as `decision`.
+
+    Cost: n draws and bounds of C margins, `num_pilot` draws and evaluations. Memory: `batch_size`
+    draws and bounds, and n C numbers.
+
+    Example:
+        >>> from bnncert.posterior import MeanField
+        >>> apply = lambda p, x: p["w"] * x                             # logits (w_0 x, w_1 x)
+        >>> q = MeanField({"w": jnp.array([3.0, -3.0])}, {"w": jnp.full(2, 0.1)})
+        >>> near_one = Box(jnp.array([0.9]), jnp.array([1.1]))
+        >>> found = statistical(jax.random.key(0), apply, q, near_one, num_samples=1000)
+        >>> int(found.predicted), bool(found.robust), f"{float(found.confidence):.2f}"
+        (0, True, '0.95')
+    """
+    check_posterior(posterior)
+    check_region(x_set)
+    confidence.check(num_samples, delta, least=2)
+    confidence.check_inequality(inequality)
+    counts = {
+        "num_points": num_points,
+        "num_stages": num_stages,
+        "num_pilot": num_pilot,
+        "batch_size": 1 if batch_size is None else batch_size,
+    }
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} = {value}: it must be at least 1.")
+    pilot, main = jax.random.split(key)
+    nominal = nominal_input(x, x_set)
+    average = over_draws(
+        lambda w: jax.nn.softmax(checked_logits(apply, w, nominal)),
+        posterior,
+        draw_keys(pilot, num_pilot),
+        batch_size,
+    ).mean(0)
+    predicted, classes = jnp.argmax(average), average.shape[0]
+    bounded = margin_bounds(apply, method, rounding=rounding)
+
+    def certify(params: Params) -> tuple[Array, Array, Array]:
+        margins = bounded(params, x_set, predicted)
+        around = probability_box(margins)
+        # Computed ends may leave the interval that the inequalities know by a rounding error; the
+        # true ones do not.
+        least = jnp.clip(least_differences(margins), -1.0, 1.0)
+        return least, jnp.clip(around.lower, 0.0, 1.0), jnp.clip(around.upper, 0.0, 1.0)
+
+    draws = over_draws(certify, posterior, draw_keys(main, num_samples), batch_size)
+    share = delta / (num_points * num_stages * (classes + 1))
+    widths = (2.0, 1.0, 1.0)
+    slacks = [
+        confidence.slack(d, share, width, inequality)
+        for d, width in zip(draws, widths, strict=True)
+    ]
+    error = rounding_slack(rounding, average, num_samples)
+    itself = jnp.arange(classes) == predicted
+    margins = jnp.where(itself, 0.0, draws[0].mean(0) - slacks[0] - error)
+    probability = Box(
+        jnp.maximum(draws[1].mean(0) - slacks[1] - 0.5 * error, 0.0),
+        draws[2].mean(0) + slacks[2] + 0.5 * error,
+    )
+    arithmetic = "real" if rounding == "nearest" else str(average.dtype)
+    robust = jnp.all((margins > 0) | itself)
+    return Decision(predicted, robust, margins, probability, jnp.asarray(stated(delta)), arithmetic)
+
+
+def stated(delta: float) -> np.float32:
+    """The confidence 1 - delta, rounded down."""
+    nearest = np.float32(1 - delta)
+    return np.nextafter(nearest, np.float32(0)) if float(nearest) > 1 - delta else nearest
+
+
+def over_draws(
+    one: Callable[[Params], Any], posterior: Posterior, keys: Array, batch_size: int | None
+) -> Any:
+    """`one` of an independent draw for each key, stacked; a draw lives as long as it is used."""
+
+    def at(key: Key) -> Any:
+        return one(jax.tree.map(lambda leaf: leaf[0], posterior.sample(key, 1)))
+
+    return jax.lax.map(at, keys, batch_size=batch_size)
+
+
+def check_posterior(posterior: Any) -> None:
+    """Raises TypeError unless independent draws of a continuous posterior can be made."""
+    if isinstance(posterior, Mixture):
+        check_posterior(posterior.members)
+        return
+    if isinstance(posterior, Samples):
+        raise TypeError(
+            "posterior is Samples, a finite set of networks: the states of a Markov chain are not "
+            "independent draws, and no continuous posterior stands behind an ensemble. What is "
+            "deployed is their average: bnncert.certify.decision(apply, posterior.params, x_set) "
+            "proves it, with no slack."
+        )
+    if not isinstance(posterior, Posterior):
+        raise TypeError(
+            f"posterior is a {type(posterior).__name__}: give one that independent draws can be "
+            "made of, such as bnncert.MeanField. Stacked weights have bnncert.certify.decision."
+        )
