@@ -8,6 +8,7 @@ All text from a run is escaped; nothing is loaded from elsewhere.
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 from matplotlib.figure import FigureBase
 
 from bnncert import metrics
-from experiments import figures, fineprint, gallery, palette
+from experiments import additions, figures, fineprint, gallery, palette
 from experiments.outcomes import OUTCOMES, by_class, outcomes
 
 
@@ -28,6 +29,8 @@ class Run(NamedTuple):
     certificates: Mapping[str, np.ndarray]
     gallery: gallery.Gallery
     class_names: Sequence[str]
+    later: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    """Results added to the run since, by name."""
 
 
 def page(run: Run) -> str:
@@ -39,6 +42,7 @@ def page(run: Run) -> str:
             _headline,
             _tables,
             _over_eps,
+            _additions,
             _images,
             _classes,
             _training,
@@ -147,6 +151,10 @@ def _over_eps(run: Run) -> str:
         ),
     )
     return f'<div class="pair">{"".join(plots)}</div>'
+
+
+def _additions(run: Run) -> str:
+    return additions.section(run.later)
 
 
 def _images(run: Run) -> str:

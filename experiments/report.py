@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import figures, gallery
+from experiments import additions, figures, gallery
 from experiments.page import Run, page
 
 FILES = ("config.json", "metrics.jsonl", "results.json", "certificates.npz", "gallery.npz")
@@ -83,6 +83,7 @@ def load(run_dir: Path) -> Run:
         certificates,
         gallery.Gallery(images["index"], images["image"], images.get("attacked")),
         results.get("class_names") or [str(c) for c in range(certificates["probs"].shape[1])],
+        additions.results_of(run_dir),
     )
 
 
