@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from bnncert import attack, infer, likelihood
 from bnncert import prior as priors
+from bnncert.infer.minibatch import Schedule
 from bnncert.posterior import Samples
 from bnncert.types import Algorithm, Apply, Batch, Key, LogLikelihood, Posterior, Threat
 from experiments.data import Split
 from experiments.models import Model
-from experiments.schedule import learning_rate_schedule
+from experiments.schedule import kl_weight_schedule, learning_rate_schedule
 from experiments.settings import PIXELS, RunConfig, TrainConfig
 
 
@@ -79,6 +80,7 @@ class _Task(NamedTuple):
     num_data: int
     total_steps: int
     rate: optax.Schedule
+    kl_weight: float | Schedule
 
 
 def _task(
@@ -100,6 +102,7 @@ def _task(
         num_data,
         settings.epochs * steps_per_epoch,
         learning_rate_schedule(settings, steps_per_epoch),
+        cast(Any, kl_weight_schedule(settings, steps_per_epoch)),
     )
 
 
@@ -138,7 +141,7 @@ def _map(task: _Task) -> Algorithm:
         task.prior,
         num_data=task.num_data,
         optimizer=_adam(task),
-        prior_weight=task.settings.kl_weight,
+        prior_weight=task.kl_weight,
     )
 
 
@@ -148,7 +151,9 @@ def _bbb(task: _Task) -> Algorithm:
         task.prior,
         num_data=task.num_data,
         optimizer=_adam(task),
-        kl_weight=task.settings.kl_weight,
+        kl_weight=task.kl_weight,
+        guide=task.settings.guide,
+        rank=task.settings.rank,
         initial_scale=task.settings.initial_scale,
     )
 
@@ -162,7 +167,7 @@ def _natural_gradient(module: Any, task: _Task) -> Algorithm:
         optimizer=optax.chain(
             optax.clip(settings.clip_step), optax.scale_by_learning_rate(task.rate)
         ),
-        kl_weight=settings.kl_weight,
+        kl_weight=task.kl_weight,
         initial_scale=settings.initial_scale,
         beta1=settings.beta1,
         beta2=settings.beta2,
@@ -177,7 +182,7 @@ def _swag(task: _Task) -> Algorithm:
         task.prior,
         num_data=task.num_data,
         optimizer=_adam(task),
-        kl_weight=task.settings.kl_weight,
+        kl_weight=task.kl_weight,
         start=start,
         every=every,
         rank=task.settings.rank,

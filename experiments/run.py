@@ -156,6 +156,7 @@ def write_results(
         "train_eps": settings.eps,
         "likelihood": settings.likelihood,
         "random_layers": settings.random_layers,
+        "guide": settings.guide if config.inference in ("bbb", "hmc", "nuts") else None,
         "lam": settings.lam,
         "power": settings.power,
         "kl_weight": settings.kl_weight,

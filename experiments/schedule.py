@@ -6,7 +6,16 @@ With T = epochs * steps_per_epoch, the radius and the weight of the clean term g
     eps:   0     0          linearly up             eps                   eps
     lam:   1     1          linearly down           lam                   lam
 
-so that training starts from an ordinary network and the two terms change places together.
+so that training starts from an ordinary network and the two terms change places together. Where
+their own ramps are not 0, the exponent of the mixture and the weight of the KL go
+
+    step:   0 ................ (warmup + ramp) T ... (warmup + ramp + power_ramp) T ... T
+    power:  0                  0    linearly up      power                              power
+
+    step:       0               ...     kl_ramp T      ...   T
+    kl_weight:  kl_weight / 10  linearly up  kl_weight       kl_weight
+
+and else they are constant.
 """
 
 from collections.abc import Callable
@@ -18,6 +27,9 @@ from jaxtyping import Array, Float, Int
 from experiments.settings import TrainConfig
 
 Step = int | Int[Array, ""]
+
+KL_START = 0.1
+"""What share of the KL's weight its ramp starts from."""
 
 
 def threat_schedule(
@@ -42,6 +54,43 @@ def threat_schedule(
     lam = optax.linear_schedule(1.0, train.lam, steps, transition_begin=begin)
     # Always float32 arrays: a Python float at one step and an array at the next would recompile.
     return lambda step: (jnp.float32(eps(step)), jnp.float32(lam(step)))
+
+
+def power_schedule(train: TrainConfig, steps_per_epoch: int) -> Callable[[Step], Float[Array, ""]]:
+    """Return step -> exponent of the mixture, a float32 scalar.
+
+    Geometric first: the arithmetic mixture gives up what is not certified when its ramp begins.
+
+    Args:
+        train: the fields power, power_ramp, epochs, warmup and ramp.
+        steps_per_epoch: minibatches in an epoch.
+    """
+    if not train.power_ramp:
+        return lambda step: jnp.float32(train.power)
+    total = train.epochs * steps_per_epoch
+    begin = round(train.warmup * total) + round(train.ramp * total)
+    steps = max(round(train.power_ramp * total), 1)
+    power = optax.linear_schedule(0.0, train.power, steps, transition_begin=begin)
+    return lambda step: jnp.float32(power(step))
+
+
+def kl_weight_schedule(
+    train: TrainConfig, steps_per_epoch: int
+) -> float | Callable[[Step], Float[Array, ""]]:
+    """Return the weight of the KL: a number if it is constant, else step -> float32 scalar.
+
+    It starts above 0, at `KL_START` of itself: the scale and the step of a natural gradient depend
+    on it from the first step on.
+
+    Args:
+        train: the fields kl_weight, kl_ramp and epochs.
+        steps_per_epoch: minibatches in an epoch.
+    """
+    if not train.kl_ramp:
+        return train.kl_weight
+    steps = max(round(train.kl_ramp * train.epochs * steps_per_epoch), 1)
+    weight = optax.linear_schedule(KL_START * train.kl_weight, train.kl_weight, steps)
+    return lambda step: jnp.float32(weight(step))
 
 
 def learning_rate_schedule(train: TrainConfig, steps_per_epoch: int) -> optax.Schedule:

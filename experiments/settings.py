@@ -39,6 +39,7 @@ LIKELIHOODS = ("certified", "attacked", "clean")
 TRAIN_METHODS = ("ibp", "crown-ibp")
 RANDOM_LAYERS = ("all", "last")
 CURVATURES = ("fisher", "hessian")
+GUIDES = ("mean-field", "low-rank")
 CERTIFY_METHODS = ("ibp", "crown-ibp", "crown")
 
 
@@ -67,6 +68,9 @@ class TrainConfig:
     """Standard deviation of the normal prior of each weight."""
     kl_weight: float = 0.02
     """Weight of KL(q || prior) in the ELBO; 1 is the ELBO itself, less tempers the posterior."""
+    kl_ramp: float = 0.0
+    """Fraction of training over which that weight goes linearly up, from a tenth of it (not sgld,
+    sghmc); 0: it is constant."""
     initial_scale: float = 0.1
     """Posterior standard deviation at the start, relative to that of the weights' initialisation
     (sqrt(2 pi) / fan_in)."""
@@ -76,6 +80,9 @@ class TrainConfig:
     """Weight of the clean term in the robust likelihood after the ramp; 1: an ordinary network."""
     power: float = 0.0
     """Exponent of the mixture of clean and worst-case likelihood: 0 geometric, 1 arithmetic."""
+    power_ramp: float = 0.0
+    """Fraction of training, after the ramp of eps, over which power goes linearly up from 0; 0: it
+    is constant from the start."""
     warmup: float = 0.0
     """Fraction of training before the ramp, at eps 0 and lam 1."""
     ramp: float = 0.4
@@ -100,8 +107,11 @@ class TrainConfig:
     """Fraction of training after which weights are collected (swag, sgld, sghmc)."""
     collect: int = 40
     """Weights collected from there on, evenly (swag, sgld, sghmc)."""
+    guide: Annotated[str, _choice(GUIDES)] = "mean-field"
+    """Family of normals that bbb fits: of covariance diagonal, or diagonal plus low rank."""
     rank: int = 20
-    """Collected deviations that make swag's covariance; 0: diagonal."""
+    """Rank of the covariance's other part: factors of bbb's low-rank guide, or deviations collected
+    by swag; 0 (swag): diagonal."""
     friction: float = 0.1
     """Share of the momentum that a step of sghmc loses."""
     curvature: Annotated[str, _choice(CURVATURES)] = "fisher"
@@ -184,6 +194,7 @@ def validate(config: RunConfig) -> None:
     check_name(config.train.random_layers, RANDOM_LAYERS, "choice of random layers")
     check_name(config.eval.certify_method, CERTIFY_METHODS, "bound method of certificates")
     check_name(config.train.curvature, CURVATURES, "curvature of laplace")
+    check_name(config.train.guide, GUIDES, "guide of bbb")
     for requirement, holds, options in _REQUIREMENTS:
         for option in options:
             value = _lookup(config, option)
@@ -194,10 +205,19 @@ def validate(config: RunConfig) -> None:
             f"--train.kl-weight must be > 0 with --inference {config.inference}, got 0: without "
             "its prior a posterior shrinks to a point; for that, use --inference map"
         )
-    covered = config.train.warmup + config.train.ramp
+    if config.inference in ("sgld", "sghmc") and config.train.kl_ramp:
+        raise ValueError(
+            f"--train.kl-ramp must be 0 with --inference {config.inference}, got "
+            f"{config.train.kl_ramp}: a sampler has one target; collect later instead "
+            "(--train.collect-from)"
+        )
+    if config.train.guide == "low-rank" and not config.train.rank:
+        raise ValueError("--train.rank must be at least 2 with --train.guide low-rank, got 0")
+    covered = config.train.warmup + config.train.ramp + config.train.power_ramp
     if covered > 1:
         raise ValueError(
-            f"--train.warmup and --train.ramp are fractions of one training, got {covered} in all"
+            "--train.warmup and --train.ramp (and --train.power-ramp, which follows them) are "
+            f"fractions of one training, got {covered} in all"
         )
 
 
@@ -215,7 +235,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def from_dict(fields: Mapping[str, Any]) -> RunConfig:
-    """Invert `to_dict`.
+    """Invert `to_dict`; a setting that is newer than the fields has its default.
 
     >>> from experiments.config import PRESETS
     >>> from_dict(to_dict(PRESETS["mnist-cnn"])) == PRESETS["mnist-cnn"]
@@ -280,7 +300,14 @@ _REQUIREMENTS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = 
     (
         "a number in [0, 1]",
         lambda v: 0 <= v <= 1,
-        ("train.lam", "train.power", "train.warmup", "train.ramp"),
+        (
+            "train.lam",
+            "train.power",
+            "train.warmup",
+            "train.ramp",
+            "train.kl_ramp",
+            "train.power_ramp",
+        ),
     ),
     ("a decay in [0, 1)", lambda v: 0 <= v < 1, ("train.beta1", "train.beta2")),
     (

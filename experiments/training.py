@@ -25,7 +25,12 @@ from experiments import checkpoint
 from experiments.data import Split, epoch_batches
 from experiments.inference import build_algorithm
 from experiments.models import Model
-from experiments.schedule import learning_rate_schedule, threat_schedule
+from experiments.schedule import (
+    kl_weight_schedule,
+    learning_rate_schedule,
+    power_schedule,
+    threat_schedule,
+)
 from experiments.settings import PIXELS, RunConfig
 
 IN_NATS = ("loss", "log_likelihood", "log_prior", "kl")
@@ -88,6 +93,8 @@ def train(config: RunConfig, model: Model, train_set: Split, held: Split, folder
     images, labels = jnp.asarray(train_set.x), jnp.asarray(train_set.y)
     rates = learning_rate_schedule(settings, steps_per_epoch)
     threats = threat_schedule(settings, steps_per_epoch)
+    powers = power_schedule(settings, steps_per_epoch)
+    weight = kl_weight_schedule(settings, steps_per_epoch)
     saved = time.monotonic()
     total = settings.epochs * steps_per_epoch
     with (
@@ -125,6 +132,8 @@ def train(config: RunConfig, model: Model, train_set: Split, held: Split, folder
                 **{name: _mean(infos, name) / num for name in IN_NATS if hasattr(infos[0], name)},
                 "eps": float(eps),
                 "lam": float(lam),
+                "power": float(powers(last)),
+                "kl_weight": float(weight(last) if callable(weight) else weight),
                 "learning_rate": float(np.asarray(rates(last))),
                 **measure(posterior, key),
                 "seconds": seconds,
@@ -151,6 +160,7 @@ def make_update(config: RunConfig, algorithm: Algorithm, steps_per_epoch: int) -
     slower on CPU, and the dispatch of a step is hidden behind the one before.
     """
     threats = threat_schedule(config.train, steps_per_epoch)
+    powers = power_schedule(config.train, steps_per_epoch)
 
     @partial(jax.jit, donate_argnums=1)
     def update(
@@ -168,7 +178,7 @@ def make_update(config: RunConfig, algorithm: Algorithm, steps_per_epoch: int) -
         if config.train.flip:
             chosen = jax.random.bernoulli(jax.random.fold_in(here, 1), 0.5, (x.shape[0], 1, 1, 1))
             x = jnp.where(chosen, x[:, :, ::-1], x)
-        threat = Threat(eps, lam, jnp.float32(config.train.power))
+        threat = Threat(eps, lam, powers(step))
         state, info = algorithm.update(here, state, Batch(x, labels[indices], mask), threat)
         numbers = [info.loss, *_numbers(state).values()]
         return state, info, jnp.stack([jnp.isfinite(leaf).all() for leaf in numbers])

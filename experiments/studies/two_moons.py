@@ -9,11 +9,12 @@ With pi(x) the average over samples of softmax f(w, x), the distance of a method
 
 in [0, 1]. NUTS from another seed gives the Monte Carlo floor: no difference below it is seen. How
 far the floor can be trusted, R-hat and the effective sample size of the predictions say. All
-methods have the same prior N(0, 1), likelihood and, MAP apart, kl_weight 1.
+methods have the same prior N(0, 1) and likelihood, and kl_weight 1; all but SWAG see all the data
+at each step (its spread is the noise of minibatches).
 
 Writes the table as JSON: TV, the largest distance on the grid, the mean entropy there (nats), the
 accuracy on the training data, and seconds with compiling. Beside it a picture (.png): decision
-surfaces, faded where the entropy of pi is large.
+surfaces, faded where the entropy of pi is large, each with its TV.
 """
 
 import argparse
@@ -35,13 +36,27 @@ from matplotlib.figure import Figure
 from sklearn.datasets import make_moons
 
 from bnncert import likelihood, prior
-from bnncert.infer import diagnostics, mcmc, sgmcmc, svi
+from bnncert.infer import (
+    diagnostics,
+    ensemble,
+    ivon,
+    laplace,
+    mcmc,
+    noisy_adam,
+    sgmcmc,
+    svi,
+    swag,
+    vogn,
+)
 from bnncert.infer import map as maximum
+from bnncert.posterior import Samples
 from bnncert.types import Algorithm, Batch, Key, Threat
 from experiments.palette import LIGHT
 
 WIDTHS = (2, 16, 16, 2)
 RANGE = ((-2.0, 3.0), (-1.75, 2.25))  # of the grid
+MEMBERS = 10  # of the deep ensemble
+MINIBATCH = 10  # points, of SWAG
 PLAIN = Threat(jnp.zeros(()), jnp.ones(()), jnp.zeros(()))
 
 
@@ -89,25 +104,75 @@ def minibatched(
     key: Key,
     data: Batch,
     options: argparse.Namespace,
+    batch_size: int | None = None,
 ) -> Any:
-    """Any `Algorithm`, on all the data at every step; at most `members` draws of its posterior."""
-    algorithm = build(options, {"num_data": len(data.x)})
+    """Any `Algorithm`: at most `members` draws of its posterior."""
     start, steps, draw = jax.random.split(key, 3)
+    posterior = _trained(build, start, steps, data, options, batch_size)
+    if isinstance(posterior, Samples) and posterior.num_samples <= options.members:
+        return posterior.params
+    return posterior.sample(draw, options.members)
+
+
+def fitted(key: Key, data: Batch, options: argparse.Namespace) -> Any:
+    """Laplace at the MAP: the full covariance, by the Hessian where that is positive."""
+    start, steps, draw = jax.random.split(key, 3)
+    mean = jax.tree.map(
+        lambda leaf: leaf[0], _trained(ALGORITHMS["map"], start, steps, data, options).params
+    )
+    method = laplace.build(LIKELIHOOD, PRIOR, num_data=len(data.x))
+    return method.fit(key, mean, data, PLAIN)[0].sample(draw, options.members)
+
+
+def _trained(
+    build: Callable[[argparse.Namespace, dict[str, Any]], Algorithm],
+    start: Key,
+    steps: Key,
+    data: Batch,
+    options: argparse.Namespace,
+    batch_size: int | None = None,
+) -> Any:
+    """The posterior after all steps, each on all the data or on a minibatch."""
+    algorithm = build(options, {"num_data": len(data.x)})
 
     @jax.jit
     def train(state: Any) -> Any:
         def step(state: Any, key: Key) -> tuple[Any, None]:
-            return algorithm.update(key, state, data, PLAIN)[0], None
+            here = data
+            if batch_size is not None:
+                shape = (min(batch_size, len(data.x)),)
+                rows = jax.random.choice(jax.random.fold_in(key, 1), len(data.x), shape, False)
+                here = jax.tree.map(lambda leaf: leaf[rows], data)
+            return algorithm.update(key, state, here, PLAIN)[0], None
 
         return jax.lax.scan(step, state, jax.random.split(steps, options.steps))[0]
 
-    posterior = algorithm.posterior(train(algorithm.init(start, initial(start))))
-    size = getattr(posterior, "num_samples", options.members)
-    return posterior.sample(draw, min(size, options.members))
+    return algorithm.posterior(train(algorithm.init(start, initial(start))))
 
 
 def _optimizer(options: argparse.Namespace) -> optax.GradientTransformation:
     return optax.adam(optax.cosine_decay_schedule(0.02, options.steps))
+
+
+def _natural_gradient(
+    module: Any, options: argparse.Namespace, settings: dict[str, Any]
+) -> Algorithm:
+    rate = optax.cosine_decay_schedule(0.1, options.steps)
+    optimizer = optax.chain(optax.clip(1.0), optax.scale_by_learning_rate(rate))
+    return module.build(LIKELIHOOD, PRIOR, optimizer=optimizer, **settings)
+
+
+def _swag(options: argparse.Namespace, settings: dict[str, Any]) -> Algorithm:
+    start = options.steps // 2
+    every = max(1, (options.steps - start) // options.members)
+    return swag.build(
+        LIKELIHOOD, PRIOR, optimizer=optax.adam(0.01), start=start, every=every, **settings
+    )
+
+
+def _ensemble(options: argparse.Namespace, settings: dict[str, Any]) -> Algorithm:
+    members = ensemble.build(ALGORITHMS["map"](options, settings), MEMBERS)
+    return members._replace(init=lambda key, params: members.init(key, initial))
 
 
 def _sgmcmc(
@@ -124,7 +189,15 @@ def _sgmcmc(
 # One line a method: (options, {"num_data": N}) -> Algorithm.
 ALGORITHMS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Algorithm]] = {
     "map": lambda o, s: maximum.build(LIKELIHOOD, PRIOR, optimizer=_optimizer(o), **s),
+    "ensemble": _ensemble,
+    "swag": _swag,
     "svi": lambda o, s: svi.build(LIKELIHOOD, PRIOR, optimizer=_optimizer(o), **s),
+    "svi, low rank": lambda o, s: svi.build(
+        LIKELIHOOD, PRIOR, optimizer=_optimizer(o), guide="low-rank", rank=20, **s
+    ),
+    "vogn": partial(_natural_gradient, vogn),
+    "noisy-adam": partial(_natural_gradient, noisy_adam),
+    "ivon": partial(_natural_gradient, ivon),
     "sgld": partial(_sgmcmc, step_size=4e-3),
     "sghmc": partial(_sgmcmc, step_size=4e-3, friction=0.1),
     "cyclical": partial(_sgmcmc, step_size=1e-2, friction=0.1, cycles=8),
@@ -133,6 +206,8 @@ ALGORITHMS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Algorithm]]
 METHODS: dict[str, Callable[[Key, Batch, argparse.Namespace], Any]] = {
     "nuts": nuts,
     **{name: partial(minibatched, build) for name, build in ALGORITHMS.items()},
+    "swag": partial(minibatched, _swag, batch_size=MINIBATCH),
+    "laplace": fitted,
 }
 
 
@@ -170,7 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = {"settings": settings, "reference": sure, "rows": rows}
     with options.out.open("x") as file:
         json.dump(record, file, indent=1)
-    picture(found, sides, x, y).savefig(options.out.with_suffix(".png"), dpi=150)
+    titled = {f"{row['method']}: {row['tv']:.3f}": found[row["method"]] for row in rows}
+    shown = {"NUTS, the reference": found["reference"], **titled}
+    picture(shown, sides, x, y).savefig(options.out.with_suffix(".png"), dpi=150)
 
 
 def predictive(samples: Any, points: Array) -> np.ndarray:
@@ -188,21 +265,23 @@ def picture(
     found: dict[str, np.ndarray], sides: list[np.ndarray], x: np.ndarray, y: np.ndarray
 ) -> Figure:
     """One panel a method: the probability of class 1, faded where the predictive is uncertain."""
-    columns = min(4, len(found))
+    columns = min(5, len(found))
     rows = -(-len(found) // columns)
     figure = Figure((2.6 * columns, 2.4 * rows), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     colours = (LIGHT["broken"], LIGHT["certified"])
     shades = LinearSegmentedColormap.from_list("classes", [colours[0], LIGHT["card"], colours[1]])
+    ends = (sides[0][0], sides[0][-1], sides[1][0], sides[1][-1])
     grid = np.ravel(figure.subplots(rows, columns, squeeze=False))
     for axes in grid:
         axes.set_axis_off()
     for axes, (name, pi) in zip(grid, found.items(), strict=False):
         p, h = (v.reshape(len(sides[1]), len(sides[0])) for v in (pi[:, 1], entropy(pi)))
         signed = np.sign(p - 0.5) * (1 - h / np.log(2))
-        axes.pcolormesh(*sides, signed, cmap=shades, vmin=-1, vmax=1, shading="auto", alpha=0.7)
+        smooth: Any = {"origin": "lower", "extent": ends, "interpolation": "bilinear"}
+        axes.imshow(signed, cmap=shades, vmin=-1, vmax=1, alpha=0.7, aspect="auto", **smooth)
         axes.contour(*sides, p - 0.5, levels=[0.0], colors=[LIGHT["ink"]], linewidths=1)
-        axes.scatter(*x.T, c=[colours[label] for label in y], s=5, lw=0)
+        axes.scatter(*x.T, c=[colours[label] for label in y], s=6, lw=0.3, edgecolors=LIGHT["card"])
         axes.set_title(name, fontsize=9, color=LIGHT["ink"])
     return figure
 

@@ -29,6 +29,30 @@ def test_presets_are_valid_and_survive_json(name: str) -> None:
     assert stg.from_dict(json.loads(json.dumps(stg.to_dict(moved)))) == moved
 
 
+def test_a_config_written_before_a_setting_existed_has_its_default() -> None:
+    fields = stg.to_dict(cfg.PRESETS["digits"])
+    for name in ("kl_ramp", "power_ramp", "guide"):
+        del fields["train"][name]
+    assert stg.from_dict(fields) == cfg.PRESETS["digits"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.kl-ramp": "0.2", "inference": "sgld"}, "--train.kl-ramp must be 0"),
+        ({"train.guide": "low-rank", "train.rank": "0"}, "--train.rank must be at least 2"),
+        ({"train.ramp": "0.6", "train.power-ramp": "0.5"}, "fractions of one training, got 1.1"),
+    ],
+)
+def test_settings_that_exclude_one_another(
+    changes: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [part for name, value in changes.items() for part in (f"--{name}", value)]
+    with pytest.raises(SystemExit):
+        cfg.parse(["digits", *options])
+    assert message in capsys.readouterr().err
+
+
 def test_the_presets_of_the_contract_exist() -> None:
     expected = ["digits", "mnist-mlp", "mnist-cnn", "fashion-mlp", "fashion-cnn", "cifar-cnn"]
     assert list(cfg.PRESETS) == expected
@@ -122,6 +146,8 @@ NAN, INF = float("nan"), float("inf")
         ("train.eps", [-0.1, NAN, 8.0]),
         ("train.lam", [-0.1, 1.1, NAN]),
         ("train.power", [-0.1, 1.1, NAN]),
+        ("train.power_ramp", [-0.1, 1.1, NAN]),
+        ("train.kl_ramp", [-0.1, 1.1, NAN]),
         ("train.warmup", [-0.1, 1.1, NAN]),
         ("train.ramp", [-0.1, 1.1, NAN]),
         ("train.validation", [-1]),

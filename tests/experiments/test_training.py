@@ -13,14 +13,19 @@ import pytest
 
 from bnncert import certify, likelihood
 from bnncert.infer.map import MAPInfo
-from bnncert.posterior import MeanField, Samples
+from bnncert.posterior import LowRank, MeanField, Samples
 from bnncert.sets import ball
 from bnncert.types import Algorithm, Batch, Threat
 from experiments import checkpoint, inference, training
 from experiments.config import PRESETS
 from experiments.data import Split, epoch_batches
 from experiments.models import Model
-from experiments.schedule import learning_rate_schedule, threat_schedule
+from experiments.schedule import (
+    kl_weight_schedule,
+    learning_rate_schedule,
+    power_schedule,
+    threat_schedule,
+)
 from experiments.settings import RunConfig
 from experiments.training import TrainingError, keep_epochs, train
 
@@ -124,6 +129,30 @@ def test_each_epoch_is_logged_with_its_schedules(tmp_path: Path) -> None:
         assert line["val_clean_accuracy"] is line["val_certified_accuracy"] is None
     assert (lines[-1]["eps"], lines[-1]["lam"]) == pytest.approx((0.1, 0.3))
     assert found.train_seconds > 0
+
+
+def test_ramps_of_power_and_kl_weight_reach_the_likelihood_and_the_loss(tmp_path: Path) -> None:
+    ramps: Any = {"ramp": 0.3, "power": 1.0, "power_ramp": 0.5, "kl_weight": 0.25, "kl_ramp": 0.8}
+    config = settings("bbb", guide="low-rank", rank=2, **ramps)
+    found = train(config, MODEL, images(), NONE_HELD, tmp_path)
+    assert isinstance(found.posterior, LowRank)
+    lines = metrics(tmp_path)
+    weights, powers = kl_weight_schedule(config.train, 3), power_schedule(config.train, 3)
+    assert callable(weights)
+    assert [line["power"] for line in lines] == [float(powers(step)) for step in (2, 5, 8)]
+    assert lines[0]["power"] == 0 < lines[1]["power"] < lines[2]["power"] == 1
+    assert [line["kl_weight"] for line in lines] == [float(weights(step)) for step in (2, 5, 8)]
+    assert lines[0]["kl_weight"] < lines[-1]["kl_weight"] == 0.25
+    for i, line in enumerate(lines):  # the KL changes little within an epoch
+        mean = np.mean([float(weights(step)) for step in range(3 * i, 3 * i + 3)])
+        elbo = line["log_likelihood"] - mean * line["kl"]
+        assert line["loss"] == pytest.approx(-elbo, rel=0.01)
+    other = tmp_path / "other"
+    other.mkdir()
+    train(settings("bbb", guide="low-rank", rank=2, **{**ramps, "power": 0.0}), MODEL, images(),
+          NONE_HELD, other)  # fmt: skip
+    same = [a["loss"] == b["loss"] for a, b in zip(lines, metrics(other), strict=True)]
+    assert same == [True, False, False]
 
 
 @pytest.fixture(scope="module")
