@@ -21,7 +21,7 @@ from bnncert.infer.minibatch import Schedule
 from bnncert.posterior import Samples
 from bnncert.types import Algorithm, Apply, Batch, Key, LogLikelihood, Posterior, Threat
 from experiments.data import Split
-from experiments.models import Model
+from experiments.models import Model, freeze
 from experiments.schedule import kl_weight_schedule, learning_rate_schedule
 from experiments.settings import PIXELS, RunConfig, TrainConfig
 
@@ -98,7 +98,7 @@ def _task(
         settings,
         model,
         error_model(settings, model.apply),
-        priors.normal(params, settings.prior_scale, where=_last_layer(params) if last else None),
+        priors.normal(params, settings.prior_scale, where=_random(params, last)),
         num_data,
         settings.epochs * steps_per_epoch,
         learning_rate_schedule(settings, steps_per_epoch),
@@ -116,10 +116,18 @@ def error_model(settings: TrainConfig, apply: Apply) -> LogLikelihood:
     return likelihood.clean_categorical(apply)
 
 
-def _last_layer(params: PyTree) -> Callable[[str], bool]:
-    """Picks the leaves of the last layer, by name: Dense_1 of Dense_0, Dense_1."""
-    last = list(priors.named(params))[-1].split("/")[0]
-    return lambda name: name.split("/")[0] == last
+def _random(params: PyTree, last: bool) -> Callable[[str], bool]:
+    """Picks the leaves with a prior, by name: all, or those of the last layer (Dense_1).
+
+    Not those of batch-norm: its scale and bias are trained, and its statistics are the data's.
+    """
+    layer = list(priors.named(params))[-1].split("/")[0]
+
+    def where(name: str) -> bool:
+        here = name.split("/")[0]
+        return here == layer if last else not here.startswith("BatchNorm")
+
+    return where
 
 
 def _adam(task: _Task) -> optax.GradientTransformation:
@@ -140,6 +148,7 @@ def _map(task: _Task) -> Algorithm:
         task.log_likelihood,
         task.prior,
         num_data=task.num_data,
+        prepare=task.model.prepare,
         optimizer=_adam(task),
         prior_weight=task.kl_weight,
     )
@@ -150,6 +159,7 @@ def _bbb(task: _Task) -> Algorithm:
         task.log_likelihood,
         task.prior,
         num_data=task.num_data,
+        prepare=task.model.prepare,
         optimizer=_adam(task),
         kl_weight=task.kl_weight,
         guide=task.settings.guide,
@@ -164,6 +174,7 @@ def _natural_gradient(module: Any, task: _Task) -> Algorithm:
         task.log_likelihood,
         task.prior,
         num_data=task.num_data,
+        prepare=task.model.prepare,
         optimizer=optax.chain(
             optax.clip(settings.clip_step), optax.scale_by_learning_rate(task.rate)
         ),
@@ -181,6 +192,7 @@ def _swag(task: _Task) -> Algorithm:
         task.log_likelihood,
         task.prior,
         num_data=task.num_data,
+        prepare=task.model.prepare,
         optimizer=_adam(task),
         kl_weight=task.kl_weight,
         start=start,
@@ -205,6 +217,7 @@ def _sgmcmc(task: _Task) -> Algorithm:
         task.log_likelihood,
         task.prior,
         num_data=task.num_data,
+        prepare=task.model.prepare,
         step_size=lambda step: unit * jnp.asarray(task.rate(step)),
         num_samples=settings.collect,
         friction=settings.friction if task.inference == "sghmc" else None,
@@ -236,6 +249,7 @@ def _mcmc(
     sampler = infer.mcmc.build(
         task.log_likelihood,
         task.prior,
+        prepare=task.model.prepare,
         num_warmup=settings.mcmc_warmup,
         num_samples=settings.mcmc_samples,
         num_chains=settings.mcmc_chains,
@@ -246,8 +260,8 @@ def _mcmc(
     )
     x, y = jnp.asarray(images.x[part]), jnp.asarray(images.y[part])
     samples, info = sampler.sample(key, mean, Batch(x, y, jnp.ones(len(y))), threat)
-    chains = settings.mcmc_chains
-    found = infer.diagnostics.of_predictions(task.model.apply, samples.params, chains, x[:100])
+    chains, networks = settings.mcmc_chains, freeze(task.model, samples.params, x)
+    found = infer.diagnostics.of_predictions(task.model.apply, networks, chains, x[:100])
     return samples, {
         "divergences": int(info.divergences.sum()),
         "acceptance": float(info.acceptance.mean()),
@@ -265,6 +279,7 @@ def _laplace(
         task.log_likelihood,
         task.prior,
         num_data=task.num_data,
+        prepare=task.model.prepare,
         kl_weight=task.settings.kl_weight,
         curvature=task.settings.curvature,
     )

@@ -28,7 +28,7 @@ from experiments.models import build
 from experiments.posteriors import save as save_posterior
 from experiments.report import write_report
 from experiments.settings import RunConfig, from_dict, to_dict
-from experiments.training import Trained, TrainingError, train
+from experiments.training import Trained, TrainingError, deployable, train
 
 SPLIT_SEED = 0
 """The held-out images are the same for every seed: a seed varies the run, not the task."""
@@ -79,8 +79,10 @@ def run(config: RunConfig) -> Path:
     posterior, found = refine(config, model, trained.posterior, train_set)
     refinement = time.monotonic() - started if found else None
     trained = trained._replace(posterior=posterior)
-    save_posterior(folder / "posterior.npz", posterior)
-    samples = deploy(config, posterior)
+    samples = deployable(model, train_set, deploy(config, posterior))
+    # With batch-norm a draw is no network without training data: what is kept is what is deployed.
+    kept = posterior if model.prepare is None else Samples(samples)
+    save_posterior(folder / "posterior.npz", kept)
     evaluated = evaluate(config.eval, model.apply, samples, dataset.test, config.seed)
     found = {**found, "refinement_seconds": refinement}
     results = write_results(config, folder, dataset, trained, evaluated, found)

@@ -163,7 +163,8 @@ class RunConfig:
     dataset: Annotated[str, _choice(DATASETS)]
     """Data set; all but digits are read from a folder prepared by TensorFlow Datasets."""
     model: Annotated[str, _choice(tuple(MODELS))]
-    """Network: mlp (one hidden layer of 512) or cnn (two convolutions, a hidden layer of 100)."""
+    """Network: mlp (one hidden layer of 512), cnn (two convolutions, a hidden layer of 100), or
+    cnn-bn (with batch-norm before each ReLU)."""
     inference: Annotated[str, _choice(tuple(INFERENCES))] = "bbb"
     """Inference method; its settings are under train, their defaults depend on it."""
     seed: int = 0

@@ -24,7 +24,7 @@ from bnncert.types import Algorithm, Apply, Batch, Threat
 from experiments import checkpoint
 from experiments.data import Split, epoch_batches
 from experiments.inference import build_algorithm
-from experiments.models import Model
+from experiments.models import Model, freeze
 from experiments.schedule import (
     kl_weight_schedule,
     learning_rate_schedule,
@@ -35,6 +35,9 @@ from experiments.settings import PIXELS, RunConfig
 
 IN_NATS = ("loss", "log_likelihood", "log_prior", "kl")
 """What the methods' infos have in nats over all data; logged per datum."""
+
+FROZEN_ON = 2048
+"""Training images, the first ones, that give deployed networks the statistics of batch-norm."""
 
 CHECKPOINT_SECONDS = 10.0
 """Least time between two checkpoints: saving takes some 50 ms."""
@@ -89,7 +92,7 @@ def train(config: RunConfig, model: Model, train_set: Split, held: Split, folder
         first = int(first)
     lines = keep_epochs(folder / "metrics.jsonl", first)
     update = make_update(config, algorithm, steps_per_epoch)
-    measure = make_validation(config, model.apply, held)
+    measure = make_validation(config, model.apply, held, partial(deployable, model, train_set))
     images, labels = jnp.asarray(train_set.x), jnp.asarray(train_set.y)
     rates = learning_rate_schedule(settings, steps_per_epoch)
     threats = threat_schedule(settings, steps_per_epoch)
@@ -186,8 +189,16 @@ def make_update(config: RunConfig, algorithm: Algorithm, steps_per_epoch: int) -
     return update
 
 
+def deployable(model: Model, train_set: Split, samples: PyTree) -> PyTree:
+    """Samples as the networks that are deployed: batch-norm frozen on the first training images."""
+    return freeze(model, samples, train_set.x[:FROZEN_ON])
+
+
 def make_validation(
-    config: RunConfig, apply: Apply, held: Split
+    config: RunConfig,
+    apply: Apply,
+    held: Split,
+    freeze: Callable[[PyTree], PyTree] = lambda samples: samples,
 ) -> Callable[[Any, PRNGKeyArray], dict[str, float | None]]:
     """Clean and certified accuracy of one posterior draw on the held-out images (by IBP)."""
     if not len(held.y):
@@ -204,7 +215,7 @@ def make_validation(
         return correct.mean(), (correct & found.robust).mean()
 
     def measure(posterior: Any, key: PRNGKeyArray) -> dict[str, float | None]:
-        draw = posterior.sample(jax.random.fold_in(key, 3), 1)
+        draw = freeze(posterior.sample(jax.random.fold_in(key, 3), 1))
         clean, certified = certify_all(draw, held.x, held.y)
         return {
             "val_clean_accuracy": float(clean),
