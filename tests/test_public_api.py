@@ -111,6 +111,10 @@ def test_certificates_and_attacks():
         assert {"method", "rounding", "batch_size"} <= set(parameters(certify))
     fields = ("predicted", "robust", "margins", "probability", "confidence", "arithmetic")
     assert starts_with(bc.certify.Decision, *fields)
+    common = ("key", "apply", "posterior", "x_set", "constraints", "*")
+    assert starts_with(bc.certify.safety, *common)
+    assert {"method", "rounding", "num_boxes"} <= set(parameters(bc.certify.safety))
+    assert bc.certify.Safety._fields[:4] == ("lower", "upper", "safe", "unsafe")
     assert starts_with(bc.attack.pgd, "key", "apply", "samples", "x", "y", "eps", "*")
     assert starts_with(bc.attack.fgsm, "apply", "samples", "x", "y", "eps", "*")
     attacks = bc.attack
@@ -184,6 +188,9 @@ def test_every_public_function_is_documented_and_typed(f):
         bc.infer.ensemble.build,
         bc.certify.decision,
         bc.certify.predictive,
+        bc.certify.safety,
+        bc.certify.class_stays,
+        bc.certify.outputs_within,
         bc.attack.pgd,
         bc.attack.fgsm,
         bc.attack.apgd,

@@ -1,6 +1,14 @@
-"""Certificates for posteriors: what is proved about their predictions over a set of inputs."""
+"""Certificates for posteriors: what is proved about them and their predictions over inputs."""
 
+from bnncert.certify.claims import Constraints
 from bnncert.certify.predictive import Decision, decision, predictive
+from bnncert.certify.safety import (
+    Safety,
+    WeightBoxes,
+    class_stays,
+    outputs_within,
+    safety,
+)
 from bnncert.certify.sampled_safety import (
     SampledSafety,
     proves_class,
@@ -10,12 +18,18 @@ from bnncert.certify.sampled_safety import (
 from bnncert.certify.sampling import statistical
 
 __all__ = [
+    "Constraints",
     "Decision",
+    "Safety",
     "SampledSafety",
+    "WeightBoxes",
+    "class_stays",
     "decision",
+    "outputs_within",
     "predictive",
     "proves_class",
     "proves_outputs",
+    "safety",
     "sampled_safety",
     "statistical",
 ]
