@@ -114,6 +114,8 @@ def test_certificates_and_attacks():
     common = ("key", "apply", "posterior", "x_set", "constraints", "*")
     assert starts_with(bc.certify.safety, *common)
     assert {"method", "rounding", "num_boxes"} <= set(parameters(bc.certify.safety))
+    assert starts_with(bc.certify.radius, "apply", "samples", "x", "*")
+    assert starts_with(bc.certify.statistical, "key", "apply", "posterior", "x_set", "*")
     assert bc.certify.Safety._fields[:4] == ("lower", "upper", "safe", "unsafe")
     assert starts_with(bc.attack.pgd, "key", "apply", "samples", "x", "y", "eps", "*")
     assert starts_with(bc.attack.fgsm, "apply", "samples", "x", "y", "eps", "*")
@@ -191,6 +193,13 @@ def test_every_public_function_is_documented_and_typed(f):
         bc.certify.safety,
         bc.certify.class_stays,
         bc.certify.outputs_within,
+        bc.certify.statistical,
+        bc.certify.sampled_safety,
+        bc.certify.proves_class,
+        bc.certify.proves_outputs,
+        bc.certify.radius,
+        bc.certify.statistical_radius,
+        bc.certify.attacked_radius,
         bc.attack.pgd,
         bc.attack.fgsm,
         bc.attack.apgd,

@@ -2,6 +2,13 @@
 
 from bnncert.certify.claims import Constraints
 from bnncert.certify.predictive import Decision, decision, predictive
+from bnncert.certify.radii import (
+    AttackedRadius,
+    CertifiedRadius,
+    attacked_radius,
+    radius,
+    statistical_radius,
+)
 from bnncert.certify.safety import (
     Safety,
     WeightBoxes,
@@ -18,18 +25,23 @@ from bnncert.certify.sampled_safety import (
 from bnncert.certify.sampling import statistical
 
 __all__ = [
+    "AttackedRadius",
+    "CertifiedRadius",
     "Constraints",
     "Decision",
     "Safety",
     "SampledSafety",
     "WeightBoxes",
+    "attacked_radius",
     "class_stays",
     "decision",
     "outputs_within",
     "predictive",
     "proves_class",
     "proves_outputs",
+    "radius",
     "safety",
     "sampled_safety",
     "statistical",
+    "statistical_radius",
 ]

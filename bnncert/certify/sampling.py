@@ -81,7 +81,7 @@ def statistical(
         num_points: how many points the statement unites over: 1 says it of each point by itself,
             the size of the test set says it of all of them together.
         num_stages: how many certificates are tried on a point, whose best is kept: of a cascade, or
-            the radii that a bisection chooses from (`bnncert.certify.certified_radius`).
+            the radii that a bisection chooses from (`bnncert.certify.statistical_radius`).
         num_pilot: further draws, which choose the class.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `decision`.
