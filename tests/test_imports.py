@@ -28,7 +28,8 @@ ORDER = """
     attack.predictive attack.geometry attack.losses attack.gradient attack.auto attack.query
     attack.battery attack
     certify.predictive certify.mass certify.boxes certify.claims certify.safety certify.moments
-    certify.confidence certify.sampling certify.sampled_safety certify.radii certify
+    certify.confidence certify.sampling certify.sampled_safety certify.radii
+    certify.uncertainty certify
     metrics.scores metrics.calibration metrics.uncertainty metrics.detection metrics parallel
 """.split()
 

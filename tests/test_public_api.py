@@ -200,6 +200,8 @@ def test_every_public_function_is_documented_and_typed(f):
         bc.certify.radius,
         bc.certify.statistical_radius,
         bc.certify.attacked_radius,
+        bc.certify.uncertainty,
+        bc.certify.moments,
         bc.attack.pgd,
         bc.attack.fgsm,
         bc.attack.apgd,

@@ -23,18 +23,22 @@ from bnncert.certify.sampled_safety import (
     sampled_safety,
 )
 from bnncert.certify.sampling import statistical
+from bnncert.certify.uncertainty import Moments, Uncertainty, moments, uncertainty
 
 __all__ = [
     "AttackedRadius",
     "CertifiedRadius",
     "Constraints",
     "Decision",
+    "Moments",
     "Safety",
     "SampledSafety",
+    "Uncertainty",
     "WeightBoxes",
     "attacked_radius",
     "class_stays",
     "decision",
+    "moments",
     "outputs_within",
     "predictive",
     "proves_class",
@@ -44,4 +48,5 @@ __all__ = [
     "sampled_safety",
     "statistical",
     "statistical_radius",
+    "uncertainty",
 ]
