@@ -64,7 +64,7 @@ PRESETS: dict[str, RunConfig] = {
 
 _NATURAL: dict[str, Any] = {"learning_rate": 0.1, "clip_step": 0.02}
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
-    "vogn": _NATURAL,
+    "vogn": {"learning_rate": 0.3, "clip_step": 0.00667},
     "noisy-adam": _NATURAL,
     "ivon": _NATURAL,
 }

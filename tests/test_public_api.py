@@ -201,7 +201,7 @@ def test_every_public_function_is_documented_and_typed(f):
         bc.certify.statistical_radius,
         bc.certify.attacked_radius,
         bc.certify.uncertainty,
-        bc.certify.moments,
+        bc.certify.mean_and_variance,
         bc.attack.pgd,
         bc.attack.fgsm,
         bc.attack.apgd,

@@ -23,7 +23,7 @@ from bnncert.certify.sampled_safety import (
     sampled_safety,
 )
 from bnncert.certify.sampling import statistical
-from bnncert.certify.uncertainty import Moments, Uncertainty, moments, uncertainty
+from bnncert.certify.uncertainty import Moments, Uncertainty, mean_and_variance, uncertainty
 
 __all__ = [
     "AttackedRadius",
@@ -38,7 +38,7 @@ __all__ = [
     "attacked_radius",
     "class_stays",
     "decision",
-    "moments",
+    "mean_and_variance",
     "outputs_within",
     "predictive",
     "proves_class",

@@ -120,7 +120,7 @@ def uncertainty(
     return Uncertainty(box, Box(least, box.upper.max()), _entropy(box))
 
 
-def moments(
+def mean_and_variance(
     apply: Apply,
     samples: Samples,
     x_set: Set,
@@ -150,7 +150,8 @@ def moments(
 
     Example:
         >>> apply = lambda w, x: w * x
-        >>> found = moments(apply, jnp.array([[1.0], [3.0]]), Box(jnp.ones(1), jnp.ones(1)))
+        >>> samples, at_one = jnp.array([[1.0], [3.0]]), Box(jnp.ones(1), jnp.ones(1))
+        >>> found = mean_and_variance(apply, samples, at_one)
         >>> found.mean.lower.round(3).tolist(), found.variance.upper.round(3).tolist()
         ([2.0], [1.0])
     """
