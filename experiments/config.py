@@ -67,11 +67,13 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "vogn": {"learning_rate": 0.3, "clip_step": 0.00667},
     "noisy-adam": _NATURAL,
     "ivon": _NATURAL,
+    "sgld": {"learning_rate": 0.04},
 }
 """What each method's training has different from the preset's.
 
-No weight moves by more than 0.002 in a step, the learning rate of Adam elsewhere. With steps of up
-to 0.5 the small CNN is at chance from the first epoch on (`experiments/results`).
+By a natural gradient no weight moves by more than 0.002 in a step, the learning rate of Adam
+elsewhere: with steps of up to 0.5 the small CNN is at chance from the first epoch on. Without
+momentum or a preconditioner, with steps as short as those, it stays there (`experiments/results`).
 """
 
 
