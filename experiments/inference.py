@@ -266,10 +266,21 @@ def _mcmc(
         "divergences": int(info.divergences.sum()),
         "acceptance": float(info.acceptance.mean()),
         "leapfrog_steps": float(info.num_steps.mean()),
-        "r_hat": float(np.nanmax(found.r_hat)),
-        "effective_sample_size": float(np.nanmin(found.ess)),
+        "r_hat": worst(found.r_hat, np.max),
+        "effective_sample_size": worst(found.ess, np.min),
         "mcmc_images": len(y),
     }
+
+
+def worst(values: np.ndarray, extreme: Callable[[np.ndarray], Any]) -> float | None:
+    """The extreme of a diagnostic, NaN apart; None where that is infinite: a chain did not move.
+
+    >>> worst(np.array([1.0, np.nan, 1.2]), np.max), worst(np.array([1.0, np.inf]), np.max)
+    (1.2, None)
+    """
+    known = values[~np.isnan(values)]
+    found = float(extreme(known)) if known.size else np.nan
+    return found if np.isfinite(found) else None
 
 
 def _laplace(
