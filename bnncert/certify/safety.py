@@ -35,9 +35,10 @@ from bnncert import prior as priors
 from bnncert.certify import mass as masses
 from bnncert.certify.boxes import Claim, Gaussian, Proof, search
 from bnncert.certify.claims import Constraints, Data, Task, claim_at
+from bnncert.certify.predictive import check_region
 from bnncert.posterior import MeanField
 from bnncert.posterior.leaves import check_structure, flatten, unflatten
-from bnncert.sets import Box, Set, check_set, is_set
+from bnncert.sets import Box, Set, check_set
 from bnncert.types import Apply, Key, Params, Posterior
 
 
@@ -122,8 +123,10 @@ def outputs_within(lower: Float[ArrayLike, "..."], upper: Float[ArrayLike, "..."
         [1.0, 2.0]
     """
     low, high = (np.atleast_1d(np.asarray(end, np.float32)) for end in (lower, upper))
-    if not (low < high).all():
-        raise ValueError(f"lower = {lower} and upper = {upper}: give lower < upper, elementwise.")
+    if not (np.isfinite([low, high]).all() and (low < high).all()):
+        raise ValueError(
+            f"lower = {lower} and upper = {upper}: give finite lower < upper, elementwise."
+        )
     unit = np.eye(low.size, dtype=np.float32)
     return Constraints(np.concatenate([unit, -unit]), np.concatenate([-low, high]))
 
@@ -151,7 +154,8 @@ def safety(
         apply: `(params, x) -> outputs` for one example; outputs are compared as one flat vector.
         posterior: a `MeanField`; leaves whose scale is None are fixed at `loc`.
         x_set: the set T, a `Box` or an `LpBall` of inputs for one example.
-        constraints: the set S of safe outputs: `class_stays`, `outputs_within`, or `Constraints`.
+        constraints: the set S of safe outputs: `class_stays`, `outputs_within`, or `Constraints`;
+            its numbers are rounded to the weights' dtype first.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.bound`.
         num_boxes: parts of the space of weights that are examined, >= 1; with the same key, more
@@ -245,16 +249,15 @@ def _mean_field(posterior: Posterior) -> MeanField:
     if not isinstance(posterior, MeanField):
         raise TypeError(
             f"posterior is a {type(posterior).__name__}: weight boxes have a mass in closed form "
-            "only under a factorised Gaussian, bnncert.posterior.MeanField. For any other, draw "
-            "independent samples and certify those."
+            "only under a factorised Gaussian, bnncert.posterior.MeanField. Any other can be drawn "
+            "from: bnncert.certify.sampled_safety."
         )
     return posterior
 
 
 def _check(posterior: MeanField, x_set: Any, **counts: int) -> tuple[str, ...]:
     """Names of the random leaves, after the checks at the public edge."""
-    if not is_set(x_set):
-        raise TypeError(f"x_set is a {type(x_set).__name__}: give a bnncert.Box or an LpBall.")
+    check_region(x_set)
     check_set(x_set, "x_set")
     for name, value in counts.items():
         if value < 1:

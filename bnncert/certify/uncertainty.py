@@ -170,10 +170,13 @@ def mean_and_variance(
     gaps = jnp.maximum(lower[:, None] - upper[None], lower[None] - upper[:, None])
     least = 0.5 * jnp.square(jnp.maximum(gaps, 0.0)).mean(0).mean(0)
     middle = (0.5 * (lower + upper)).mean(0)
+    middle = jnp.where(jnp.isfinite(middle), middle, 0.0)  # any number will do
     most = jnp.square(jnp.maximum(jnp.abs(lower - middle), jnp.abs(upper - middle))).mean(0)
     share = (2 * count + 32) * unit
-    tiny = float(jnp.finfo(lower.dtype).tiny)  # squares that underflow
-    return Moments(mean, Box(jnp.maximum(least * (1 - share), 0.0), most * (1 + share) + 2 * tiny))
+    kind = jnp.finfo(lower.dtype)
+    tiny = 2 * float(kind.tiny)  # squares that underflow
+    least = jnp.minimum(least, float(kind.max)) * (1 - share) - tiny  # nor do sums overflow
+    return Moments(mean, Box(jnp.maximum(least, 0.0), most * (1 + share) + tiny))
 
 
 def _on_the_simplex(box: Box) -> Box:
@@ -210,8 +213,9 @@ def _entropy(box: Box) -> Box:
 
 
 def _h(p: Float[Array, "..."]) -> Float[Array, "..."]:
-    """-p log p, 0 at 0."""
-    return -p * jnp.log(jnp.where(p > 0, p, 1.0))
+    """-p log p, 0 at 0 and at what underflows, whose logarithm is that of 0 on some backends."""
+    normal = p >= jnp.finfo(p.dtype).tiny
+    return jnp.where(normal, -p * jnp.log(jnp.where(normal, p, 1.0)), 0.0)
 
 
 def _unit(box: Box) -> float:

@@ -235,7 +235,11 @@ def test_what_is_refused():
         safety(KEY, line, q, T, rows, num_boxes=0)
     with pytest.raises(ValueError, match=r"give shapes \(rows, 1\)"):
         safety(KEY, line, q, T, class_stays(0, 3))
-    with pytest.raises(ValueError, match="lower < upper"):
-        outputs_within(1.0, 1.0)
+    for ends in ((1.0, 1.0), (-math.inf, 1.0), (0.0, math.nan)):
+        with pytest.raises(ValueError, match="lower < upper"):
+            outputs_within(*ends)
+    not_a_set: Any = jnp.ones(1)
+    with pytest.raises(TypeError, match="x_set"):
+        safety(KEY, line, q, not_a_set, rows)
     with pytest.raises(ValueError, match="label = 3"):
         class_stays(3, 3)

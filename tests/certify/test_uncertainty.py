@@ -112,6 +112,21 @@ def test_entropy_lies_between_its_extremes_over_box_and_simplex():
     assert np.max(gaps, axis=0)[1] < 1e-3 and np.mean(gaps, axis=0)[0] < 0.12
 
 
+def test_nothing_is_nan_where_bounds_are_infinite_or_underflow():
+    """Where exp overflows over the set; and where a probability is a number that flushes to 0."""
+    far = ball(jnp.array([100.0]), 50.0)
+    found = mean_and_variance(lambda w, x: jnp.exp(w * x), jnp.array([[1.0], [-1.0]]), far)
+    assert jnp.isinf(found.variance.upper).all() and jnp.isinf(found.mean.upper).all()
+    assert not any(jnp.isnan(leaf).any() for leaf in jax.tree.leaves(found))
+    apart = mean_and_variance(
+        lambda w, x: w * x, jnp.array([[1e25], [-1e25]]), ball(XS[0, :1], 0.0)
+    )
+    assert jnp.isfinite(apart.variance.lower).all()  # not more than it is, though squares overflow
+    tiny = jnp.array([1e-40, 0.0, 1.0])
+    entropy = _entropy(_on_the_simplex(Box(tiny, tiny)))
+    assert 0 <= entropy.lower <= 1e-5 and 0 <= entropy.upper <= 1e-3
+
+
 def test_detection_is_certified_below_what_it_is_without_an_adversary():
     """In-distribution inputs far out, where the networks are sure; others near the origin."""
     inner, outer = 0.05 * XS, 10 * XS
