@@ -62,11 +62,11 @@ def refine(
     if stage is None:
         return posterior, {}
     key = jax.random.fold_in(jax.random.key(config.seed), 6)
-    mean = posterior.moments()[0]
+    mean, scales = posterior.moments()
     last = config.inference == "laplace" or config.train.random_layers == "last"
     task = _task(config, model, mean, len(images.y), 1, last)
     threat = Threat(*map(jnp.float32, (config.train.eps, config.train.lam, config.train.power)))
-    return stage(task, key, mean, images, threat)
+    return stage(task, key, mean, scales, images, threat)
 
 
 class _Task(NamedTuple):
@@ -242,7 +242,7 @@ def _collection(task: _Task) -> tuple[int, int]:
 
 
 def _mcmc(
-    task: _Task, key: Key, mean: PyTree, images: Split, threat: Threat
+    task: _Task, key: Key, mean: PyTree, scales: PyTree, images: Split, threat: Threat
 ) -> tuple[Posterior, dict[str, Any]]:
     settings, part = task.settings, slice(task.settings.mcmc_images)
     depth = {"num_steps": 2**settings.mcmc_depth} if task.inference == "hmc" else {}
@@ -255,6 +255,8 @@ def _mcmc(
         num_chains=settings.mcmc_chains,
         kernel=task.inference,
         kl_weight=settings.kl_weight,
+        scales=scales,
+        adapt_mass=False,  # so many weights' deviations take thousands of draws to learn
         progress_bar=True,
         **(depth or {"max_tree_depth": settings.mcmc_depth}),
     )
@@ -284,7 +286,7 @@ def worst(values: np.ndarray, extreme: Callable[[np.ndarray], Any]) -> float | N
 
 
 def _laplace(
-    task: _Task, key: Key, mean: PyTree, images: Split, threat: Threat
+    task: _Task, key: Key, mean: PyTree, scales: PyTree, images: Split, threat: Threat
 ) -> tuple[Posterior, dict[str, Any]]:
     method = infer.laplace.build(
         task.log_likelihood,

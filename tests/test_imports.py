@@ -23,8 +23,8 @@ ORDER = """
     likelihood prior posterior.leaves posterior.mean_field posterior.samples posterior.low_rank
     posterior.gaussian posterior.mixture posterior.summary posterior
     infer.minibatch infer.map infer.guides infer.svi infer.natural_gradient infer.vogn
-    infer.noisy_adam infer.ivon infer.swag infer.diagnostics infer.mcmc infer.sgmcmc infer.laplace
-    infer.ensemble infer
+    infer.noisy_adam infer.ivon infer.swag infer.diagnostics infer.potential infer.progress
+    infer.mcmc infer.sgmcmc infer.laplace infer.ensemble infer
     attack.predictive attack.geometry attack.losses attack.gradient attack.auto attack.query
     attack.battery attack
     certify.predictive certify.mass certify.boxes certify.claims certify.safety certify.moments
@@ -37,7 +37,7 @@ ORDER = """
 FAMILY = "bounds.rules."
 
 # The core dependencies, and NumPy and SciPy, which JAX brings.
-THIRD_PARTY = {"jax", "jaxtyping", "numpy", "numpyro", "optax", "scipy"}
+THIRD_PARTY = {"jax", "jaxtyping", "numpy", "numpyro", "optax", "scipy", "tqdm"}
 
 LIBRARY = sorted((ROOT / "bnncert").rglob("*.py"))
 EVERYTHING = sorted(

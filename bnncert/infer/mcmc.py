@@ -2,16 +2,16 @@
 
     U(w) = -log p(w) - (1 / kl_weight) log p(D | w)        (nats, summed over weights and data)
 
-is the potential: its Markov chains have the density exp(-U), p(w) p(D | w)^(1 / kl_weight), as
-their limit, without the bias of a step size. HMC moves along
+is the potential (`bnncert.infer.potential`): Markov chains have the density exp(-U), that is
+p(w) p(D | w)^(1 / kl_weight), as their limit, without the bias of a step size. HMC moves along
 
     dw/dt = M^-1 r,   dr/dt = -grad U(w),   r ~ N(0, M)
 
 by leapfrog steps and accepts the end with probability min(1, exp(-change of U + r' M^-1 r / 2));
 NUTS chooses the length of the trajectory. Step size and mass matrix M adapt during the warm-up.
 
-For the gradient to belong to U, U has to be one function: a log-likelihood that uses its key, such
-as an attack with random starts, is given the same key at every evaluation of a run.
+A step is as short as the narrowest direction asks for, in the metric of M. Where a short warm-up
+cannot learn M, for there are many weights, give it the deviations of a variational posterior.
 
 `bnncert.infer.diagnostics` says whether chains agree.
 
@@ -26,11 +26,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 from numpyro.infer import HMC, MCMC, NUTS
 
 from bnncert import prior as priors
-from bnncert.infer.minibatch import check_support, log_likelihoods
+from bnncert.infer.minibatch import check_support
+from bnncert.infer.potential import pad, potential
+from bnncert.infer.progress import follow
 from bnncert.posterior import Samples
 from bnncert.sets import is_concrete
 from bnncert.types import Batch, Key, LogLikelihood, Params, Posterior, Prepare, Threat
@@ -80,6 +83,7 @@ def build(
     step_size: float = 0.1,
     dense_mass: bool = False,
     adapt_mass: bool = True,
+    scales: PyTree = None,
     thinning: int = 1,
     batch_size: int = 1024,
     progress_bar: bool = False,
@@ -103,11 +107,13 @@ def build(
         target_accept: mean probability of acceptance that the step size is adapted to, in (0, 1).
         step_size: that the adaptation starts at, and, without a warm-up, stays at.
         dense_mass: M with all covariances, (number of weights)^2 numbers, or only its diagonal.
-        adapt_mass: whether M adapts; it is the identity otherwise.
+        adapt_mass: whether M adapts; it stays as it starts otherwise.
+        scales: deviations that the weights are expected to have, > 0, with the params' structure,
+            e.g. `posterior.moments()[1]`: M starts as diag(1 / scales^2). None: the identity.
         thinning: keep every so many draws.
         batch_size: data evaluated at once.
-        progress_bar: shows one. Every call compiles anew then; without, calls with the same shapes
-            share one compile.
+        progress_bar: shows one, of draws. Every call compiles anew then; without, calls with the
+            same shapes share one compile.
         prepare: `(params, x) -> params` with all the inputs, padding too: e.g. batch-norm
             statistics.
 
@@ -145,7 +151,10 @@ def build(
         "target_accept_prob": target_accept,
         "dense_mass": dense_mass,
         "adapt_mass_matrix": adapt_mass,
+        "kinetic_fn": kinetic_energy,
     }
+    if scales is not None:
+        options["inverse_mass_matrix"] = _variances(prior, scales, dense_mass)
     if kernel == "nuts":
         make = partial(NUTS, max_tree_depth=max_tree_depth, **options)
     else:
@@ -168,56 +177,29 @@ def build(
             "num_warmup": num_warmup,
             "num_samples": thinning * num_samples,
             "thinning": thinning,
-            "progress_bar": progress_bar,
         },
     )
-    return Sampler(
-        partial(_sample, prior, num_chains, batch_size, run if progress_bar else jax.jit(run))
-    )
+    total = num_warmup + thinning * num_samples
+    run = follow(run, total) if progress_bar else jax.jit(run)
+    return Sampler(partial(_sample, prior, num_chains, batch_size, run))
 
 
-def potential(
-    log_likelihood: LogLikelihood,
-    prior: PyTree,
-    key: Key,
-    params: Params,
-    data: Batch,
-    threat: Threat,
-    *,
-    kl_weight: float = 1.0,
-    prepare: Prepare | None = None,
-    batch_size: int = 1024,
-) -> Float[Array, ""]:
-    """U(w) in nats, summed over weights and data.
+def kinetic_energy(inverse_mass: Array, momentum: PyTree) -> Float[Array, ""]:
+    """The energy of the momentum r, r' M^-1 r / 2.
+
+    NumPyro's ends in a dot product, off by whole nats over 10^5 weights in float32, and not
+    by the same at the next step: proposals are rejected for it, however short the steps.
 
     Args:
-        log_likelihood: of one datum.
-        prior: distributions, and None.
-        key: of the likelihood; the same one makes it the same function.
-        params: one network's weights.
-        data: all of it; padding, by the mask, adds nothing.
-        threat: what the error model guards against.
-        kl_weight: of the prior, > 0.
-        prepare: `(params, x) -> params`, applied first, or None.
-        batch_size: data evaluated at once, also in the gradient, which evaluates them twice.
+        inverse_mass: M^-1, or its diagonal.
+        momentum: r, a pytree.
     """
-    prepared = params if prepare is None else prepare(params, data.x)
-
-    def chunk(inputs: tuple[Array, Batch]) -> Array:
-        number, rows = inputs
-        own = jax.random.fold_in(key, number)
-        return log_likelihoods(log_likelihood, None, own, prepared, rows, threat).sum()
-
-    if data.mask.shape[0] <= batch_size:
-        log_lik = chunk((jnp.asarray(0), data))
+    flat = ravel_pytree(momentum)[0]
+    if inverse_mass.ndim == 1:
+        velocity = inverse_mass * flat
     else:
-        # without the checkpoint the gradient would keep the activations of every chunk
-        chunks = jax.tree.map(
-            lambda v: v.reshape(-1, batch_size, *v.shape[1:]), _pad(data, batch_size)
-        )
-        numbers = jnp.arange(chunks.mask.shape[0])
-        log_lik = jax.lax.map(jax.checkpoint(chunk), (numbers, chunks)).sum()
-    return -log_lik / kl_weight - priors.log_prob(prior, params)
+        velocity = jnp.matmul(inverse_mass, flat, precision=jax.lax.Precision.HIGHEST)
+    return 0.5 * jnp.sum(velocity * flat)
 
 
 def _sample(
@@ -233,7 +215,7 @@ def _sample(
     start_key, likelihood_key, chain_key = jax.random.split(key, 3)
     starts, params = _starts(prior, num_chains, start_key, params)
     if data.mask.shape[0] > batch_size:
-        data = _pad(data, batch_size)  # once, not at every step
+        data = pad(data, batch_size)  # once, not at every step
     samples, info = run(likelihood_key, chain_key, starts, params, data, threat)
     return Samples(samples), info
 
@@ -284,6 +266,7 @@ def _run(
     params: Params,
     data: Batch,
     threat: Threat,
+    watch: Callable[[HMC], HMC] = lambda kernel: kernel,
 ) -> tuple[Params, MCMCInfo]:
     """All of one run, and so one compile: NumPyro's own caches end with its objects."""
     types = {name: leaf.dtype for name, leaf in starts.items()}
@@ -299,9 +282,10 @@ def _run(
     if num_chains == 1:
         positions = {name: leaf[0] for name, leaf in positions.items()}
     chains = MCMC(
-        make(potential_fn=of_values),
+        watch(make(potential_fn=of_values)),
         num_chains=num_chains,
         chain_method="vectorized",
+        progress_bar=False,
         **settings,
     )
     fields = ("mean_accept_prob", "num_steps", "potential_energy", "adapt_state.step_size")
@@ -320,13 +304,18 @@ def _run(
     return priors.replace(repeated, {n: v.astype(types[n]) for n, v in draws.items()}), info
 
 
-def _pad(data: Batch, batch_size: int) -> Batch:
-    """Padded to a multiple of `batch_size`, by repeating the first datum under a mask of 0."""
-    missing = -data.mask.shape[0] % batch_size
-    if not missing:
-        return data
-    x, y = (jnp.concatenate([v, jnp.repeat(v[:1], missing, axis=0)]) for v in (data.x, data.y))
-    return Batch(x, y, jnp.concatenate([data.mask, jnp.zeros_like(data.mask[:1]).repeat(missing)]))
+def _variances(prior: PyTree, scales: PyTree, dense: bool) -> Array:
+    """The inverse of M in the order of NumPyro's flat vectors."""
+    priors.check(prior, scales)
+    leaves = priors.named(scales)
+    for name in priors.names(prior):
+        if not bool((leaves[name] > 0).all()):
+            raise ValueError(
+                f"scales: leaf {name!r} has a deviation of {float(jnp.min(leaves[name])):g}; "
+                "they must all be positive."
+            )
+    flat = ravel_pytree({n: jnp.square(leaves[n]).astype(float) for n in priors.names(prior)})[0]
+    return jnp.diag(flat) if dense else flat
 
 
 def _check(

@@ -350,3 +350,62 @@ def test_float32_weights_where_the_default_is_float64():
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
+
+
+# --- many weights ---------------------------------------------------------------------------------
+
+
+def test_the_energy_of_many_momenta_is_not_lost_in_float32():
+    momentum = {"w": jax.random.normal(KEY, (700, 500)), "b": jax.random.normal(KEY, (500,))}
+    inverse_mass = jax.random.uniform(jax.random.key(1), (350_500,), minval=0.1, maxval=2.0)
+    flat = np.concatenate([np.ravel(momentum[name]) for name in sorted(momentum)]).astype(float)
+    exact = 0.5 * np.sum(np.asarray(inverse_mass, float) * flat**2)
+    found = jax.jit(mcmc.kinetic_energy)(inverse_mass, momentum)
+    assert abs(float(found) - exact) < 0.2  # nats, of 180,000
+    few = {"w": jnp.array([1.0, 2.0])}
+    assert mcmc.kinetic_energy(jnp.array([[2.0, 0.5], [0.5, 1.0]]), few) == 4.0
+
+
+@pytest.mark.parametrize("kernel", ["hmc", "nuts"])
+def test_chains_move_in_the_metric_of_the_scales(kernel):
+    """Deviations from 1e-4 to 1: with them as scales no warm-up is needed to draw from all."""
+    scales = {"w": jnp.logspace(-4, 0, 60)}
+    target = {"w": dist.Normal(0.0, scales["w"]).to_event(1)}
+    sampler = mcmc.build(
+        lambda key, params, x, y, threat: jnp.zeros(()),
+        target,
+        num_warmup=0,
+        num_samples=300,
+        kernel=kernel,
+        step_size=0.4,
+        scales=scales,
+        adapt_mass=False,
+        **({"num_steps": 5} if kernel == "hmc" else {}),
+    )
+    start = {"w": jnp.zeros(60)}
+    data = Batch(jnp.zeros((1, 1)), jnp.zeros(1, int), jnp.ones(1))
+    samples, info = sampler.sample(KEY, start, data, threat())
+    ratio = np.asarray(samples.params["w"]).std(0) / np.asarray(scales["w"])
+    assert float(info.acceptance.min()) > 0.7
+    assert (ratio > 0.7).all() and (ratio < 1.3).all()
+    with pytest.raises(ValueError, match="'w' has a deviation of 0"):
+        mcmc.build(cheap, target, num_warmup=0, num_samples=4, scales={"w": jnp.zeros(60)})
+
+
+def test_a_progress_bar_counts_finished_draws_and_changes_no_sample(capsys):
+    target = {"w": dist.Normal(0.0, 1.0).expand([3]).to_event(1)}
+    data = Batch(jnp.zeros((1, 1)), jnp.zeros(1, int), jnp.ones(1))
+
+    def drawn(**options):
+        sampler = mcmc.build(
+            lambda key, params, x, y, threat: jnp.zeros(()),
+            target,
+            num_warmup=4,
+            num_samples=5,
+            num_chains=2,
+            **options,
+        )
+        return sampler.sample(KEY, {"w": jnp.zeros(3)}, data, threat())[0].params
+
+    chex.assert_trees_all_equal(drawn(progress_bar=True), drawn())
+    assert "9/9" in capsys.readouterr().err
