@@ -263,19 +263,27 @@ def _mcmc(
     x, y = jnp.asarray(images.x[part]), jnp.asarray(images.y[part])
     samples, info = sampler.sample(key, mean, Batch(x, y, jnp.ones(len(y))), threat)
     chains, networks = settings.mcmc_chains, freeze(task.model, samples.params, x)
-    found = infer.diagnostics.of_predictions(task.model.apply, networks, chains, x[:100])
+    found = infer.diagnostics.of_predictions(
+        # probabilities of float32 stop moving near 1, their logarithms do not
+        task.model.apply,
+        networks,
+        chains,
+        x[:100],
+        link=jax.nn.log_softmax,
+    )
     return samples, {
         "divergences": int(info.divergences.sum()),
         "acceptance": float(info.acceptance.mean()),
         "leapfrog_steps": float(info.num_steps.mean()),
         "r_hat": worst(found.r_hat, np.max),
+        "median_r_hat": worst(found.r_hat, np.median),
         "effective_sample_size": worst(found.ess, np.min),
         "mcmc_images": len(y),
     }
 
 
 def worst(values: np.ndarray, extreme: Callable[[np.ndarray], Any]) -> float | None:
-    """The extreme of a diagnostic, NaN apart; None where that is infinite: a chain did not move.
+    """A statistic of a diagnostic, NaN apart; None if it is infinite: a chain did not move.
 
     >>> worst(np.array([1.0, np.nan, 1.2]), np.max), worst(np.array([1.0, np.inf]), np.max)
     (1.2, None)

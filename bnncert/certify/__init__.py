@@ -1,6 +1,7 @@
 """Certificates for posteriors: what is proved about them and their predictions over inputs."""
 
 from bnncert.certify.claims import Constraints
+from bnncert.certify.moments import Expectation, expectation
 from bnncert.certify.predictive import Decision, decision, predictive
 from bnncert.certify.radii import (
     AttackedRadius,
@@ -30,6 +31,7 @@ __all__ = [
     "CertifiedRadius",
     "Constraints",
     "Decision",
+    "Expectation",
     "Moments",
     "Safety",
     "SampledSafety",
@@ -38,6 +40,7 @@ __all__ = [
     "attacked_radius",
     "class_stays",
     "decision",
+    "expectation",
     "mean_and_variance",
     "outputs_within",
     "predictive",
