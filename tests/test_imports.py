@@ -27,9 +27,9 @@ ORDER = """
     infer.mcmc infer.sgmcmc infer.laplace infer.ensemble infer
     attack.predictive attack.geometry attack.losses attack.gradient attack.auto attack.query
     attack.battery attack
-    certify.predictive certify.mass certify.boxes certify.claims certify.safety certify.rectified
-    certify.propagation certify.moments
-    certify.confidence certify.sampling certify.sampled_safety certify.radii
+    certify.predictive certify.joint certify.cascade certify.mass certify.boxes certify.claims
+    certify.safety certify.rectified certify.propagation certify.moments certify.confidence
+    certify.sampling certify.sampled_safety certify.radii
     certify.uncertainty certify
     metrics.scores metrics.calibration metrics.uncertainty metrics.detection metrics parallel
 """.split()

@@ -1,6 +1,8 @@
 """Certificates for posteriors: what is proved about them and their predictions over inputs."""
 
+from bnncert.certify.cascade import Cascade, cascade
 from bnncert.certify.claims import Constraints
+from bnncert.certify.joint import joint_decision
 from bnncert.certify.moments import Expectation, expectation
 from bnncert.certify.predictive import Decision, decision, predictive
 from bnncert.certify.radii import (
@@ -28,6 +30,7 @@ from bnncert.certify.uncertainty import Moments, Uncertainty, mean_and_variance,
 
 __all__ = [
     "AttackedRadius",
+    "Cascade",
     "CertifiedRadius",
     "Constraints",
     "Decision",
@@ -38,9 +41,11 @@ __all__ = [
     "Uncertainty",
     "WeightBoxes",
     "attacked_radius",
+    "cascade",
     "class_stays",
     "decision",
     "expectation",
+    "joint_decision",
     "mean_and_variance",
     "outputs_within",
     "predictive",

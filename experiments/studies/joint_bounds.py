@@ -15,7 +15,7 @@ A joint bound is only as good as its linear bound on p_c - p_j. The forms that a
     margins  softmax of the margins, merged with the last layer: p_c sees its exact box
     pairs    1 / sum_k exp(f_k - f_i) of all pairs, merged likewise: each p_i sees its exact box
     log      exp of log_softmax of the margins
-    corner   sums of exp m_k fitted to the box of margins [l, u], below
+    corner   sums of exp m_k fitted to the box of margins (`bnncert.certify.joint`)
     corner-0 the same with the slope 0 under every ReLU that crosses; separately, the exact
              minimum over the box of margins found so
 
@@ -23,15 +23,6 @@ With slope 0 under a ReLU, one hidden layer's linear bounds lie inside its inter
 corner-0 is by crown never under separate corner-0. With adaptive slopes they need not: "decision"
 takes the better of both for each margin, a mean of linear bounds cannot. By crown-ibp the
 nonlinearity after the margins sees their IBP box, where "decision" sees their linear bounds.
-
-Let z = exp m_j, S = sum_k exp m_k in [Sl, Su]. Where u_j < 0, h = 1 - z >= hl > 0. McCormick for
-the product h / S, and a tangent of the convex 1/S at any t > 0, give
-
-    p_c - p_j = h / S  >=  hl (2/t - S/t^2) + h/Su - hl/Su
-
-which is the minimum over the box at its corner m = u if t = Su. Elsewhere R = S - 1 - z >= Rl, and
-(1 - z) / (1 + z + R) is above its tangent in z at zu and R = Rl, flattened until it stays below
-R = Ru too: the minimum again. The best of t = Su and t half-way to Sl is kept.
 
 Attacks say how far both could go: on pi, and on each member by itself, whose mean is an upper
 bound of what any separate bound can prove. An attack's numbers are estimates, not proofs.
@@ -55,6 +46,7 @@ from tqdm import tqdm
 
 from bnncert import attack, ball, bound, certify
 from bnncert.bounds import mean_bound
+from bnncert.certify.joint import ANCHORS, corner_terms, difference_below, margins_of
 from bnncert.posterior import stack
 from bnncert.sets import Box
 from bnncert.types import Apply
@@ -68,9 +60,6 @@ from experiments.training import train
 FORMS = ("decision", "logits", "margins", "pairs", "log", "corner", "corner-0")
 PRESET_OF = {"mnist": "mnist-mlp", "digits": "digits"}
 METHODS = ("crown-ibp", "crown")
-ANCHORS = (0.5, 1.0)
-"""Where 1/S is touched, from Sl (0) to Su (1)."""
-
 Certifier = Callable[[Any, Any, Array, Array], Array]
 """`(samples, region, x, c) -> (C,)`: lower bounds on pi_c - pi_j, for one image."""
 
@@ -167,7 +156,7 @@ def train_members(config: RunConfig, model: Model, dataset: Dataset, count: int)
 
 def forms(apply: Apply) -> dict[str, Callable[[Any, Array, Array], Array]]:
     """Ways to write `(params, x, c) -> p_c - p_j`: the same function, relaxed differently."""
-    margins = _margins(apply)
+    margins = margins_of(apply)
 
     def of_pairs(params: Any, x: Array, c: Array) -> Array:
         logits = apply(params, x)
@@ -206,7 +195,7 @@ def certifiers(apply: Apply, method: str) -> dict[tuple[str, str], Certifier]:
         return mean_bound(f, method)(samples, region, c).lower
 
     def margin_boxes(slope: str, samples: Any, region: Any, c: Array) -> Box:
-        bounds = bound(_margins(apply), method, lower_slope=slope)
+        bounds = bound(margins_of(apply), method, lower_slope=slope)
         return jax.lax.map(lambda params: bounds(params, region, c), samples)
 
     def corner_alone(slope: str, samples: Any, region: Any, x: Array, c: Array) -> Array:
@@ -214,7 +203,7 @@ def certifiers(apply: Apply, method: str) -> dict[tuple[str, str], Certifier]:
 
     def corner(slope: str, samples: Any, region: Any, x: Array, c: Array) -> Array:
         boxes = margin_boxes(slope, samples, region, c)
-        mean = mean_bound(partial(_below, apply), method, lower_slope=slope)
+        mean = mean_bound(partial(difference_below, apply), method, lower_slope=slope)
         found = []
         for anchor in ANCHORS:
             terms = jax.vmap(partial(corner_terms, anchor=anchor))(boxes)
@@ -229,33 +218,6 @@ def certifiers(apply: Apply, method: str) -> dict[tuple[str, str], Certifier]:
     found["separate", "corner-0"] = partial(corner_alone, "zero")
     found["joint", "corner-0"] = partial(corner, "zero")
     return found
-
-
-def corner_terms(box: Box, anchor: float) -> tuple[Array, Array, Array]:
-    """(a, b, g) with p_c - p_j >= a_j sum_k exp m_k + b_j exp m_j + g_j for margins m in the box.
-
-    Args:
-        box: of the margins f_k - f_c, shape (C,); entry c is 0.
-        anchor: where 1/S is touched: t = Sl + anchor (Su - Sl).
-    """
-    low, high = jnp.exp(box.lower), jnp.exp(box.upper)
-    least, most = low.sum(), high.sum()
-    # Below 0 at every corner: McCormick and the tangent of 1/S.
-    t, h = least + anchor * (most - least), 1 - high
-    product = (-h / t**2, jnp.broadcast_to(-1 / most, h.shape), 2 * h / t + (1 - h) / most)
-    # Else the tangent in z at zu, flattened to stay below the curve of Ru at zl < 1 as well.
-    few, many = least - 1 - low, most - 1 - high
-    value = h / (1 + high + few)
-    steepest = (2 + few) / (1 + high + few) ** 2
-    room = jnp.where(high > low, high - low, 1)
-    slope = jnp.minimum(steepest, ((1 - low) / (2 + many) - value) / room)
-    slope = jnp.where(low < 1, slope, steepest)
-    tangent = (jnp.zeros_like(h), -slope, value + slope * high)
-    chosen = [jnp.where(h > 0, p, q) for p, q in zip(product, tangent, strict=True)]
-    # The predicted class against itself: 0.
-    itself = (box.lower == 0) & (box.upper == 0)
-    a, b, g = (jnp.where(itself, 0.0, term) for term in chosen)
-    return a, b, g
 
 
 def corner_minimum(box: Box) -> Array:
@@ -288,23 +250,6 @@ def attacked(
 
 def _certify(certifier: Certifier, eps: float, samples: Any, x: Array, c: Array) -> Array:
     return certifier(samples, ball(x, eps, clip=PIXELS), x, c)
-
-
-def _margins(apply: Apply) -> Callable[[Any, Array, Array], Array]:
-    """`(params, x, c) -> f_k - f_c`, one affine map with the last layer."""
-
-    def margins(params: Any, x: Array, c: Array) -> Array:
-        logits = apply(params, x)
-        unit = jnp.eye(logits.size)
-        return (unit - unit[c]) @ logits
-
-    return margins
-
-
-def _below(apply: Apply, member: Any, x: Array, c: Array) -> Array:
-    params, (a, b, g) = member
-    powers = jnp.exp(_margins(apply)(params, x, c))
-    return a * powers.sum() + b * powers + g
 
 
 def _average(apply: Apply, samples: Any, x: Array) -> Array:

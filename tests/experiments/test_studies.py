@@ -2,48 +2,10 @@
 
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnncert.sets import Box
 from experiments.studies import joint_bounds, roundoff, two_moons
-
-
-def differences(margins):
-    p = jax.nn.softmax(margins)
-    return p[0] - p
-
-
-def random_box(rng, scale):
-    ends = np.sort(scale * rng.normal(size=(2, 5)) - 0.5, axis=0)
-    ends[:, 0] = 0.0  # the margin of the predicted class against itself
-    return Box(*jnp.asarray(ends, jnp.float32))
-
-
-@pytest.mark.parametrize("scale", [0.3, 1.5, 4.0])
-def test_corner_terms_are_below_and_meet_the_exact_minimum(scale):
-    rng = np.random.default_rng(0)
-    below = jax.jit(lambda m, terms: terms[0] * jnp.exp(m).sum() + terms[1] * jnp.exp(m) + terms[2])
-    for _ in range(10):
-        box = random_box(rng, scale)
-        # Corners too: there the minimum is.
-        inside = np.concatenate([rng.uniform(size=(200, 5)), rng.integers(0, 2, (200, 5))])
-        points = jnp.float32(box.lower + inside * (box.upper - box.lower))
-        exact = jax.vmap(differences)(points)
-        for anchor in (0.0, 0.5, 1.0):
-            found = jax.vmap(below, (0, None))(points, joint_bounds.corner_terms(box, anchor))
-            assert np.all(found <= exact + 1e-5), anchor
-        # At u, or where u_j > 0 at u_j and the other l, the last is the minimum itself.
-        terms = joint_bounds.corner_terms(box, 1.0)
-        least = joint_bounds.corner_minimum(box)
-        assert np.all(least <= exact.min(0) + 1e-6)
-        for j in range(1, 5):
-            others = box.lower if box.upper[j] > 0 else box.upper
-            worst = others.at[j].set(box.upper[j]).at[0].set(0.0)
-            np.testing.assert_allclose(differences(worst)[j], least[j], atol=1e-5)
-            np.testing.assert_allclose(below(worst, terms)[j], least[j], atol=1e-5)
 
 
 def test_joint_bounds_on_digits(tmp_path, capsys):

@@ -1,0 +1,150 @@
+"""Many points by several methods, each on the points that the cheaper ones leave open.
+
+A decision that one method proves needs no other; most points of a robust posterior are proved by
+intervals, and the time goes to the rest. What a cascade proves of a point is what the last method
+that saw it proves, together with what the earlier ones do: it equals the best of its stages there.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+from tqdm.auto import tqdm
+
+from bnncert.bounds.api import METHODS
+from bnncert.certify.joint import joint_decision
+from bnncert.certify.predictive import Decision, decision
+from bnncert.sets import Box, Set, is_set
+from bnncert.types import Apply, Samples
+
+STAGES = (*METHODS, "joint")
+"""Methods of a cascade: those of `bnncert.bound`, and `joint_decision` by CROWN."""
+
+
+class Cascade(NamedTuple):
+    """What a cascade proves of N points.
+
+    Attributes:
+        decision: a `Decision` whose leaves have a leading axis N. Its arithmetic is "real" if a
+            stage in real arithmetic proved any point.
+        stage: for each point the place of the last method that saw it.
+    """
+
+    decision: Decision
+    stage: Int[np.ndarray, " points"]
+
+
+def cascade(
+    apply: Apply,
+    samples: Samples,
+    x_sets: Set,
+    *,
+    x: Array | None = None,
+    methods: Sequence[str] = ("ibp", "crown-ibp", "crown"),
+    wanted: Bool[np.ndarray, " points"] | None = None,
+    rounding: str = "outward",
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Cascade:
+    """Certifies the decisions of the posterior predictive over many sets of inputs.
+
+    Args:
+        apply: `(params, x) -> logits (C,)` for one example.
+        samples: the deployed weights, stacked: every leaf has a leading axis S.
+        x_sets: a `Box` or an `LpBall` whose leaves have a leading axis N, e.g.
+            `jax.vmap(lambda x: ball(x, eps))(xs)`.
+        x: the nominal inputs, shape (N, ...); the sets' centers by default.
+        methods: of the bounds, cheap ones first: those of `bnncert.bound`, and "joint".
+        wanted: points to certify at all, e.g. those that are classified correctly, which only the
+            first method then sees; all by default.
+        rounding: as for `decision`; "joint" is always in real arithmetic.
+        batch_size: points at once; the last batch is filled up.
+        progress: shows a bar for each method.
+
+    Returns:
+        A `Cascade`.
+
+    Raises:
+        ValueError: an unknown method, or one named twice; as `decision`.
+        TypeError: x_sets is not a set.
+
+    Cost: one compile a method, and each point by each method until one proves it. Memory: that of
+    `batch_size` decisions. Not to be jitted: what is computed depends on what was proved.
+
+    Example:
+        >>> apply = lambda w, x: w * jnp.concatenate([x, -x])
+        >>> from bnncert.sets import ball
+        >>> sets = jax.vmap(lambda x: ball(x, 0.2))(jnp.array([[0.5], [0.1], [-0.3]]))
+        >>> found = cascade(apply, jnp.array([[1.0], [2.0]]), sets, methods=("ibp", "crown"))
+        >>> found.decision.robust.tolist(), found.stage.tolist()
+        ([True, False, True], [0, 1, 0])
+    """
+    if not is_set(x_sets):
+        raise TypeError(f"x_sets is a {type(x_sets).__name__}: give a batched Box or LpBall.")
+    unknown = [m for m in methods if m not in STAGES]
+    if unknown or not methods or len(set(methods)) < len(methods):
+        raise ValueError(f"methods = {tuple(methods)}: name each once, of {', '.join(STAGES)}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size}: at least one point at once.")
+    inputs = x_sets.center if x is None else x
+    number = jnp.shape(inputs)[0]
+    open_points = np.arange(number)
+    stage = np.zeros(number, int)
+    best: dict[str, np.ndarray] = {}
+    said: set[str] = set()
+    for place, method in enumerate(methods):
+        if not len(open_points):
+            break
+        one = jax.jit(jax.vmap(stage_of(apply, method, rounding), (None, 0, 0)))
+        with tqdm(total=len(open_points), desc=method, unit="point", disable=not progress) as bar:
+            for start in range(0, len(open_points), batch_size):
+                rows = open_points[start : start + batch_size]
+                filled = np.resize(rows, min(batch_size, number))
+                part = jax.tree.map(lambda leaf, i=filled: leaf[i], (x_sets, inputs))
+                found: Decision = one(samples, *part)
+                said.add(found.arithmetic)
+                _keep(best, rows, number, place == 0, found)
+                stage[rows] = place
+                bar.update(len(rows))
+        left = ~best["robust"] if wanted is None else ~best["robust"] & np.asarray(wanted)
+        open_points = np.flatnonzero(left)
+    fields = {name: jnp.asarray(value) for name, value in best.items()}
+    probability = Box(fields.pop("lower"), fields.pop("upper"))
+    arithmetic = said.pop() if len(said) == 1 else "real"
+    return Cascade(Decision(**fields, probability=probability, arithmetic=arithmetic), stage)
+
+
+def stage_of(apply: Apply, method: str, rounding: str = "outward") -> Callable[..., Decision]:
+    """`(samples, x_set, x) -> Decision` by one method of a cascade, for one point."""
+
+    def certify(samples: Any, x_set: Set, x: Array) -> Decision:
+        if method == "joint":
+            return joint_decision(apply, samples, x_set, x=x)
+        return decision(apply, samples, x_set, x=x, method=method, rounding=rounding)
+
+    return certify
+
+
+def _keep(
+    best: dict[str, np.ndarray], rows: np.ndarray, number: int, first: bool, found: Decision
+) -> None:
+    """Puts what was found of some points with what earlier methods found of them, if any did."""
+    values = {
+        "predicted": found.predicted,
+        "robust": found.robust,
+        "margins": found.margins,
+        "lower": found.probability.lower,
+        "upper": found.probability.upper,
+        "confidence": found.confidence,
+    }
+    merge = {"robust": np.logical_or, "margins": np.maximum, "lower": np.maximum,
+             "upper": np.minimum}  # fmt: skip
+    for name, value in values.items():
+        new = np.asarray(value)[: len(rows)]
+        if first:
+            best.setdefault(name, np.zeros((number, *new.shape[1:]), new.dtype))[rows] = new
+        elif name in merge:
+            best[name][rows] = merge[name](best[name][rows], new)
