@@ -11,11 +11,8 @@ command goes on where it was.
 """
 
 import argparse
-import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,10 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnncert import attack
-from experiments.certify import NORMS, add_common, check_common
-from experiments.evaluation import SoundnessError
-from experiments.finished import Finished, Rows, Stage, already, finish, in_stages, open_run
-from experiments.report import write_report
+from experiments.commands import (
+    NORMS,
+    Record,
+    add_common,
+    check_common,
+    for_each_radius,
+    kept_or_computed,
+    of_norm,
+)
+from experiments.finished import Finished, Rows, Stage, in_stages
 from experiments.settings import PIXELS
 
 ATTACKS: dict[str, str] = {
@@ -42,29 +45,17 @@ ATTACKS: dict[str, str] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = _parse(arguments)
-    try:
-        run = open_run(options.run, options.data_dir, options.images)
-        for eps in options.eps or [run.config.eval.eps]:
-            print(summary(attacked(run, options, eps)), flush=True)
-        print(f"report: {write_report(run.folder)}")
-    except (OSError, ValueError, SoundnessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return for_each_radius(options, options.eps, attacked, summary)
 
 
-def attacked(run: Finished, options: argparse.Namespace, eps: float) -> dict[str, Any]:
+def attacked(run: Finished, options: argparse.Namespace, eps: float) -> Record:
     """Attacks every image at one radius, and writes the result; one that is there is kept.
 
     Raises:
         SoundnessError: an image that is certified was broken.
         ValueError: there is a result, or a part of one, of other settings.
     """
-    norm = "" if options.norm == "inf" else f"l{options.norm}-"
-    name = f"attack-{norm}{eps:g}-{options.steps}x{options.restarts}"
+    name = f"attack-{of_norm(options.norm)}{eps:g}-{options.steps}x{options.restarts}"
     settings = {
         "attacks": options.attacks,
         "eps": eps,
@@ -76,33 +67,27 @@ def attacked(run: Finished, options: argparse.Namespace, eps: float) -> dict[str
         "seed": options.seed,
         "num_images": len(run.test.y),
     }
-    found = already(run.folder, name, settings)
-    if found is not None:
-        return found
-    started = time.monotonic()
-    stages = _stages(run, options, eps)
-    left = lambda rows: ~rows["broken"]  # noqa: E731
-    merge = {"margin": np.minimum}  # the worst over attacks
-    rows = in_stages(run, name, settings, stages, left, merge, options.batch_size)
-    rows["label"] = run.test.y
-    broken = {
-        stage: int(np.sum(rows["broken"] & (rows["stage"] == i))) for i, stage in enumerate(stages)
-    }
-    clean = 1 - broken.pop("clean") / len(run.test.y)
-    record = {
-        "kind": "attack",
-        **settings,
-        "num_samples": len(jax.tree.leaves(run.samples)[0]),
-        "clean_accuracy": clean,
-        "attacked_accuracy": float(np.mean(~rows["broken"])),
-        "broken_by": broken,
-        "seconds": time.monotonic() - started,
-    }
-    finish(run.folder, name, record, rows)
-    return record
+
+    def compute() -> tuple[Record, Rows]:
+        stages = _stages(run, options, eps)
+        left = lambda rows: ~rows["broken"]  # noqa: E731
+        merge = {"margin": np.minimum}  # the worst over attacks
+        rows = in_stages(run, name, settings, stages, left, merge, options.batch_size)
+        rows["label"] = run.test.y
+        broken = {
+            stage: int(np.sum(rows["broken"] & (rows["stage"] == i)))
+            for i, stage in enumerate(stages)
+        }
+        return {
+            "clean_accuracy": 1 - broken.pop("clean") / len(run.test.y),
+            "attacked_accuracy": float(np.mean(~rows["broken"])),
+            "broken_by": broken,
+        }, rows
+
+    return kept_or_computed(run, "attack", name, settings, compute)
 
 
-def summary(record: dict[str, Any]) -> str:
+def summary(record: Record) -> str:
     """A result in one line."""
     norm = "" if record["norm"] == "inf" else f" (l{record['norm']})"
     by = ", ".join(f"{name} {count}" for name, count in record["broken_by"].items())
@@ -169,14 +154,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "is not changed.\n\nattacks:\n" + listed,
         epilog="Stopped with Ctrl-C, the same command goes on where it was.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
-    parser.add_argument(
-        "--eps",
-        nargs="+",
-        type=float,
-        metavar="EPS",
-        help="radii, in units of pixels in [0, 1] (default: the run's own)",
-    )
+    add_common(parser, "--eps")
     parser.add_argument(
         "--attacks",
         nargs="+",
@@ -195,7 +173,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--targets", type=int, metavar="N", help="classes of targeted (default: all, at most 9)"
     )
     parser.add_argument("--seed", type=int, help="of the random starts (default: the run's)")
-    add_common(parser)
     options = parser.parse_args(arguments)
     allowed = [name for name in ATTACKS if options.norm == "inf" or name != "square"]
     options.attacks = options.attacks or allowed
@@ -208,7 +185,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name} {value}: at least 1")
-    check_common(parser, options, options.eps or (), "--eps")
+    check_common(parser, options, options.eps, "--eps")
     return options
 
 
