@@ -13,6 +13,7 @@ import pytest
 from experiments import attack, certify, finished, run
 from experiments.data import load
 from experiments.evaluation import SoundnessError
+from experiments.studies import certificates
 
 TINY = (
     "digits --train.epochs 3 --eval.num-samples 2 --eval.attack-steps 2 --eval.attack-restarts 1 "
@@ -233,3 +234,33 @@ def test_joint_bounds_speak_of_real_arithmetic_and_prove_no_less(added: Path):
     assert record["arithmetic"] == "real" and "ibp, joint" in printed
     joint, other = rows(added, "certify-ibp+joint-0.05"), rows(added, CERTIFIED)
     assert (joint["certified"] >= other["certified"][:20]).all()
+
+
+def test_every_tier_of_a_run_in_parts(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "tiers.json"
+    options = [str(original), "--images", "12", "--draws", "120", "--few", "1", "--batch-size", "8"]
+    options += ["--out", str(out), "--parts"]
+    assert certificates.main([*options, "expectation"]) == 0
+    assert (
+        certificates.main([*options, "expectation", "radii", "statistical", "safety", "ood"]) == 0
+    )
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == [
+        "expectation", "radii", "statistical", "safety", "ood"
+    ]  # fmt: skip
+    parts = json.loads(out.read_text())["parts"]
+    assert parts["radii"]["mean_certified_radius"] <= parts["radii"]["mean_attacked_radius"]
+    each = parts["statistical"]
+    assert each["certified_accuracy_all_at_once"] <= each["certified_accuracy_each"]
+    assert each["mean_margin_all_at_once"] < each["mean_margin_each"]
+    accuracies = [row["certified_accuracy"] for row in parts["expectation"]["rows"]]
+    assert accuracies == sorted(accuracies, reverse=True)
+    row = parts["safety"]["rows"][0]
+    assert row["sampled_lower"] <= row["sampled_upper"] and row["boxes_lower"] <= row["boxes_upper"]
+    assert row["boxes_lower"] <= row["sampled_upper"]
+    assert "no other data set" in parts["ood"]["skipped"]
+    with pytest.raises(SystemExit):
+        certificates.main([*options, "radii", "--delta", "0.1"])
+    assert "is of other settings" in capsys.readouterr().err
