@@ -250,17 +250,17 @@ def test_every_tier_of_a_run_in_parts(
     assert [line.split()[0] for line in printed] == [
         "expectation", "radii", "statistical", "safety", "ood"
     ]  # fmt: skip
-    parts = json.loads(out.read_text())["parts"]
-    assert parts["radii"]["mean_certified_radius"] <= parts["radii"]["mean_attacked_radius"]
-    each = parts["statistical"]
+    found = json.loads(out.read_text())["parts"]
+    assert found["radii"]["mean_certified_radius"] <= found["radii"]["mean_attacked_radius"]
+    each = found["statistical"]
     assert each["certified_accuracy_all_at_once"] <= each["certified_accuracy_each"]
     assert each["mean_margin_all_at_once"] < each["mean_margin_each"]
-    accuracies = [row["certified_accuracy"] for row in parts["expectation"]["rows"]]
+    accuracies = [row["certified_accuracy"] for row in found["expectation"]["rows"]]
     assert accuracies == sorted(accuracies, reverse=True)
-    row = parts["safety"]["rows"][0]
+    row = found["safety"]["rows"][0]
     assert row["sampled_lower"] <= row["sampled_upper"] and row["boxes_lower"] <= row["boxes_upper"]
     assert row["boxes_lower"] <= row["sampled_upper"]
-    assert "no other data set" in parts["ood"]["skipped"]
+    assert "no other data set" in found["ood"]["skipped"]
     with pytest.raises(SystemExit):
         certificates.main([*options, "radii", "--delta", "0.1"])
     assert "is of other settings" in capsys.readouterr().err
