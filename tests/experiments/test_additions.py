@@ -242,14 +242,11 @@ def test_every_tier_of_a_run_in_parts(
     out = tmp_path / "tiers.json"
     options = [str(original), "--images", "12", "--draws", "120", "--few", "1", "--batch-size", "8"]
     options += ["--out", str(out), "--parts"]
+    parts = ["expectation", "radii", "statistical", "safety", "ood"]
     assert certificates.main([*options, "expectation"]) == 0
-    assert (
-        certificates.main([*options, "expectation", "radii", "statistical", "safety", "ood"]) == 0
-    )
+    assert certificates.main([*options, *parts]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed] == [
-        "expectation", "radii", "statistical", "safety", "ood"
-    ]  # fmt: skip
+    assert [line.split()[0] for line in printed] == parts
     found = json.loads(out.read_text())["parts"]
     assert found["radii"]["mean_certified_radius"] <= found["radii"]["mean_attacked_radius"]
     each = found["statistical"]
