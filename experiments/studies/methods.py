@@ -46,6 +46,16 @@ KEPT = (
     "versions",
 )
 
+CHAINS = (
+    "mcmc_images",
+    "acceptance",
+    "leapfrog_steps",
+    "divergences",
+    "median_r_hat",
+    "effective_sample_size",
+)
+"""What hmc and nuts report besides."""
+
 COLOURS = {"clean": LIGHT["ink"], "attacked": LIGHT["broken"], "certified": LIGHT["certified"]}
 
 
@@ -74,7 +84,9 @@ def read(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} is no finished run: there is no {path.name} in it")
     found = json.loads(path.read_text())
     config = json.loads((folder / "config.json").read_text())
-    return {**{name: found.get(name) for name in KEPT}, "command": command(config)}
+    kept = {name: found.get(name) for name in KEPT}
+    kept |= {name: found[name] for name in CHAINS if name in found}
+    return {**kept, "command": command(config)}
 
 
 def check_comparable(rows: Sequence[Mapping[str, Any]]) -> None:

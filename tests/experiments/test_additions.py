@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import attack, certify, finished, run
+from experiments.benchmarks import certificates as timed
 from experiments.data import load
 from experiments.evaluation import SoundnessError
 from experiments.studies import certificates
@@ -261,3 +262,15 @@ def test_every_tier_of_a_run_in_parts(
     with pytest.raises(SystemExit):
         certificates.main([*options, "radii", "--delta", "0.1"])
     assert "is of other settings" in capsys.readouterr().err
+
+
+def test_certificates_are_timed(original: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--images", "10", "--samples", "3", "--batch-size", "4", "--methods", "ibp"]
+    assert timed.main([str(original), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "ibp: 10 images x 3 samples at radius 0.05" in printed and "GiB" in printed
+    assert timed.main([str(original / "none"), *options]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        timed.main([str(original), "--samples", "0"])
+    assert "--samples 0: at least 1" in capsys.readouterr().err
