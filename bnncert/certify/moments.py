@@ -156,7 +156,11 @@ def _last_layer(graph: Graph, values: list[Value], index: int) -> _Last | None:
     tail, source = {index}, None
     for i in range(index, -1, -1):
         node = graph.nodes[i]
-        if i not in tail or node.op == "input":
+        if i not in tail:
+            continue
+        if node.op == "input":
+            if not values[i].weights and i != source:
+                return None  # the input itself, past the layer
             continue
         if len(node.refs) == 2 and node.op in PRODUCTS:
             if source is not None:

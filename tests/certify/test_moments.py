@@ -168,6 +168,20 @@ def test_a_point_mass_over_a_point_is_the_network():
     assert (found.probabilities.upper - found.probabilities.lower < 0.02).all()
 
 
+def test_an_input_that_skips_the_last_layer():
+    """Differences of outputs depend on it too, not at the centre of the set alone."""
+
+    def skipping(params, x):
+        return deep(params, x) + 20.0 * x
+
+    params = dense_params(np.random.default_rng(0), (3, 8, 3))
+    posterior = MeanField(params, jax.tree.map(lambda v: jnp.full_like(v, 1e-9), params))
+    found = expectation(skipping, posterior, ball(jnp.zeros(3), 0.1))
+    corners = 0.1 * jnp.array(list(itertools.product((-1.0, 1.0), repeat=3)))
+    outputs = np.asarray(jax.vmap(lambda x: skipping(params, x))(corners), np.float64)
+    encloses(found, outputs, softmax(outputs), atol=1e-6)
+
+
 def test_vmap_equals_a_loop_and_balls_lie_in_their_boxes():
     params = dense_params(np.random.default_rng(0), (3, 8, 3))
     posterior = MeanField(params, jax.tree.map(lambda v: 0.1 * jnp.ones_like(v), params))
