@@ -68,6 +68,7 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "noisy-adam": _NATURAL,
     "ivon": _NATURAL,
     "sgld": {"learning_rate": 0.04},
+    "sghmc": {"learning_rate": 0.006},
 }
 """What each method's training has different from the preset's.
 
