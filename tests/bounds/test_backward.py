@@ -1,6 +1,6 @@
 """Backward rows: Jacobians of affine functions, chunks, and concretisation by the dual norm."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -129,3 +129,38 @@ def test_max_of_two_knows_their_difference(rounding, float64):
     boxes = (jax.jit(bound(f, "crown", rounding=rounding))(box) for f in (extrema, expected))
     for a, b in zip(*map(jax.tree.leaves, boxes), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+@cache
+def extremum_of_layers(method, lower_slope):
+    """Bounds of a network of minima, and of the same written by maxima, of its mirrored values."""
+
+    def network(extremum):
+        def apply(params, x):
+            w, v, w2, v2, last = params
+            x = extremum(w @ x, v @ x)
+            return last @ extremum(w2 @ x, jnp.tanh(v2 @ x))
+
+        return apply
+
+    networks_ = network(jnp.minimum), network(lambda a, b: -jnp.maximum(-a, -b))
+    both = [bound(f, method, lower_slope=lower_slope) for f in networks_]
+    return jax.jit(lambda params, box: [g(params, box) for g in both])
+
+
+@pytest.mark.parametrize(
+    ("method", "lower_slope"),
+    [
+        *((method, "adaptive") for method in ("forward", "crown")),
+        *(("crown-ibp", slope) for slope in LOWER_SLOPES),
+    ],
+)
+def test_a_min_is_the_mirror_of_a_max(method, lower_slope, float64):
+    """Where their difference reaches as far on either side of 0, too: around 0, in one layer."""
+    rng = np.random.default_rng(5)
+    run = extremum_of_layers(method, lower_slope)
+    for center in (0.0, 0.4):
+        params = [rng.normal(size=s) / 2 for s in ((5, 3), (5, 3), (5, 5), (5, 5), (3, 5))]
+        minima, mirrored = run(params, Box(center - 0.5 * jnp.ones(3), center + 0.5 * jnp.ones(3)))
+        np.testing.assert_allclose(minima.lower, mirrored.lower, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(minima.upper, mirrored.upper, rtol=1e-9, atol=1e-12)
