@@ -23,7 +23,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 from bnncert.bounds.equations import CALLS, bind, called, multiplies, source_of
 from bnncert.bounds.fusion import fused
 from bnncert.bounds.operands import Operand, Ref
-from bnncert.bounds.recognition import Recognised, find_runs, recognise
+from bnncert.bounds.recognition import Recognised, find_runs, is_logaddexp, recognise
 from bnncert.bounds.rewriting import REWRITES
 from bnncert.sets import Set, check_set, is_set
 
@@ -37,7 +37,7 @@ _IDENTITIES = (
     "sharding_constraint",
 )
 # Elementwise operations whose scalar operands JAX leaves to broadcast by themselves.
-_PROMOTING = ("add", "sub", "mul", "div", "max", "min", "clamp")
+_PROMOTING = ("add", "sub", "mul", "div", "max", "min", "clamp", "logaddexp")
 
 
 # A traceback into this file would hide the user's line.
@@ -243,7 +243,9 @@ def _step(
         recognised = recognise(eqn, operands[1:]) if bounded == [0] else None
         if recognised is not None:
             return [_function(partial(_derived, nodes, eqn, source), recognised, operands[0])]
-        return _inline(eqn, operands, nodes, source)
+        if not is_logaddexp(eqn):
+            return _inline(eqn, operands, nodes, source)
+        name = "logaddexp"
     if name in _PROMOTING:
         operands = [_broadcast(nodes, eqn, source, o) for o in operands]
     if name in REWRITES:

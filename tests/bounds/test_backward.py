@@ -131,6 +131,26 @@ def test_max_of_two_knows_their_difference(rounding, float64):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "outward"])
+def test_logaddexp_knows_the_difference_of_its_operands(rounding, float64):
+    """logaddexp(a, b) = b + softplus(a - b)."""
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
+    box = Box(-jnp.ones(3), jnp.ones(3))
+
+    def found(x):
+        y = w @ x
+        return y + jnp.logaddexp(y + 1.0, 3.0 * y), jnp.logaddexp(y, y + 4.0), jnp.logaddexp(2.0, y)
+
+    def expected(x):
+        y = w @ x
+        sure = y + np.logaddexp(0.0, 4.0)
+        return 2.0 * y + 1.0 + jax.nn.softplus(2.0 * y - 1.0), sure, 2.0 + jax.nn.softplus(y - 2.0)
+
+    boxes = (jax.jit(bound(f, "crown", rounding=rounding))(box) for f in (found, expected))
+    for a, b in zip(*map(jax.tree.leaves, boxes), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
 @cache
 def extremum_of_layers(method, lower_slope):
     """Bounds of a network of minima, and of the same written by maxima, of its mirrored values."""
