@@ -171,7 +171,7 @@ def test_logaddexp_is_recognised_and_its_name_proves_nothing(c):
 def test_an_almost_equal_body_is_not_trusted():
     @jax.jit
     def leaky_relu(x, negative_slope):
-        return jnp.where(x > 0, x, negative_slope * x)  # jax.nn's has >=
+        return jnp.where(x > 0.1, x, negative_slope * x)
 
     @jax.jit
     def softplus(x):
@@ -219,7 +219,14 @@ def test_the_error_names_the_primitive_and_the_line(f, primitive, method):
 @pytest.mark.parametrize(
     ("f", "primitive"),
     [
-        (lambda x: jnp.where(x > 0, x, -x), "gt"),
+        (lambda x: jnp.where(x > 0.5, x, -x), "gt"),
+        (lambda x: jnp.where(x > x[0], x, -x), "gt"),
+        (lambda x: jnp.where(x > 0, 0.1 * x, x), "gt"),
+        (lambda x: jnp.where(x > 0, x, 0.1 * x + 1.0), "gt"),
+        (lambda x: jnp.where(x > 0, x, 0.1 * x[::-1]), "gt"),
+        (lambda x: jnp.where(x[::-1] > 0, x, 0.1 * x), "gt"),
+        (lambda x: jnp.where(x[0] > 0, x, 0.1 * x), "gt"),
+        (lambda x: jnp.where(x == 0, x, 0.1 * x), "eq"),
         (lambda x: x == 0.0, "eq"),
         (lambda x: x.astype(int), "convert_element_type"),
         (lambda x: W[0][jnp.floor(x[0]).astype(int)], "convert_element_type"),
@@ -236,6 +243,11 @@ def test_the_error_names_the_primitive_and_the_line(f, primitive, method):
 def test_unsupported_operations(f, primitive):
     with pytest.raises(UnsupportedPrimitiveError, match=f"'[a-z_]*({primitive})[a-z_]*'"):
         bound(f, "crown")(BOX)
+
+
+def test_a_comparison_s_error_says_what_to_write():
+    with pytest.raises(UnsupportedPrimitiveError, match=r"jax\.nn\.leaky_relu"):
+        bound(lambda x: jnp.where(x > 0.5, x, -x))(BOX)
 
 
 # --- precision ------------------------------------------------------------------------------------
