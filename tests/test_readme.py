@@ -101,7 +101,7 @@ def test_your_own_model_is_bounded_and_trained(code: str) -> None:
 def support_table() -> str:
     """The table of the section "What `bound` supports", from the tables of rules."""
     elementwise = set(MONOTONE) | set(ELEMENTWISE)
-    lines, planes = set(LINES), set(relax.REDUCTION_PLANES)
+    lines, planes, pairs = set(LINES), set(relax.REDUCTION_PLANES), set(relax.PAIRS)
     assert lines <= elementwise and planes <= set(REDUCTIONS)  # else the table needs a row more
 
     def row(kind: str, names: set[str], inside: str) -> str:
@@ -113,7 +113,8 @@ def support_table() -> str:
             "|---|---|---|",
             row("affine in what is bounded", set(AFFINE), "none needed: exact"),
             row("elementwise", lines, "two lines"),
-            row("elementwise", elementwise - lines, "two constants: the interval's ends"),
+            row("elementwise", elementwise - lines - pairs, "two constants: the interval's ends"),
+            row("of two bounded values", pairs, "two planes"),
             row("of an axis", planes, "two planes"),
             row("of an axis", set(REDUCTIONS) - planes, "two constants: the interval's ends"),
             row("products of two bounded values", set(BILINEAR), "McCormick, or a chord"),

@@ -4,10 +4,12 @@
     max(min(x, b), a)          clip(x, a, max(a, b))
     x * logistic(x)            silu(x)
     x * tanh(softplus(x))      mish(x)
+    where(x > 0, x, a * x)     leaky_relu(x, a); also by >=, < or <=, and with -x
 
-Each is an identity of the nodes themselves, for all constants, so nothing is left to be checked: no
-name is trusted. Relaxed as one, a function has closer lines than its parts one after the other, and
-the parts of a product do not vary apart. What the parts were computed for besides stays.
+Each is an identity of the nodes themselves, for all constants, so nothing is left to be checked but
+that the 0 of a comparison is 0: no name is trusted. Relaxed as one, a function has closer lines
+than its parts one after the other, and the parts of a product do not vary apart. What the parts
+were computed for besides stays.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +17,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from bnncert.bounds.operands import Ref
 
@@ -77,6 +81,38 @@ def _gated(nodes: Nodes, node: Any) -> Any | None:
     return None
 
 
+def _leaky(nodes: Nodes, node: Any) -> Any | None:
+    """A selection of x or a multiple of it by the sign of x; at 0 both are 0."""
+    if len(node.operands) != 3 or not all(isinstance(o, Ref) for o in node.operands):
+        return None
+    condition, *cases = (nodes[o.index] for o in node.operands)
+    sides = _COMPARISONS.get(condition.op)
+    if sides is None:
+        return None
+    x, zero = condition.operands
+    if isinstance(zero, Ref):
+        (x, zero), sides = (zero, x), sides[::-1]
+    if not isinstance(x, Ref) or isinstance(zero, Tracer) or np.any(np.asarray(zero)):
+        return None
+    # A selection's cases: where the condition is false, where it is true.
+    right, left = sides
+    slope = _multiple(cases[left], x)
+    if node.operands[1 + right] != x or slope is None or node.shape != nodes[x.index].shape:
+        return None
+    return node._replace(
+        op="leaky_relu", operands=(x, slope), evaluate=jax.nn.leaky_relu, params={}
+    )
+
+
+def _multiple(node: Any, x: Ref) -> Any | None:
+    """The constant that a node multiplies x by."""
+    if node.op == "neg" and node.operands == (x,):
+        return jnp.asarray(-1, node.dtype)
+    if node.op != "mul" or len(node.operands) != 2 or node.refs != (x.index,):
+        return None
+    return next(o for o in node.operands if not isinstance(o, Ref))
+
+
 def _function(node: Any, op: str, x: Ref, function: Callable[[Any], Any]) -> Any:
     return node._replace(op=op, operands=(x,), evaluate=function, params={})
 
@@ -92,4 +128,12 @@ def _operand(nodes: Nodes, node: Any) -> Any | None:
     return nodes[node.refs[0]] if node.refs else None
 
 
-_FUSIONS: Mapping[str, Fusion] = {"min": _clip, "max": _clip, "mul": _gated}
+_COMPARISONS: Mapping[str, tuple[int, int]] = {
+    "gt": (1, 0),
+    "ge": (1, 0),
+    "lt": (0, 1),
+    "le": (0, 1),
+}
+"""Of x with 0: which case of a selection holds right of 0, and which left of it."""
+
+_FUSIONS: Mapping[str, Fusion] = {"min": _clip, "max": _clip, "mul": _gated, "select_n": _leaky}

@@ -7,7 +7,7 @@ may be a tracer: that is how `vmap` over weights works), calls are inlined. Ever
     Node(op, operands, evaluate, ...)        operands: Ref(index) of a node, or an array
 
 and never a jaxpr: this module looks inside JAX for them (public API only, `jax.extend`), with the
-help of `recognition.py`, `fusion.py` and `convolution.py`.
+help of `equations.py`, `recognition.py`, `fusion.py` and `convolution.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,24 +20,13 @@ import numpy as np
 from jax.extend import core, source_info_util
 from jaxtyping import Array, ArrayLike, PyTree
 
+from bnncert.bounds.equations import CALLS, bind, called, multiplies, source_of
 from bnncert.bounds.fusion import fused
 from bnncert.bounds.operands import Operand, Ref
-from bnncert.bounds.recognition import Recognised, find_runs, recognise
+from bnncert.bounds.recognition import Recognised, find_runs, is_logaddexp, recognise
 from bnncert.bounds.rewriting import REWRITES
 from bnncert.sets import Set, check_set, is_set
 
-# Calls that are inlined, and the parameter that holds their body.
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-}
 # Operations that return their operand. `stop_gradient` must be one of them: its transpose is zero.
 _IDENTITIES = (
     "stop_gradient",
@@ -48,8 +37,7 @@ _IDENTITIES = (
     "sharding_constraint",
 )
 # Elementwise operations whose scalar operands JAX leaves to broadcast by themselves.
-_PROMOTING = ("add", "sub", "mul", "div", "max", "min", "clamp")
-_MATRIX_PRODUCTS = ("dot_general", "conv_general_dilated")
+_PROMOTING = ("add", "sub", "mul", "div", "max", "min", "clamp", "logaddexp")
 
 
 # A traceback into this file would hide the user's line.
@@ -221,17 +209,17 @@ def _walk(
     for place, eqn in enumerate(jaxpr.eqns):
         operands = [read(atom) for atom in eqn.invars]
         if any(isinstance(o, Ref) for o in operands):
-            values = _step(eqn, operands, nodes, _source(eqn) or source)
-        elif eqn.primitive.name in _CALLS and _multiplies(eqn):
+            values = _step(eqn, operands, nodes, source_of(eqn) or source)
+        elif eqn.primitive.name in CALLS and multiplies(eqn):
             values = _inline(eqn, operands, nodes, source)
         else:
-            out = _bind(eqn)(*operands)
+            out = bind(eqn)(*operands)
             values = list(out) if eqn.primitive.multiple_results else [out]
         env.update(zip(eqn.outvars, values, strict=True))
         run = runs.get(place)
         if run is not None and isinstance(env[run.operand], Ref):
             # What it was computed from is dropped, where nothing else needs it.
-            add = partial(_derived, nodes, eqn, _source(eqn) or source)
+            add = partial(_derived, nodes, eqn, source_of(eqn) or source)
             env[run.result] = _function(add, run.recognised, env[run.operand])
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -250,21 +238,23 @@ def _step(
     add = partial(_append, nodes, eqn, source)
     if name in _IDENTITIES:
         return operands
-    if name in _CALLS:
+    if name in CALLS:
         bounded = [i for i, o in enumerate(operands) if isinstance(o, Ref)]
         recognised = recognise(eqn, operands[1:]) if bounded == [0] else None
         if recognised is not None:
             return [_function(partial(_derived, nodes, eqn, source), recognised, operands[0])]
-        return _inline(eqn, operands, nodes, source)
+        if not is_logaddexp(eqn):
+            return _inline(eqn, operands, nodes, source)
+        name = "logaddexp"
     if name in _PROMOTING:
         operands = [_broadcast(nodes, eqn, source, o) for o in operands]
     if name in REWRITES:
         add = partial(_derived, nodes, eqn, source)
         return REWRITES[name](add, operands, eqn.params)
     if name in ("split", "unstack"):
-        bind = _bind(eqn)
+        parts = bind(eqn)
         return [
-            add(name, tuple(operands), lambda x, i=i: bind(x)[i], var)
+            add(name, tuple(operands), lambda x, i=i: parts(x)[i], var)
             for i, var in enumerate(eqn.outvars)
         ]
     if eqn.primitive.multiple_results:
@@ -274,28 +264,13 @@ def _step(
             "Python, or take a branch on values that no set reaches (jnp.where with a constant "
             "mask is supported)."
         )
-    return [add(name, tuple(operands), _bind(eqn))]
+    return [add(name, tuple(operands), bind(eqn))]
 
 
 def _inline(
     eqn: core.JaxprEqn, operands: Sequence[Any], nodes: list[Node], source: str
 ) -> list[Operand]:
-    body = eqn.params[_CALLS[eqn.primitive.name]]
-    jaxpr, consts = (body.jaxpr, body.consts) if isinstance(body, core.ClosedJaxpr) else (body, ())
-    return _walk(jaxpr, consts, operands, nodes, source)
-
-
-def _multiplies(eqn: core.JaxprEqn) -> bool:
-    """Whether a jitted call holds a matrix product, whose precision is then ours to set.
-
-    Calls with derivatives of their own are kept whole: those are the derivatives of a constant.
-    """
-    if eqn.primitive.name in _MATRIX_PRODUCTS:
-        return True
-    if _CALLS.get(eqn.primitive.name) != "jaxpr":
-        return False
-    body = eqn.params["jaxpr"]
-    return any(map(_multiplies, body.eqns))
+    return _walk(*called(eqn), operands, nodes, source)
 
 
 def _broadcast(nodes: list[Node], eqn: core.JaxprEqn, source: str, operand: Any) -> Any:
@@ -336,21 +311,3 @@ def _append(
     aval: Any = (eqn.outvars[0] if out is None else out).aval
     nodes.append(Node(op, operands, evaluate, eqn.params, aval.shape, aval.dtype, source))
     return Ref(len(nodes) - 1)
-
-
-def _source(eqn: core.JaxprEqn) -> str:
-    summary = source_info_util.summarize(eqn.source_info)
-    return (
-        "" if summary == source_info_util.summarize(source_info_util.new_source_info()) else summary
-    )
-
-
-def _bind(eqn: core.JaxprEqn) -> Callable[..., Any]:
-    """The equation as a function; matrix products in full float32 (no TF32, no bfloat16)."""
-    params = dict(eqn.params)
-    if params.get("mode") is jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS:
-        # An index that breaks the promise is clamped, but its transpose drops it.
-        params["mode"] = jax.lax.GatherScatterMode.CLIP
-    if eqn.primitive.name in _MATRIX_PRODUCTS:
-        params["precision"] = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
-    return partial(eqn.primitive.bind, **eqn.primitive.get_bind_params(params))

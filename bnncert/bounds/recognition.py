@@ -3,7 +3,7 @@
 Op by op many compare and select on bounded values, which no relaxation follows, or multiply two
 values that depend on each other. Two ways lead back to the function:
 
-    a call     most are jitted calls that carry their name: `recognise`
+    a call     most are jitted calls that carry their name: `recognise`, `is_logaddexp`
     a run      gelu, softmax and logsumexp leave their equations among the caller's, one after the
                other: `find_runs`
 
@@ -118,6 +118,22 @@ def recognise(eqn: core.JaxprEqn, constants: Sequence[Any]) -> Recognised | None
     # A Python number, weakly typed in the call, is an array by now: it must not widen the result.
     dtype = _array_aval(eqn.outvars[0]).dtype
     return Recognised(name, function, tuple(jnp.asarray(c, dtype) for c in found))
+
+
+def is_logaddexp(eqn: core.JaxprEqn) -> bool:
+    """Whether a call is `jnp.logaddexp` of its two operands."""
+    if eqn.primitive.name != "custom_jvp_call" or len(eqn.invars) != 2:
+        return False
+    body = eqn.params["call_jaxpr"]
+    traced = [
+        jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+        for aval in map(_array_aval, eqn.invars)
+    ]
+    if not all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in traced):
+        return False
+    (fresh,) = jax.make_jaxpr(jnp.logaddexp)(*traced).jaxpr.eqns[-1:]
+    own = fresh.params.get("call_jaxpr")
+    return own is not None and not body.consts and _same(own.jaxpr, body.jaxpr)
 
 
 def find_runs(jaxpr: core.Jaxpr) -> dict[int, Run]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,6 @@ from bnncert.bounds.relaxations import (
     initial_choice,
     products,
     reductions,
-    relu,
 )
 from bnncert.bounds.rules import BILINEAR, affine_rule, interval
 from bnncert.bounds.rules.reductions import from_last, to_last
@@ -76,8 +76,8 @@ def free_choice(graph: Graph, index: int, boxes: Sequence[Box]) -> Choice | None
         half = jnp.full(graph.nodes[node.refs[0]].shape, 0.5, node.dtype)
         return Choice(half, half)
     if _is_pair(node):
-        start = initial_choice("max", *_ends(node, _difference(node, boxes)), jnp.zeros(()))
-        return Choice(start.lower, None)
+        op, *constants = PAIRS[node.op]
+        return Choice(initial_choice(op, *_pair_ends(node, boxes), *constants).lower, None)
     if node.op == "softmax":
         return _softmax_choice(node, boxes[node.refs[0]])
     if node.op in FREE and has_lines(node):
@@ -90,7 +90,7 @@ def _is_product(node: Node) -> bool:
 
 
 def _is_pair(node: Node) -> bool:
-    return node.op in ("max", "min") and len(node.refs) > 1
+    return node.op in PAIRS and len(node.refs) > 1
 
 
 def _ends(node: Node, box: Box) -> tuple[Array, Array]:
@@ -148,22 +148,30 @@ def _is_moved_input(graph: Graph, index: int) -> bool:
     return moves and _is_moved_input(graph, node.refs[0])
 
 
-def _difference(node: Node, boxes: Sequence[Box]) -> Box:
+def _pair_ends(node: Node, boxes: Sequence[Box]) -> tuple[Array, Array]:
+    """The range of a - b, which the relu of max(a, b) is of; for a min, that of b - a."""
     a, b, difference = (boxes[i] for i in node.refs)
-    return intersect(difference, Box(a.lower - b.upper, a.upper - b.lower))
+    box = intersect(difference, Box(a.lower - b.upper, a.upper - b.lower))
+    l, u = _ends(node, box)
+    return (-u, -l) if node.op == "min" else (l, u)
 
 
 def _pair(node: Node, boxes: Sequence[Box], choice: Choice) -> Planes:
-    """max(a, b) = b + relu(a - b); min(a, b) = a - relu(a - b)."""
-    operands = node.refs[:2]
-    lines = from_lines(0, relu(*_ends(node, _difference(node, boxes)), choice=choice))
-    if node.op == "max":
-        return Planes(
-            operands, lambda a, b: b + lines.lower(a - b), lambda a, b: b + lines.upper(a - b)
-        )
-    return Planes(
-        operands, lambda a, b: a - lines.upper(a - b), lambda a, b: a - lines.lower(a - b)
-    )
+    """max(a, b) = b + relu(a - b), and with a line s v + o of relu: s a + (1 - s) b + o.
+
+    Sums of a and b with weights of one sign: b + s (a - b), passed operation by operation, would
+    meet b twice. min(a, b) = -max(-a, -b); logaddexp(a, b) = b + softplus(a - b).
+    """
+    op, *constants = PAIRS[node.op]
+    lines = LINES[op](*_pair_ends(node, boxes), *constants, choice=choice)
+    sign = -1 if node.op == "min" else 1
+
+    def plane(slope: Array, offset: Array) -> Callable[[Array, Array], Array]:
+        return lambda a, b: slope * a + (1 - slope) * b + sign * offset
+
+    below = plane(lines.lower_slope, lines.lower_offset)
+    above = plane(lines.upper_slope, lines.upper_offset)
+    return Planes(node.refs[:2], *((below, above) if sign > 0 else (above, below)))
 
 
 def _reduction(node: Node, box: Box, choice: Choice) -> Planes:
@@ -201,3 +209,10 @@ REDUCTION_PLANES: Mapping[str, Callable[[Box, Choice], reductions.Pair]] = {
     "log_softmax": reductions.log_softmax,
     "softmax": reductions.softmax,
 }
+
+PAIRS: Mapping[str, tuple[Any, ...]] = {
+    "max": ("max", 0.0),
+    "min": ("max", 0.0),
+    "logaddexp": ("softplus",),
+}
+"""Functions of two values, and what is left of each: a function of their difference."""

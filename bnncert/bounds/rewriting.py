@@ -6,6 +6,7 @@
     erfc(x)              1 - erf(x)
     max(a, b)            itself, with a - b as a third operand, for a and b both bounded: then a - b
                          has bounds of its own, which are sharper than those of a less those of b
+    logaddexp(a, b)      likewise; against a constant c: softplus(a - c) + c
     max over windows     max over an axis that lists each window's entries
 
 Each rule is `(add, operands, params) -> results`; `add(op, operands, evaluate, **params)` appends a
@@ -39,6 +40,18 @@ def _extremum(add: Add, name: str, a: Any, b: Any) -> Ref:
     if name == "max":
         return add(name, (x, constant), lambda v, c: jnp.where(v <= c, c, v))
     return add(name, (x, constant), lambda v, c: jnp.where(v >= c, c, v))
+
+
+def _logaddexp(add: Add, operands: Sequence[Any], params: Mapping[str, Any]) -> list[Operand]:
+    del params
+    a, b = operands
+    if isinstance(a, Ref) and isinstance(b, Ref):
+        difference = add("sub", (a, b), jnp.subtract)
+        return [add("logaddexp", (a, b, difference), lambda v, w, _: jnp.logaddexp(v, w))]
+    x, constant = (a, b) if isinstance(a, Ref) else (b, a)
+    above = add("sub", (x, constant), jnp.subtract)
+    softplus = add("softplus", (above,), jax.nn.softplus)
+    return [add("add", (softplus, constant), jnp.add)]
 
 
 def _clamp(add: Add, operands: Sequence[Any], params: Mapping[str, Any]) -> list[Operand]:
@@ -124,6 +137,7 @@ REWRITES: Mapping[str, Rewrite] = {
     "clamp": _clamp,
     "max": lambda add, operands, _: [_extremum(add, "max", *operands)],
     "min": lambda add, operands, _: [_extremum(add, "min", *operands)],
+    "logaddexp": _logaddexp,
     "div": _div,
     "mul": _mul,
     "integer_pow": _integer_pow,

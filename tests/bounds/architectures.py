@@ -211,6 +211,7 @@ VECTOR: dict[str, Layer] = {
     "attention": _attention,
     "logsumexp": _activation(lambda x: jnp.append(x[1:], jax.nn.logsumexp(x))),
     "max_halves": _activation(lambda x: jnp.append(jnp.maximum(*_halves(x)), x[0])),
+    "logaddexp": _activation(lambda x: jnp.logaddexp(x, 0.5 - x[::-1]) - jnp.logaddexp(x, 0.3)),
     "gather": _activation(lambda x: x[jnp.array([0, -1, 0, 1])]),
     "stacked": _activation(_stacked),
 }

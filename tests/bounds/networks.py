@@ -433,7 +433,7 @@ def _several_sets() -> Kind:
 
 
 def _pairs() -> Kind:
-    """Maxima and minima of two bounded values."""
+    """Maxima and minima of two bounded values, and the log of the sum of their exponentials."""
 
     def init(rng: np.random.Generator) -> tuple[Any, tuple]:
         return _layers(rng, 4, 4, 4, 3), (_box(rng, 4),)
@@ -441,7 +441,8 @@ def _pairs() -> Kind:
     def apply(layers: Any, x: jax.Array) -> jax.Array:
         (w, b), (v, c), (u, d) = layers
         y, z = w @ x + b, v @ x + c
-        return u @ (jnp.maximum(y, z) - jnp.minimum(y, jax.nn.relu(z))) + d
+        extrema = jnp.maximum(y, z) - jnp.minimum(y, jax.nn.relu(z))
+        return u @ (extrema + jnp.logaddexp(2.0 * z, y - x)) + d
 
     return Kind(init, apply)
 

@@ -1,6 +1,6 @@
 """Backward rows: Jacobians of affine functions, chunks, and concretisation by the dual norm."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -129,3 +129,58 @@ def test_max_of_two_knows_their_difference(rounding, float64):
     boxes = (jax.jit(bound(f, "crown", rounding=rounding))(box) for f in (extrema, expected))
     for a, b in zip(*map(jax.tree.leaves, boxes), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "outward"])
+def test_logaddexp_knows_the_difference_of_its_operands(rounding, float64):
+    """logaddexp(a, b) = b + softplus(a - b)."""
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
+    box = Box(-jnp.ones(3), jnp.ones(3))
+
+    def found(x):
+        y = w @ x
+        return y + jnp.logaddexp(y + 1.0, 3.0 * y), jnp.logaddexp(y, y + 4.0), jnp.logaddexp(2.0, y)
+
+    def expected(x):
+        y = w @ x
+        sure = y + np.logaddexp(0.0, 4.0)
+        return 2.0 * y + 1.0 + jax.nn.softplus(2.0 * y - 1.0), sure, 2.0 + jax.nn.softplus(y - 2.0)
+
+    boxes = (jax.jit(bound(f, "crown", rounding=rounding))(box) for f in (found, expected))
+    for a, b in zip(*map(jax.tree.leaves, boxes), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+@cache
+def extremum_of_layers(method, lower_slope):
+    """Bounds of a network of minima, and of the same written by maxima, of its mirrored values."""
+
+    def network(extremum):
+        def apply(params, x):
+            w, v, w2, v2, last = params
+            x = extremum(w @ x, v @ x)
+            return last @ extremum(w2 @ x, jnp.tanh(v2 @ x))
+
+        return apply
+
+    networks_ = network(jnp.minimum), network(lambda a, b: -jnp.maximum(-a, -b))
+    both = [bound(f, method, lower_slope=lower_slope) for f in networks_]
+    return jax.jit(lambda params, box: [g(params, box) for g in both])
+
+
+@pytest.mark.parametrize(
+    ("method", "lower_slope"),
+    [
+        *((method, "adaptive") for method in ("forward", "crown")),
+        *(("crown-ibp", slope) for slope in LOWER_SLOPES),
+    ],
+)
+def test_a_min_is_the_mirror_of_a_max(method, lower_slope, float64):
+    """Where their difference reaches as far on either side of 0, too: around 0, in one layer."""
+    rng = np.random.default_rng(5)
+    run = extremum_of_layers(method, lower_slope)
+    for center in (0.0, 0.4):
+        params = [rng.normal(size=s) / 2 for s in ((5, 3), (5, 3), (5, 5), (5, 5), (3, 5))]
+        minima, mirrored = run(params, Box(center - 0.5 * jnp.ones(3), center + 0.5 * jnp.ones(3)))
+        np.testing.assert_allclose(minima.lower, mirrored.lower, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(minima.upper, mirrored.upper, rtol=1e-9, atol=1e-12)

@@ -59,6 +59,17 @@ def test_a_relu_that_crosses_is_bounded_by_its_chord_and_the_nearer_slope(float6
     np.testing.assert_allclose(found.upper, [1.0], atol=1e-12)
 
 
+def test_a_max_whose_winner_is_sure_is_bounded_as_that(float64):
+    """Here relu(x) + 5, between two lines of its own; the other operand's lines do not enter."""
+
+    def f(x):
+        return jnp.maximum(jax.nn.relu(x) + 5.0, jax.nn.relu(-x)) - x
+
+    found = bound(f, "forward")(Box(jnp.array([-1.0]), jnp.array([3.0])))
+    np.testing.assert_allclose(found.lower, [5.0], atol=1e-12)
+    np.testing.assert_allclose(found.upper, [6.0], atol=1e-12)
+
+
 def test_it_beats_intervals_where_values_cancel(float64):
     """tanh(Wx) - tanh(Wx + .1): intervals take each to be free of the other."""
 

@@ -155,18 +155,31 @@ def test_a_name_proves_nothing():
     same_bounds(lambda x: leaky_relu(x, 0.5), lambda x: jnp.maximum(x, 0.0) - 0.5)
 
 
+@pytest.mark.parametrize("c", [0.7, jnp.array([0.0, -1.0, 2.0])])
+def test_logaddexp_is_recognised_and_its_name_proves_nothing(c):
+    @jax.custom_jvp
+    def logaddexp(a, b):
+        return a - b
+
+    logaddexp.defjvp(lambda primals, tangents: (logaddexp(*primals), tangents[0] - tangents[1]))
+    assert operations(lambda x: jnp.logaddexp(x, W @ x), BOX)[2:] == ["sub", "logaddexp"]
+    assert operations(lambda x: jnp.logaddexp(x[0], x), BOX)[-2:] == ["sub", "logaddexp"]
+    assert operations(lambda x: jnp.logaddexp(c, x), BOX)[1:] == ["sub", "softplus", "add"]
+    assert operations(lambda x: logaddexp(x, W @ x), BOX)[2:] == ["sub"]
+
+
 def test_an_almost_equal_body_is_not_trusted():
     @jax.jit
     def leaky_relu(x, negative_slope):
-        return jnp.where(x > 0, x, negative_slope * x)  # jax.nn's has >=
+        return jnp.where(x > 0.1, x, negative_slope * x)
 
     @jax.jit
     def softplus(x):
         return jnp.logaddexp(x, 1.0)
 
-    for f in (lambda x: leaky_relu(x, 0.1), softplus):
-        with pytest.raises(UnsupportedPrimitiveError):
-            bound(f, "ibp")(BOX)
+    with pytest.raises(UnsupportedPrimitiveError):
+        bound(lambda x: leaky_relu(x, 0.1), "ibp")(BOX)
+    assert operations(softplus, BOX)[1:] == ["sub", "softplus", "add"]
 
 
 # --- what has no rule -----------------------------------------------------------------------------
@@ -206,7 +219,14 @@ def test_the_error_names_the_primitive_and_the_line(f, primitive, method):
 @pytest.mark.parametrize(
     ("f", "primitive"),
     [
-        (lambda x: jnp.where(x > 0, x, -x), "gt"),
+        (lambda x: jnp.where(x > 0.5, x, -x), "gt"),
+        (lambda x: jnp.where(x > x[0], x, -x), "gt"),
+        (lambda x: jnp.where(x > 0, 0.1 * x, x), "gt"),
+        (lambda x: jnp.where(x > 0, x, 0.1 * x + 1.0), "gt"),
+        (lambda x: jnp.where(x > 0, x, 0.1 * x[::-1]), "gt"),
+        (lambda x: jnp.where(x[::-1] > 0, x, 0.1 * x), "gt"),
+        (lambda x: jnp.where(x[0] > 0, x, 0.1 * x), "gt"),
+        (lambda x: jnp.where(x == 0, x, 0.1 * x), "eq"),
         (lambda x: x == 0.0, "eq"),
         (lambda x: x.astype(int), "convert_element_type"),
         (lambda x: W[0][jnp.floor(x[0]).astype(int)], "convert_element_type"),
@@ -223,6 +243,11 @@ def test_the_error_names_the_primitive_and_the_line(f, primitive, method):
 def test_unsupported_operations(f, primitive):
     with pytest.raises(UnsupportedPrimitiveError, match=f"'[a-z_]*({primitive})[a-z_]*'"):
         bound(f, "crown")(BOX)
+
+
+def test_a_comparison_s_error_says_what_to_write():
+    with pytest.raises(UnsupportedPrimitiveError, match=r"jax\.nn\.leaky_relu"):
+        bound(lambda x: jnp.where(x > 0.5, x, -x))(BOX)
 
 
 # --- precision ------------------------------------------------------------------------------------

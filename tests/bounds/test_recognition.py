@@ -116,12 +116,41 @@ def test_an_almost_equal_run_is_not_trusted():
         (lambda x: jax.nn.sigmoid(x) * x, ["silu"]),
         (lambda x: x * jnp.tanh(jax.nn.softplus(x)), ["mish"]),
         (lambda x: x * jnp.tanh(x), ["tanh", "mul"]),
+        (lambda x: jnp.where(x > 0, x, 0.1 * x), ["leaky_relu"]),
+        (lambda x: jnp.where(x >= 0, x, x * jnp.array([0.1, 3.0, -0.2])), ["leaky_relu"]),
+        (lambda x: jnp.where(x < 0, -x, x), ["leaky_relu"]),
+        (lambda x: jnp.where(0 <= x, x, 0.1 * x), ["leaky_relu"]),
+        (lambda x: jnp.where(0 >= x, 0.1 * x, x), ["leaky_relu"]),
         (lambda x: x * jax.nn.sigmoid(2 * x), ["mul", "logistic", "mul"]),
         (lambda x: jnp.minimum(jnp.minimum(x, 1.0), 2.0), ["min", "min"]),
     ],
 )
 def test_nodes_that_are_one_function_are_one_node(f, expected):
     assert operations(f)[1:] == expected
+
+
+@pytest.mark.parametrize("slope", [0.1, 0.0, 1.5, -0.6])
+@pytest.mark.parametrize("rounding", ["nearest", "outward"])
+def test_a_leaky_relu_by_hand_is_what_it_was_traced_from(slope, rounding):
+    """Whichever way round, with a slope that nobody knows under jit, on either side of 0."""
+
+    def one(x, a):
+        return jnp.where(x > 0, x, a * x)
+
+    def other(x, a):
+        return jnp.where(0 > x, x * a, x)
+
+    at = jnp.linspace(-1.5, 1.5, 13)
+    for f in (one, other):
+        run = jax.jit(lambda a, x, f=f: bound(lambda v: f(v, a), "crown", rounding=rounding)(x))
+        found, value = run(slope, Box(at, at)), f(at, slope)
+        assert bool(((found.lower <= value) & (value <= found.upper)).all())
+        assert jnp.allclose(found.lower, found.upper, atol=1e-4)
+        wide = run(slope, Box(at - 0.4, at + 0.2))
+        named = bound(lambda x: jax.nn.leaky_relu(x, slope), "crown", rounding=rounding)
+        expected = named(Box(at - 0.4, at + 0.2))
+        assert jnp.allclose(wide.lower, expected.lower, atol=1e-6)
+        assert jnp.allclose(wide.upper, expected.upper, atol=1e-6)
 
 
 def test_what_a_fused_node_was_made_of_may_be_used_besides():

@@ -1,5 +1,6 @@
 """Outward rounding: bounds hold for what is computed, in any arithmetic of the stated model."""
 
+import itertools
 from functools import partial
 from itertools import pairwise
 
@@ -221,6 +222,24 @@ def test_what_is_multiplied_by_alpha_is_off_by_as_much(method, activation, float
         options = {"rounding": "outward", "unit_roundoff": ROUGH}
         ends = bounds_of(f, method, Box(jnp.asarray(x), jnp.asarray(x)), **options)
         assert outside([alpha * exact - off, alpha * exact + off], ends) < 0
+
+
+@every_method
+def test_what_logaddexp_is_off_by(method, float64):
+    """Its last sum, log1p and exp, and a difference that is off itself; also where it cancels."""
+    rng = np.random.default_rng(7)
+    a, b = rng.normal(size=(2, 40)) * rng.choice([0.1, 3.0, 30.0], 40)
+    a[:20] = b[:20] = -np.log(2.0)
+    a[:20] += np.linspace(-0.5, 0.5, 20)
+    found = []
+    for s, t, v, w in itertools.product((-ROUGH, ROUGH), repeat=4):
+        gap = np.abs(a - b) * (1 + s)
+        tail = np.log1p(np.exp(-gap) * (1 + t)) * (1 + v)
+        found.append((np.maximum(a, b) + tail) * (1 + w))
+    sets = [Box(jnp.asarray(v), jnp.asarray(v)) for v in (a, b)]
+    run = bound(jnp.logaddexp, method, rounding="outward", unit_roundoff=ROUGH)
+    box = jax.jit(run)(*sets)
+    assert outside(found, (np.asarray(box.lower), np.asarray(box.upper))) < 0
 
 
 @every_method

@@ -114,11 +114,11 @@ def initial_choice(op: str, l: Array, u: Array, *constants: ArrayLike) -> Choice
 
 
 def _initial_kink(op: str, l: Array, u: Array, *constants: ArrayLike) -> Choice:
-    """Each default is 0 or 1: the steeper where the middle lies right of the kink."""
+    """Each default is 0 or 1: the steeper where the middle lies on the steep side of the kink."""
     middle = 0.5 * (l + u)
     if op in ("clip", "hard_tanh"):
         low, high = constants or (-1.0, 1.0)
         return Choice((middle > low).astype(l.dtype), (middle < high).astype(l.dtype))
     kink = constants[0] if op in ("max", "min") else 0.0
-    right = (middle > kink).astype(l.dtype)
-    return Choice(right, 1 - right if op == "min" else right)
+    steep = (middle < kink if op == "min" else middle > kink).astype(l.dtype)
+    return Choice(steep, steep)

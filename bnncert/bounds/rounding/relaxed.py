@@ -6,7 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from bnncert.bounds.arithmetic import Arithmetic, gamma, magnitude, own_unit, roundings, tiny
-from bnncert.bounds.function_errors import EXACT_FUNCTIONS, curvature, function_error, slope_error
+from bnncert.bounds.function_errors import (
+    CURVATURES,
+    EXACT_FUNCTIONS,
+    SLOPE_ERROR,
+    curvature,
+    function_error,
+    slope_error,
+)
 from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.relaxations import Lines, Planes, from_lines
 from bnncert.bounds.rounding.terms import offset_gamma, rounded_up, ways
@@ -40,7 +47,7 @@ def outward_planes(
         lower, upper = box.lower - slack, box.upper + slack
         return Planes((), lambda: lower, lambda: upper)
     if planes.lines is None:
-        error = _planes_error(graph, node, boxes, arithmetic)
+        error = _planes_error(graph, index, boxes, arithmetic)
         return Planes(
             planes.operands,
             lambda *v: planes.lower(*v) - error,
@@ -85,12 +92,17 @@ def _lines_error(
     return rounded_up(graph, node, error) + 16 * tiny(node)
 
 
-def _planes_error(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Arithmetic) -> Array:
-    """Of planes that are functions: products of two values, max and min of two or of an axis."""
+def _planes_error(graph: Graph, index: int, boxes: Sequence[Box], arithmetic: Arithmetic) -> Array:
+    """Of planes that are functions: of products, of functions of two values, of extrema."""
+    node = graph.nodes[index]
     own, unit = own_unit(node), arithmetic.unit(node)
     sizes = [magnitude(boxes[i]) for i in node.refs]
     flows = max(ways(graph, i) for i in node.refs)
-    if node.op in ("max", "min"):
+    if node.op == "logaddexp":
+        size, terms = sizes[0] + sizes[1], 1
+        error = _logaddexp_error(node, size, magnitude(boxes[index]), boxes, arithmetic)
+        error += (gamma(flows + 8, own) + 2 * offset_gamma(graph, node)) * (1 + size)
+    elif node.op in ("max", "min"):
         # The bounds of a - b hold for what a network would compute of it, and for a - b itself.
         size, terms = sizes[0] + sizes[1], 1
         error = own * 64 * size + (gamma(flows + 8, own) + 2 * offset_gamma(graph, node)) * size
@@ -103,6 +115,18 @@ def _planes_error(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Ar
         rows = gamma(terms + flows + 16, own) + offset_gamma(graph, node)
         error = (gamma(counts.forward + 2, unit) + 8 * rows) * size
     return rounded_up(graph, node, error) + 32 * (terms + 4) * tiny(node)
+
+
+def _logaddexp_error(
+    node: Node, size: Array, value: Array, boxes: Sequence[Box], arithmetic: Arithmetic
+) -> Array:
+    """As `_lines_error`, for lines of softplus on a difference of at most `size`, slopes 0 to 1."""
+    own, unit = own_unit(node), arithmetic.unit(node)
+    relative, absolute = function_error(node, boxes)
+    of_slope, constant = SLOPE_ERROR
+    off = (unit + 4 * own) * (relative * value + absolute)
+    lines = 64 * (2 * size + value + 1) + 3 * (of_slope + constant) * size
+    return jnp.asarray(off + own * (lines + 8 * CURVATURES["softplus"] * size * size))
 
 
 def _largest(node: Node, size: Array) -> Array:

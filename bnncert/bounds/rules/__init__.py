@@ -21,6 +21,7 @@ from bnncert.bounds.rules.monotone import MONOTONE
 from bnncert.bounds.rules.reductions import REDUCTIONS
 from bnncert.sets import Box
 
+_COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
 _SINGLE = {**ELEMENTWISE, **REDUCTIONS}
 
 SUPPORTED = tuple(sorted({*AFFINE, *MONOTONE, *_SINGLE, *BILINEAR}))
@@ -55,4 +56,10 @@ def _unsupported(node: Node) -> UnsupportedPrimitiveError:
     hint = ""
     if node.op in AFFINE:
         hint = "It is supported where it is linear: with the other operands constant."
+    if node.op in _COMPARISONS:
+        hint = (
+            "What a comparison selects may jump. Write a rectifier as jax.nn.relu or "
+            "jax.nn.leaky_relu (or jnp.where(x > 0, x, a * x)), the larger of two values as "
+            "jnp.maximum, a range as jnp.clip; a mask must not depend on a set."
+        )
     return unsupported(node, SUPPORTED, hint)

@@ -1,7 +1,7 @@
 """Interval rules of increasing functions: h([l, u]) = [h(l), h(u)].
 
-`max` and `min` increase in each operand, so they stand here too, with one bounded operand or both
-(and then their difference, which their value does not depend on).
+`max`, `min` and `logaddexp` increase in each operand, so they stand here too; with both bounded,
+their difference is a third, which their value does not depend on.
 """
 
 from collections.abc import Callable
@@ -30,6 +30,7 @@ def _leaky_relu(node: Node, box: Box) -> Box:
 MONOTONE: dict[str, Callable[..., Box]] = {
     "max": increasing,
     "min": increasing,
+    "logaddexp": increasing,
     "leaky_relu": _leaky_relu,
     "softplus": increasing,
     "squareplus": increasing,
