@@ -14,8 +14,9 @@ ORDER = """
     bounds.operands bounds.equations bounds.fusion bounds.recognition bounds.rewriting bounds.graph
     bounds.convolution
     bounds.relaxations.lines bounds.relaxations.curves bounds.relaxations.smooth
-    bounds.relaxations.powers bounds.relaxations.waves bounds.relaxations.planes
-    bounds.relaxations.products bounds.relaxations.reductions bounds.relaxations
+    bounds.relaxations.hinges bounds.relaxations.powers bounds.relaxations.waves
+    bounds.relaxations.planes bounds.relaxations.products bounds.relaxations.reductions
+    bounds.relaxations
     bounds.rules bounds.arithmetic bounds.function_errors bounds.rounding.terms
     bounds.rounding.intervals bounds.rounding.affine bounds.rounding.relaxed
     bounds.rounding bounds.interval bounds.relax bounds.backward

@@ -268,7 +268,10 @@ def test_gradients_are_finite(name, float64):
 
 @pytest.mark.parametrize(
     "name",
-    ["max", "min", "leaky 1.5", "clip -0.4 0.9", "exp", "tanh", "gelu", "sin", "log", "power 3"],
+    [
+        *("max", "min", "leaky 1.5", "clip -0.4 0.9", "exp", "tanh", "gelu", "sin", "log"),
+        *("power 3", "elu 1.0", "elu 2.5", "selu"),
+    ],
 )
 def test_initial_choice_gives_the_default_lines(name, float64):
     l, u = intervals(name, jnp.float64)
@@ -278,3 +281,24 @@ def test_initial_choice_gives_the_default_lines(name, float64):
     for a, b in zip(found, default, strict=True):
         scale = 1 + np.abs(b)
         assert (np.abs(a - b) <= 1e-6 * scale).all()
+
+
+@pytest.mark.parametrize("name", ["elu 1.0", "elu 2.5", "selu"])
+def test_no_line_above_is_lower_in_the_middle(name, float64):
+    """Any is at least the concave envelope there: the highest chord across, on a grid, or h."""
+    rng = np.random.default_rng(3)
+    l, u = -rng.uniform(0.01, 4.0, 300), rng.uniform(0.01, 4.0, 300)
+    upper = [np.asarray(v) for v in lines_of(name, jnp.asarray(l), jnp.asarray(u), Choice())[2:]]
+    middle = 0.5 * (l + u)
+    # The kink is a point of its own: an envelope may bend there.
+    x = np.sort(np.concatenate([l + np.linspace(0, 1, 100)[:, None] * (u - l), 0.0 * l[None]]), 0)
+    left, right = (x < middle)[:, None], (x > middle)[None]
+    value, (a, b) = np.asarray(CASES[name][1](jnp.asarray(x))), (x[:, None], x[None])
+    width = np.where(left & right, b - a, 1)
+    share = (middle - a) / width
+    chords = (1 - share) * value[:, None] + share * value[None]
+    envelope = np.where(left & right, chords, -np.inf).max((0, 1))
+    envelope = np.maximum(envelope, np.asarray(CASES[name][1](jnp.asarray(middle))))
+    found = upper[0] * middle + upper[1]
+    assert (found >= envelope - 1e-12).all()
+    assert (found <= envelope + 1e-9).all()

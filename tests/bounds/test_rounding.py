@@ -224,6 +224,24 @@ def test_what_is_multiplied_by_alpha_is_off_by_as_much(method, activation, float
         assert outside([alpha * exact - off, alpha * exact + off], ends) < 0
 
 
+@pytest.mark.parametrize("f", (partial(jax.nn.elu, alpha=2.5), jax.nn.selu))
+def test_a_line_through_a_kink_is_above_what_float32_computes(f):
+    """The line itself, and not the interval: in float64, and so at points next to either end."""
+    rng = np.random.default_rng(8)
+    scale = rng.choice([1e-6, 1e-3, 1.0, 30.0], (2, 500))
+    reach = (rng.uniform(size=(2, 500)) * scale).astype(np.float32)
+    l, u = -reach[0], reach[1]
+    x = np.clip(np.float32(l + np.linspace(0, 1, 33)[:, None] * (u - l)), l, u)
+    values = np.float64(f(x))
+
+    def above(rounding):
+        found = linear_bounds(f, "crown-ibp", rounding=rounding)
+        upper = jax.jit(jax.vmap(lambda a, b: found(Box(a, b)).upper))(l, u)
+        return (np.float64(upper.A[0]) * x + np.float64(upper.b) - values).min()
+
+    assert above("outward") >= 0 > above("nearest")
+
+
 @every_method
 def test_what_logaddexp_is_off_by(method, float64):
     """Its last sum, log1p and exp, and a difference that is off itself; also where it cancels."""

@@ -3,6 +3,7 @@
     lines        two lines around an elementwise function of one value; functions with kinks
     curves       the lines of a curve, from its values, its slopes and where it is convex
     smooth       curves by name
+    hinges       elu and selu: a curve with a concave kink
     powers       exponentials, logarithms and powers: with overflow, or a singular end
     waves        sin and cos
     planes       what every relaxation becomes: two affine functions of a node's operands
@@ -18,7 +19,7 @@ from jaxtyping import Array, ArrayLike
 
 from bnncert.bounds.graph import Node
 from bnncert.bounds.operands import Ref
-from bnncert.bounds.relaxations import curves, powers, waves
+from bnncert.bounds.relaxations import curves, hinges, powers, waves
 from bnncert.bounds.relaxations.lines import (
     DEFAULT,
     LOWER_SLOPES,
@@ -81,7 +82,7 @@ def _finite(rule: Callable[..., Lines]) -> Callable[..., Lines]:
 LINES: Mapping[str, Callable[..., Lines]] = {
     **_KINKS,
     **{op: _curved(build) for op, build in CURVES.items()},
-    **{op: _finite(rule) for op, rule in {**POWERS, **_WAVES}.items()},
+    **{op: _finite(rule) for op, rule in {**hinges.HINGES, **POWERS, **_WAVES}.items()},
 }
 """The lines of an elementwise operation: `rule(l, u, *constants, choice=...)`."""
 
@@ -106,6 +107,8 @@ def initial_choice(op: str, l: Array, u: Array, *constants: ArrayLike) -> Choice
     """Fractions that give the default lines, or nearly: where an optimisation may start."""
     if op in _KINKS:
         return _initial_kink(op, l, u, *constants)
+    if op in hinges.HINGES:
+        return hinges.fractions(op, l, u, *constants)
     if op in CURVES:
         return curves.fractions(CURVES[op](*constants), l, u)
     if op in _WAVES:

@@ -8,7 +8,7 @@ width of an interval, which may be large.
     gelu (tanh) = x s(2 g)                  with g = sqrt(2 / pi) (x + 0.044715 x^3)
     silu  = x s(x)                          silu'  = s(x) (1 + x s(-x))
     mish  = x tanh(softplus(x))
-    elu   = x, or a (e^x - 1) for x <= 0    convex for a <= 1; else a concave kink at 0
+    elu   = x, or a (e^x - 1) for x <= 0    convex for a <= 1; else see `hinges.py`
 
 Functions with a singular end (log, 1/x, x^p) are in `powers.py`, sin and cos in `waves.py`.
 """
