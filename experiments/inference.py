@@ -27,7 +27,12 @@ from experiments.settings import PIXELS, RunConfig, TrainConfig
 
 
 def build_algorithm(
-    config: RunConfig, model: Model, params: PyTree, num_data: int, steps_per_epoch: int
+    config: RunConfig,
+    model: Model,
+    params: PyTree,
+    num_data: int,
+    steps_per_epoch: int,
+    log_likelihood: LogLikelihood | None = None,
 ) -> Algorithm:
     """The inference method of a run, on its likelihood; of hmc, nuts and laplace the first stage.
 
@@ -35,12 +40,14 @@ def build_algorithm(
         config: the run's settings.
         model: the network.
         params: gives structure and shapes.
-        num_data: training images.
+        num_data: training data.
         steps_per_epoch: minibatches in an epoch.
+        log_likelihood: of one datum; by default that of an image, as the settings say.
     """
     last = config.train.random_layers == "last"
     task = _task(config, model, params, num_data, steps_per_epoch, last)
-    return BUILDERS[config.inference](task)
+    own = task.log_likelihood if log_likelihood is None else log_likelihood
+    return BUILDERS[config.inference](task._replace(log_likelihood=own))
 
 
 def refine(
@@ -84,12 +91,7 @@ class _Task(NamedTuple):
 
 
 def _task(
-    config: RunConfig,
-    model: Model,
-    params: PyTree,
-    num_data: int,
-    steps_per_epoch: int,
-    last: bool,
+    config: RunConfig, model: Model, params: PyTree, num_data: int, steps_per_epoch: int, last: bool
 ) -> _Task:
     """With a prior on the last layer alone, or on all of them."""
     settings = config.train
