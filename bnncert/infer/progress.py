@@ -32,8 +32,8 @@ def follow(run: Callable[..., Any], total: int) -> Callable[..., Any]:
             def watch(kernel: HMC) -> HMC:
                 sample = kernel.sample
 
-                def watched(*state: Any) -> Any:
-                    new = sample(*state)
+                def watched(state: Any, model_args: Any, model_kwargs: Any) -> Any:
+                    new = sample(state, model_args, model_kwargs)
                     jax.debug.callback(advance, new.i)
                     return new
 
