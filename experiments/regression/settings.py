@@ -200,7 +200,7 @@ def validate(settings: Settings) -> None:
 
     >>> validate(dataclasses.replace(PRESETS["sine"], eps=-1.0))
     Traceback (most recent call last):
-    ValueError: --eps must be a radius: finite, not negative, in standard deviations of each feature
+    ValueError: --eps must be a radius in [0, 100], in standard deviations of each feature
     (try 0.1), got -1.0
     """
     check_name(settings.inference, tuple(INFERENCES), "inference method")
@@ -242,8 +242,8 @@ _REQUIREMENTS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = 
         ("hidden",),
     ),
     (
-        "a radius: finite, not negative, in standard deviations of each feature (try 0.1)",
-        lambda v: 0 <= v < math.inf,
+        "a radius in [0, 100], in standard deviations of each feature (try 0.1)",
+        lambda v: 0 <= v <= 100,
         ("eps", "train_eps"),
     ),
     ("a number in [0, 1]", lambda v: 0 <= v <= 1, ("lam", "power", "ramp")),

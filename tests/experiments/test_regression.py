@@ -160,6 +160,7 @@ def test_the_threat_of_robust_and_plain_training() -> None:
         (["sine", "--eps", "-0.1"], "--eps must be a radius"),
         (["sine", "--train-eps", "inf"], "--train-eps must be a radius"),
         (["sine", "--eps", "nan"], "got nan"),
+        (["sine", "--eps", "1e30"], "a radius in [0, 100]"),
         (["sine", "--lam", "1.5"], "--lam must be a number in [0, 1], got 1.5"),
         (["sine", "--noise-scale", "0"], "--noise-scale must be a finite number > 0, got 0.0"),
         (["sine", "--epochs", "0"], "--epochs must be at least 1, got 0"),
