@@ -8,7 +8,7 @@ that compiled function, shared by all tests. `starts` and `attacks` make the poi
 hold at.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from flax import linen
 
 from bnncert.bounds import bound
 from bnncert.sets import Box, LpBall, is_set
+from tests.bounds import nonlinear
 
 METHODS = ("ibp", "forward", "crown-ibp", "crown")
 """All but alpha-crown, which takes long to compile: its tests are in test_alpha.py."""
@@ -221,6 +222,23 @@ def _each(*activations: Callable) -> Kind:
         for (w, b), activation in zip(layers, (*activations, lambda v: v), strict=True):
             x = activation(w @ x + b)
         return x
+
+    return Kind(init, apply)
+
+
+def _together(functions: Mapping[str, nonlinear.Function]) -> Kind:
+    """All functions of one hidden layer; for each an output, the function's and an affine part."""
+
+    def init(rng: np.random.Generator) -> tuple[Any, tuple]:
+        heads = rng.normal(size=(2, len(functions), 4))
+        return (_layers(rng, 4, 4, 4), heads), (_box(rng, 4),)
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        layers, (head, affine) = params
+        y = _dense(jax.nn.relu, layers, x)
+        p = jax.nn.softplus(y) + 0.3
+        found = (jnp.broadcast_to(f(y, p), y.shape) for f in functions.values())
+        return jnp.stack([h @ (f + a * y) for h, f, a in zip(head, found, affine, strict=True)])
 
     return Kind(init, apply)
 
@@ -484,6 +502,9 @@ KINDS: dict[str, Kind] = {
         lambda x: jnp.log(1 + jax.nn.relu(x)) + jnp.expm1(-jax.nn.relu(x)) + jnp.exp2(x / 4),
         lambda x: (jnp.floor(x) + jnp.ceil(2 * x) + jnp.sign(x) + jnp.round(x)) / 4,
     ),
+    "one-set-of-lines": _together(nonlinear.ONE_SET_OF_LINES),
+    "two-sets-of-lines": _together(nonlinear.TWO_SETS_OF_LINES),
+    "of-an-axis": _together(nonlinear.OF_AN_AXIS),
     "conv-strided": _conv(
         (1, 5, 6, 2), (3, 2, 2, 3), ("NHWC", "HWIO", "NHWC"), window_strides=(2, 1)
     ),

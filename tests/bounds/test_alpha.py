@@ -1,6 +1,6 @@
 """alpha-CROWN: never wider than CROWN, tighter where slopes matter, differentiable."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,46 @@ def test_it_lies_inside_crown_and_is_a_tenth_narrower(f, float64):
         assert (alpha.upper <= crown.upper + 1e-12).all()
         ratios.append(float(alpha.radius.sum() / crown.radius.sum()))
     assert np.mean(ratios) < 0.95, ratios
+
+
+def families(params, x):
+    """One function of each family of free planes, each an output, of one layer."""
+    (w, b), (v, c) = params
+    y = w @ x + b
+    found = (
+        jnp.clip(y, -0.4, 0.6),
+        jnp.tanh(2 * y),
+        jax.nn.selu(y),
+        jnp.sin(2 * y),
+        jnp.exp(y),
+        jnp.minimum(y, y[::-1]),
+        jnp.logaddexp(3 * y, 0.5 - y),
+        jax.nn.softmax(2 * y),
+        y * y[::-1],
+    )
+    return jnp.stack([v @ f + c @ y for f in found])
+
+
+def test_every_family_of_free_planes_lies_inside_crown_and_is_sound(float64):
+    """At two radii; and some of them are narrower for it."""
+    rng = np.random.default_rng(4)
+    params = [(rng.normal(size=(4, 4)) / 2, rng.normal(size=4) / 2), rng.normal(size=(2, 4))]
+    center = rng.normal(size=4)
+
+    @jax.jit
+    def run(x):
+        methods = ("crown", "alpha-crown")
+        return [bound(partial(families, params), m, steps=3)(x) for m in methods]
+
+    for eps in (0.1, 0.5):
+        corners = rng.choice([-1.0, 0.0, 1.0], (300, 4))
+        points = center + eps * np.concatenate([corners, rng.uniform(-1, 1, (300, 4))])
+        values = jax.vmap(partial(families, params))(points)
+        crown, alpha = run(Box(center - eps, center + eps))
+        assert (alpha.lower <= values + 1e-9).all() and (values <= alpha.upper + 1e-9).all()
+        assert (alpha.lower >= crown.lower - 1e-12).all()
+        assert (alpha.upper <= crown.upper + 1e-12).all()
+        assert (alpha.radius < 0.999 * crown.radius).sum() >= 3
 
 
 def test_more_steps_never_lose(float64):
