@@ -188,3 +188,6 @@ EXACT = frozenset(
 
 REPEATING = frozenset("tile windows broadcast_in_dim gather".split())
 """Operations that move values, each to several places."""
+
+SINGLE = frozenset("add add_any sub mul div convert_element_type".split())
+"""Operations each value of which is one product, quotient, sum of two or conversion, rounded."""

@@ -12,6 +12,7 @@ from bnncert.bounds import rules
 from bnncert.bounds.arithmetic import (
     EXACT,
     REPEATING,
+    SINGLE,
     Arithmetic,
     gamma,
     magnitude,
@@ -51,21 +52,27 @@ def widened(box: Box, relative: ArrayLike, absolute: ArrayLike) -> Box:
 
 
 def _sum_interval(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Arithmetic) -> Box:
-    """Of an operation that is linear in each operand: its rule on widened operands."""
+    """Of an operation that is linear in each operand: its rule on widened operands.
+
+    Where each value is one rounded result there is nothing to widen before it: its error is
+    relative to the value itself. A sum of even two products may cancel, and is not like that.
+    """
     terms = roundings(graph, node).forward
     unit, own = arithmetic.unit(node), own_unit(node)
-    relative, absolute = 0.0, 8 * (terms + 2) * tiny(node)
-    if terms > 3:
-        relative = gamma(terms + 2, unit) + gamma(terms + 12, own)
-        relative *= 1 + 4 * relative
+    absolute = 8 * (terms + 2) * tiny(node)
+    if node.op in SINGLE:
+        boxes = [_scaled(box, 0.0, 2 * tiny(node)) for box in boxes] if terms > 1 else boxes
+        return widened(rules.interval(node, *boxes), 4 * (unit + own), absolute)
+    relative = gamma(terms + 2, unit) + gamma(terms + 12, own)
+    relative *= 1 + 4 * relative
     if node.op in MIXING and len(boxes) == 1:
         box = boxes[0]
         radius = box.radius + relative * (jnp.abs(box.center) + box.radius) + 2 * tiny(node)
         return widened(mix(node, box.center, radius), 0.0, absolute)
-    if terms > 3 and affine_rule(node) and has_constant(node):
+    if affine_rule(node) and has_constant(node):
         absolute += relative * jnp.abs(constant_part(node, *(box.lower for box in boxes)))
-    if terms > 1:  # what subnormal operands add to a sum is covered by `absolute`
-        boxes = [_scaled(box, relative, 2 * tiny(node)) for box in boxes]
+    # What subnormal operands add to a sum is covered by `absolute`.
+    boxes = [_scaled(box, relative, 2 * tiny(node)) for box in boxes]
     return widened(rules.interval(node, *boxes), 4 * (unit + own), absolute)
 
 
