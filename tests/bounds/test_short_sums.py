@@ -104,9 +104,13 @@ def test_three_terms_that_cancel_certify_no_class_that_the_network_does_not_choo
 def test_margins_of_few_classes_are_sums_too(classes, method):
     """Differences of two numbers in [l, u], exact in float64, where centre and radius are not."""
     rng = np.random.default_rng(1)
-    lower = np.float32(rng.uniform(-1e4, 1e4, (500, classes)))
-    upper = np.float32(lower + 10.0 ** rng.uniform(-4, 4, lower.shape))
-    bounded = margin_bounds(lambda params, x: params * x, method, rounding="outward")
+    ends = np.float32(
+        rng.uniform(1e3, 1e4, (500, 1)) * (1 + 1e-7 * rng.normal(size=(500, classes)))
+    )
+    wide = np.float32(10.0 ** rng.uniform(-4, 4, ends.shape))
+    first = np.arange(classes) == 0  # its upper end is near the lower ends of the others
+    lower, upper = np.where(first, ends - wide, ends), np.where(first, ends, ends + wide)
+    bounded = margin_bounds(lambda params, x: x, method, rounding="outward")
     box = jax.jit(jax.vmap(lambda l, u: bounded(jnp.ones(classes), Box(l, u), jnp.int32(0))))(
         lower, upper
     )
