@@ -30,9 +30,11 @@ from bnncert.bounds import relaxations
 from bnncert.bounds.alpha import optimized
 from bnncert.bounds.arithmetic import Arithmetic
 from bnncert.bounds.backward import Steps, linear_row, map_rows
+from bnncert.bounds.constants import around
 from bnncert.bounds.forward import forward_bounds
-from bnncert.bounds.graph import Graph, trace
-from bnncert.bounds.operands import Operand, Ref
+from bnncert.bounds.graph import Graph, trace, unknown_constant
+from bnncert.bounds.operands import Ref
+from bnncert.bounds.rounding import enclosing
 from bnncert.bounds.sweeps import (
     Options,
     intermediate_bounds,
@@ -139,7 +141,7 @@ def bound(
 
     @wraps(f)
     def bounded(*args: Any, **kwargs: Any) -> PyTree:
-        graph = trace(f, args, kwargs)
+        graph = trace(f, args, kwargs, arithmetic and enclosing(arithmetic))
         options = Options(batch_size, lower_slope, unstable_only, arithmetic)
         boxes = _method_boxes(graph, method, options, steps)
         return jax.tree.unflatten(graph.out_tree, [_output(o, boxes) for o in graph.outputs])
@@ -201,7 +203,7 @@ def linear_bounds(
 
     @wraps(f)
     def linear(*args: Any, **kwargs: Any) -> PyTree:
-        graph = trace(f, args, kwargs)
+        graph = trace(f, args, kwargs, arithmetic and enclosing(arithmetic))
         options = Options(batch_size, lower_slope, arithmetic=arithmetic)
         _, variants = linear_outputs(graph, method, options)
         return jax.tree.unflatten(graph.out_tree, variants[0])
@@ -240,20 +242,25 @@ def _method_boxes(graph: Graph, method: str, options: Options, num_steps: int) -
     return boxes if method == "crown" else optimized(sweep, boxes, num_steps)
 
 
-def _output(output: Operand, boxes: list[Box]) -> Box:
+def _output(output: Any, boxes: list[Box]) -> Box:
     if isinstance(output, Ref):
         return boxes[output.index]
-    value = jnp.asarray(output)
-    return Box(value, value)
+    box = around(output)
+    if box is None:
+        raise unknown_constant(output, "an output")
+    return box
 
 
-def _linear_output(graph: Graph, output: Operand, steps: Steps, batch_size: int) -> LinearBounds:
+def _linear_output(graph: Graph, output: Any, steps: Steps, batch_size: int) -> LinearBounds:
     """Stacks the rows of one output leaf."""
     if not isinstance(output, Ref):
-        value = jnp.asarray(output)
-        zeros = [jnp.zeros((*value.shape, *graph.nodes[i].shape)) for i in range(len(graph.inputs))]
-        flat = Affine(_by_argument(graph, zeros), value)
-        return LinearBounds(flat, flat)
+        box = _output(output, [])
+        zeros = [
+            jnp.zeros((*box.lower.shape, *graph.nodes[i].shape)) for i in range(len(graph.inputs))
+        ]
+        return LinearBounds(
+            *(Affine(_by_argument(graph, zeros), end) for end in vars(box).values())
+        )
     node = graph.nodes[output.index]
 
     def one(unit: Array) -> Any:

@@ -60,7 +60,12 @@ def _clip(nodes: Nodes, node: Any) -> Any | None:
         above = jnp.where(v <= a, a, v)
         return jnp.where(above >= b, b, above)
 
-    return node._replace(op="clip", operands=(x, low, high), evaluate=clip, params={})
+    clipped = node._replace(op="clip", operands=(x, low, high), evaluate=clip, params={})
+    if not (node.errors or inner.errors):
+        return clipped
+    # Either end is one of the two constants.
+    error = sum(e for n in (node, inner) for e in n.errors if e is not None)
+    return clipped._replace(errors=(None, error, error))
 
 
 def _gated(nodes: Nodes, node: Any) -> Any | None:
@@ -99,8 +104,13 @@ def _leaky(nodes: Nodes, node: Any) -> Any | None:
     slope = _multiple(cases[left], x)
     if node.operands[1 + right] != x or slope is None or node.shape != nodes[x.index].shape:
         return None
+    error = next((e for e in cases[left].errors if e is not None), None)
     return node._replace(
-        op="leaky_relu", operands=(x, slope), evaluate=jax.nn.leaky_relu, params={}
+        op="leaky_relu",
+        operands=(x, slope),
+        evaluate=jax.nn.leaky_relu,
+        params={},
+        errors=() if error is None else (None, error),
     )
 
 

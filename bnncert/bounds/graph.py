@@ -20,12 +20,21 @@ import numpy as np
 from jax.extend import core, source_info_util
 from jaxtyping import Array, ArrayLike, PyTree
 
+from bnncert.bounds.constants import (
+    Rounded,
+    around,
+    distance,
+    is_float,
+    rounds_nothing,
+    unknown_among,
+    values_of,
+)
 from bnncert.bounds.equations import CALLS, bind, called, multiplies, source_of
 from bnncert.bounds.fusion import fused
 from bnncert.bounds.operands import Operand, Ref
 from bnncert.bounds.recognition import Recognised, find_runs, is_logaddexp, recognise
 from bnncert.bounds.rewriting import REWRITES
-from bnncert.sets import Set, check_set, is_set
+from bnncert.sets import Box, Set, check_set, is_set
 
 # Operations that return their operand. `stop_gradient` must be one of them: its transpose is zero.
 _IDENTITIES = (
@@ -59,6 +68,8 @@ class Node(NamedTuple):
         shape: of the value.
         dtype: of the value.
         source: where the user's code calls it ("model.py:12 (apply)").
+        errors: for each operand, what a constant may be off by, or None where it is exact or
+            bounded; empty where all are.
     """
 
     op: str
@@ -68,6 +79,7 @@ class Node(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     source: str
+    errors: tuple[Any, ...] = ()
 
     @property
     def refs(self) -> tuple[int, ...]:
@@ -86,7 +98,8 @@ class Graph(NamedTuple):
     Attributes:
         nodes: in the order of execution; the first `len(inputs)` are the sets.
         inputs: the sets among the arguments, in the order of their leaves.
-        outputs: a `Ref` for each output leaf, or an array that no set reaches.
+        outputs: a `Ref` for each output leaf; or an array that no set reaches, `Rounded` where it
+            was computed in rounded arithmetic.
         in_tree: structure of the arguments `(args, kwargs)`, sets as leaves.
         set_leaves: positions of the sets among the leaves of the arguments.
         out_tree: structure of the outputs.
@@ -95,15 +108,28 @@ class Graph(NamedTuple):
 
     nodes: tuple[Node, ...]
     inputs: tuple[Set, ...]
-    outputs: tuple[Operand, ...]
+    outputs: tuple[Any, ...]
     in_tree: Any
     set_leaves: tuple[int, ...]
     out_tree: Any
     users: tuple[tuple[int, ...], ...]
 
 
-def trace(f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any]) -> Graph:
+Enclose = Callable[["Graph"], list[Box]]
+"""Boxes of all nodes of a graph whose sets are boxes of constants, in rounded arithmetic."""
+
+
+def trace(
+    f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any], enclose: Enclose | None = None
+) -> Graph:
     """Lists the operations of `f(*args, **kwargs)` that the sets among its arguments reach.
+
+    Args:
+        f: the function.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        enclose: for rounded arithmetic: what bounds the operations on constants alone, of which
+            nodes then know how far off they may be. None: they are exact.
 
     Raises:
         ValueError: no set among the arguments, or an invalid one.
@@ -131,7 +157,7 @@ def trace(f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any]) -> Grap
     closed, out_shape = jax.make_jaxpr(on_sets, return_shape=True)(*avals)
     nodes = [_input_node(aval, i) for i, aval in zip(where, avals, strict=True)]
     refs = [Ref(i) for i in range(len(nodes))]
-    outputs = _walk(closed.jaxpr, closed.consts, refs, nodes)
+    outputs = _walk(closed.jaxpr, closed.consts, refs, nodes, enclose)
     live, outputs = _prune(fused(nodes), outputs, len(inputs))
     out_tree = jax.tree.structure(out_shape)
     return Graph(live, inputs, outputs, in_tree, tuple(where), out_tree, _users(live))
@@ -148,6 +174,16 @@ def unsupported(node: Node, supported: Sequence[str], hint: str = "") -> Unsuppo
     )
 
 
+def unknown_constant(constant: Rounded, where: str) -> UnsupportedPrimitiveError:
+    """The error for a constant of which nobody knows how far off it may be."""
+    return UnsupportedPrimitiveError(
+        f"'{constant.op}' on constants alone, called at {constant.source or 'a line inside JAX'}, "
+        f'reaches {where}, and rounding="outward" does not know how it rounds. Compute it before, '
+        "so that f is given its result (then that is the network's constant), or use "
+        'rounding="nearest".'
+    )
+
+
 def _users(nodes: Sequence[Node]) -> tuple[tuple[int, ...], ...]:
     found: list[list[int]] = [[] for _ in nodes]
     for index, node in enumerate(nodes):
@@ -157,8 +193,8 @@ def _users(nodes: Sequence[Node]) -> tuple[tuple[int, ...], ...]:
 
 
 def _prune(
-    nodes: Sequence[Node], outputs: Sequence[Operand], num_sets: int
-) -> tuple[tuple[Node, ...], tuple[Operand, ...]]:
+    nodes: Sequence[Node], outputs: Sequence[Any], num_sets: int
+) -> tuple[tuple[Node, ...], tuple[Any, ...]]:
     """Drops the nodes that no output needs: they are neither bounded nor in need of a rule."""
     needed = {o.index for o in outputs if isinstance(o, Ref)} | set(range(num_sets))
     for index in range(len(nodes) - 1, -1, -1):
@@ -166,7 +202,7 @@ def _prune(
             needed |= set(nodes[index].refs)
     place = {old: new for new, old in enumerate(sorted(needed))}
 
-    def moved(operands: Sequence[Operand]) -> tuple[Operand, ...]:
+    def moved(operands: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(Ref(place[o.index]) if isinstance(o, Ref) else o for o in operands)
 
     live = (nodes[index] for index in sorted(needed))
@@ -188,19 +224,20 @@ def _walk(
     consts: Sequence[ArrayLike],
     arguments: Sequence[Any],
     nodes: list[Node],
+    enclose: Enclose | None,
     source: str = "",
-) -> list[Operand]:
+) -> list[Any]:
     """Appends the bounded operations of one jaxpr to `nodes`; returns its outputs.
 
     Each call has its own environment: a function called twice is the same jaxpr object twice.
     Bodies that JAX keeps from an earlier trace have lost their user's line: `source` is that of the
     call.
     """
-    env: dict[core.Var, Operand] = {}
+    env: dict[core.Var, Any] = {}
     env.update(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, arguments, strict=True))
 
-    def read(atom: core.Var | core.Literal) -> Operand:
+    def read(atom: core.Var | core.Literal) -> Any:
         if isinstance(atom, core.Literal):
             return np.asarray(atom.val, atom.aval.dtype)  # pyright: ignore
         return env[atom]
@@ -208,20 +245,84 @@ def _walk(
     runs = find_runs(jaxpr)
     for place, eqn in enumerate(jaxpr.eqns):
         operands = [read(atom) for atom in eqn.invars]
+        here = source_of(eqn) or source
         if any(isinstance(o, Ref) for o in operands):
-            values = _step(eqn, operands, nodes, source_of(eqn) or source)
-        elif eqn.primitive.name in CALLS and multiplies(eqn):
-            values = _inline(eqn, operands, nodes, source)
+            values = _step(eqn, operands, nodes, here, enclose)
+        elif _is_opened(eqn, enclose):
+            values = _inline(eqn, operands, nodes, source, enclose)
         else:
-            out = bind(eqn)(*operands)
-            values = list(out) if eqn.primitive.multiple_results else [out]
+            values = _constants(eqn, operands, here, enclose)
         env.update(zip(eqn.outvars, values, strict=True))
         run = runs.get(place)
         if run is not None and isinstance(env[run.operand], Ref):
             # What it was computed from is dropped, where nothing else needs it.
-            add = partial(_derived, nodes, eqn, source_of(eqn) or source)
+            add = partial(_derived, nodes, eqn, here)
             env[run.result] = _function(add, run.recognised, env[run.operand])
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _is_opened(eqn: core.JaxprEqn, enclose: Enclose | None) -> bool:
+    """Whether a call on constants is walked through.
+
+    One that multiplies, since the precision of that is ours; and in rounded arithmetic each that
+    has no derivative of its own, since each operation is bounded by itself.
+    """
+    kind = CALLS.get(eqn.primitive.name)
+    return kind is not None and (multiplies(eqn) or (enclose is not None and kind == "jaxpr"))
+
+
+def _constants(
+    eqn: core.JaxprEqn, operands: Sequence[Any], source: str, enclose: Enclose | None
+) -> list[Any]:
+    """Evaluates an equation on constants; in rounded arithmetic, with how far off it may be."""
+    values = values_of(operands)
+    out = bind(eqn)(*values)
+    results = list(out) if eqn.primitive.multiple_results else [out]
+    if enclose is None:
+        return results
+    op = eqn.primitive.name
+    unknown = unknown_among(operands)
+    exact = not any(isinstance(o, Rounded) for o in operands)
+    if exact and all(rounds_nothing(op, eqn.params, values, r) for r in results):
+        return results
+    if unknown is not None and op != "select_n":
+        return [unknown._replace(value=r, error=None) for r in results]
+    nothing: list[Any] = [None] * len(results)
+    boxes = _constant_boxes(eqn, operands, source, enclose) if is_float(results[0]) else nothing
+    return [
+        Rounded(value, box and distance(value, box), op, source)
+        for value, box in zip(results, boxes, strict=True)
+    ]
+
+
+def _constant_boxes(
+    eqn: core.JaxprEqn, operands: Sequence[Any], source: str, enclose: Enclose
+) -> list[Box | None]:
+    """Boxes around what an equation on constants computes; None where that is not known."""
+    if eqn.primitive.name == "select_n" and unknown_among(operands[:1]):
+        cases = [around(o) for o in operands[1:]]  # whichever it is
+        if any(case is None for case in cases):
+            return [None]
+        lowers, uppers = zip(*((case.lower, case.upper) for case in cases if case), strict=True)
+        return [Box(jnp.stack(lowers).min(0), jnp.stack(uppers).max(0))]
+    places = [i for i, o in enumerate(operands) if isinstance(o, Rounded)]
+    if not places:  # one of them as a set is enough
+        places = [i for i, o in enumerate(operands) if is_float(o)][:1]
+    sets = [around(operands[i]) for i in places]
+    if not places or any(region is None for region in sets):
+        return [None] * len(eqn.outvars)
+    inputs = tuple(region for region in sets if region is not None)
+    nodes = [_input_node(_aval(region), i) for i, region in zip(places, inputs, strict=True)]
+    filled = list(operands)
+    for ref, i in enumerate(places):
+        filled[i] = Ref(ref)
+    try:
+        results = _step(eqn, filled, nodes, source, enclose)
+        live, outputs = _prune(fused(nodes), results, len(inputs))
+        boxes = enclose(Graph(live, inputs, outputs, None, (), None, _users(live)))
+    except UnsupportedPrimitiveError:
+        return [None] * len(eqn.outvars)
+    return [boxes[o.index] if isinstance(o, Ref) else around(o) for o in outputs]
 
 
 def _function(add: Callable[..., Ref], recognised: Recognised, operand: Operand) -> Ref:
@@ -231,21 +332,43 @@ def _function(add: Callable[..., Ref], recognised: Recognised, operand: Operand)
 
 
 def _step(
-    eqn: core.JaxprEqn, operands: list[Any], nodes: list[Node], source: str
-) -> Sequence[Operand]:
+    eqn: core.JaxprEqn,
+    operands: list[Any],
+    nodes: list[Node],
+    source: str,
+    enclose: Enclose | None = None,
+) -> Sequence[Any]:
     """Appends one equation on bounded values; returns a reference for each of its results."""
     name = eqn.primitive.name
-    add = partial(_append, nodes, eqn, source)
     if name in _IDENTITIES:
         return operands
     if name in CALLS:
         bounded = [i for i, o in enumerate(operands) if isinstance(o, Ref)]
-        recognised = recognise(eqn, operands[1:]) if bounded == [0] else None
+        recognised = recognise(eqn, values_of(operands[1:])) if bounded == [0] else None
         if recognised is not None:
-            return [_function(partial(_derived, nodes, eqn, source), recognised, operands[0])]
+            result = _function(partial(_derived, nodes, eqn, source), recognised, operands[0])
+            if len(operands) > 1:
+                nodes[-1] = _with_errors(nodes[-1], operands, nodes[-1].operands)
+            return [result]
         if not is_logaddexp(eqn):
-            return _inline(eqn, operands, nodes, source)
+            return _inline(eqn, operands, nodes, source, enclose)
         name = "logaddexp"
+    start, plain = len(nodes), values_of(operands)
+    results = _rewritten(name, eqn, plain, nodes, source)
+    nodes[start:] = [_with_errors(node, operands, plain) for node in nodes[start:]]
+    kept = [o for node in nodes[start:] for o in node.operands]
+    for operand, value in zip(operands, plain, strict=True):
+        if isinstance(operand, Rounded) and not any(value is o for o in kept):
+            hint = 'rounding="outward" lost sight of a constant that is computed in f.'
+            raise unsupported(nodes[-1], (name,), hint)
+    return results
+
+
+def _rewritten(
+    name: str, eqn: core.JaxprEqn, operands: list[Any], nodes: list[Node], source: str
+) -> Sequence[Operand]:
+    """Appends the nodes that one operation is traced as."""
+    add = partial(_append, nodes, eqn, source)
     if name in _PROMOTING:
         operands = [_broadcast(nodes, eqn, source, o) for o in operands]
     if name in REWRITES:
@@ -267,10 +390,35 @@ def _step(
     return [add(name, tuple(operands), bind(eqn))]
 
 
+def _with_errors(node: Node, operands: Sequence[Any], plain: Sequence[Any]) -> Node:
+    """A node that knows how far off its constants may be.
+
+    Args:
+        node: whose constants are among `plain`.
+        operands: of an equation.
+        plain: their values, which the equation's nodes act on.
+
+    Raises:
+        UnsupportedPrimitiveError: that is not known of one of them.
+    """
+    rounded = [(v, o) for v, o in zip(plain, operands, strict=True) if isinstance(o, Rounded)]
+    found = [next((o for v, o in rounded if v is own), None) for own in node.operands]
+    unknown = unknown_among(found)
+    if unknown is not None:
+        raise unknown_constant(unknown, f"'{node.op}'")
+    if any(o is not None for o in found):
+        return node._replace(errors=tuple(None if o is None else o.error for o in found))
+    return node
+
+
 def _inline(
-    eqn: core.JaxprEqn, operands: Sequence[Any], nodes: list[Node], source: str
-) -> list[Operand]:
-    return _walk(*called(eqn), operands, nodes, source)
+    eqn: core.JaxprEqn,
+    operands: Sequence[Any],
+    nodes: list[Node],
+    source: str,
+    enclose: Enclose | None,
+) -> list[Any]:
+    return _walk(*called(eqn), operands, nodes, enclose, source)
 
 
 def _broadcast(nodes: list[Node], eqn: core.JaxprEqn, source: str, operand: Any) -> Any:

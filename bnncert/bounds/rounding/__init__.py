@@ -44,6 +44,7 @@ size. A coefficient that underflows is off by t for each of its terms, and meets
 each node that a row comes through adds t (terms) sum (1 + m).
 
     terms     how many terms the sums have that a row is made of
+    constants what they may be off by where the network computes them itself
     intervals of what a network computes
     affine    errors of affine nodes
     relaxed   planes that allow for the errors of relaxed nodes
@@ -56,7 +57,7 @@ from bnncert.bounds.rounding.affine import (
     network_error,
     side_error,
 )
-from bnncert.bounds.rounding.intervals import outward_interval
+from bnncert.bounds.rounding.intervals import enclosing, outward_interval
 from bnncert.bounds.rounding.relaxed import outward_planes
 from bnncert.bounds.rounding.terms import outward_set
 
@@ -64,6 +65,7 @@ __all__ = [
     "EXACT",
     "Errors",
     "affine_errors",
+    "enclosing",
     "network_error",
     "outward_interval",
     "outward_planes",

@@ -17,6 +17,7 @@ from bnncert.bounds.arithmetic import (
 )
 from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.relaxations import has_lines
+from bnncert.bounds.rounding.constants import constant_error
 from bnncert.bounds.rounding.terms import offset_gamma, rounded_up, ways
 from bnncert.bounds.rules import AFFINE, affine_rule
 from bnncert.bounds.rules.affine import constant_part, has_constant
@@ -86,12 +87,16 @@ def network_error(
 ) -> Array | None:
     """What the network's value of an affine node is off by; None where it is exact."""
     terms = roundings(graph, node).forward
+    sizes = [magnitude(box) + 2 * tiny(node) for box in operands]
+    of_constants = constant_error(node, sizes)
     if not terms:
-        return None
-    size = with_magnitudes(node, *(magnitude(box) + 2 * tiny(node) for box in operands))
+        return of_constants
+    size = with_magnitudes(node, *sizes)
     if has_constant(node):
         size += jnp.abs(constant_part(node, *(box.lower for box in operands)))
     error = gamma(terms + 2, arithmetic.unit(node)) * size
+    if of_constants is not None:
+        error += of_constants
     return rounded_up(graph, node, error) + 8 * (terms + 2) * tiny(node)
 
 
@@ -127,13 +132,16 @@ def _affine_error(
     # An operand that goes several ways has its coefficients added up.
     backward = counts.backward + max(ways(graph, i) for i in node.refs) - 1
     constant = has_constant(node)
-    if not (counts.forward or backward or constant):
-        return None
     operands = [boxes[i] for i in node.refs]
+    sizes = [magnitude(box) + 2 * tiny(node) for box in operands]
+    of_constants = constant_error(node, sizes)
+    if not (counts.forward or backward or constant):
+        return of_constants
     forward = gamma(counts.forward + 2, unit) if counts.forward else 0.0
     transposed = gamma(backward + 4, own) if backward else 0.0
-    size = with_magnitudes(node, *(magnitude(box) + 2 * tiny(node) for box in operands))
-    error = (forward + transposed) * size
+    error = (forward + transposed) * with_magnitudes(node, *sizes)
+    if of_constants is not None:
+        error += of_constants
     if constant:
         error += (forward + offset_gamma(graph, node)) * jnp.abs(
             constant_part(node, *(box.lower for box in operands))

@@ -21,7 +21,9 @@ from bnncert.bounds.arithmetic import (
     tiny,
 )
 from bnncert.bounds.function_errors import EXACT_FUNCTIONS, function_error
-from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.graph import Enclose, Graph, Node
+from bnncert.bounds.interval import propagate
+from bnncert.bounds.rounding.constants import constant_error
 from bnncert.bounds.rules import affine_rule
 from bnncert.bounds.rules.affine import MIXING, constant_part, has_constant, mix
 from bnncert.sets import Box
@@ -33,6 +35,25 @@ def outward_interval(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic:
     Raises:
         UnsupportedPrimitiveError: no rule for this operation, or nothing known of its rounding.
     """
+    box = _rounded(graph, node, boxes, arithmetic)
+    error = constant_error(node, [magnitude(box) + 2 * tiny(node) for box in boxes])
+    return box if error is None else widened(box, 0.0, error)
+
+
+def enclosing(arithmetic: Arithmetic) -> Enclose:
+    """The function by which `graph.trace` bounds operations on constants, in an arithmetic."""
+
+    def enclose(graph: Graph) -> list[Box]:
+        def rule(node: Node, *boxes: Box) -> Box:
+            return outward_interval(graph, node, boxes, arithmetic)
+
+        return propagate(graph, lambda index, boxes: None, rule)
+
+    return enclose
+
+
+def _rounded(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Arithmetic) -> Box:
+    """As `outward_interval`, for the constants as they are."""
     if node.op in EXACT or node.op in REPEATING or node.op in EXACT_FUNCTIONS:
         return rules.interval(node, *boxes)
     if affine_rule(node) or (node.op in rules.BILINEAR and len(boxes) == 2):

@@ -16,6 +16,7 @@ from bnncert.bounds.function_errors import (
 )
 from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.relaxations import Lines, Planes, from_lines
+from bnncert.bounds.rounding.constants import constant_error
 from bnncert.bounds.rounding.terms import offset_gamma, rounded_up, ways
 from bnncert.sets import Box
 
@@ -87,6 +88,9 @@ def _lines_error(
         of_slope, constant = slope_error(node)
         error += own * (of_slope * slope + constant) * (box.upper - box.lower + 2 * size)
         error += 8 * own * curvature(node, box, free) * size * size
+    of_constants = constant_error(node, [size])
+    if of_constants is not None:
+        error += of_constants
     error += gamma(ways(graph, operand) + 4, own) * slope * size
     error += offset_gamma(graph, node) * offset
     return rounded_up(graph, node, error) + 16 * tiny(node)

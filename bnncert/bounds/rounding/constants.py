@@ -1,0 +1,92 @@
+"""Constants that a network computes itself: how far off they may be, and what they make others.
+
+An operation on constants is one on boxes of them, of width 0 to begin with, and rounds as any
+other: `intervals.enclosing` bounds it. What then depends on a constant c that is off by e is
+off, with x of magnitude m, by
+
+    c x, sums of such        |op|(m) with e in the place of c
+    x / c                    m e / (|c| (|c| - e));  no bound where e >= |c|
+    x + c, moves             e where c goes
+    max(x, c), min, clip     e, of each constant
+    where(x > 0, x, c x)     m e
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from bnncert.bounds.arithmetic import gamma, own_unit
+from bnncert.bounds.constants import is_float
+from bnncert.bounds.graph import Node, unsupported
+from bnncert.bounds.operands import Ref
+from bnncert.bounds.rules import affine_rule
+from bnncert.bounds.rules.affine import SCALING
+
+
+def constant_error(node: Node, sizes: Sequence[Array]) -> Array | None:
+    """The largest change in a node's value for all that its constants may be.
+
+    Args:
+        node: the node.
+        sizes: the largest magnitudes of its bounded operands.
+
+    Returns:
+        The shape of the value, rounded up; None where all constants are exact.
+
+    Raises:
+        UnsupportedPrimitiveError: a function that is not known to depend on its constant so.
+    """
+    if not node.errors:
+        return None
+    error = jnp.broadcast_to(_change(node, sizes), node.shape)
+    terms = max(math.prod(jnp.shape(v)) for v in (*sizes, *filter(_is_known, node.errors)))
+    return error * (1 + 4 * gamma(terms + 8, own_unit(node)))
+
+
+def _change(node: Node, sizes: Sequence[Array]) -> Array:
+    if node.op == "div":
+        divisor, error = (jnp.abs(v) for v in (node.operands[1], node.errors[1]))
+        least = divisor - error
+        quotient = sizes[0] * error / (divisor * jnp.where(least > 0, least, 1))
+        return jnp.where(least > 0, quotient, jnp.inf)
+    if node.op in (*SCALING, "leaky_relu"):
+        (error,) = filter(_is_known, node.errors)
+        (place,) = (i for i, e in enumerate(node.errors) if _is_known(e))
+        if node.op == "leaky_relu":
+            return sizes[0] * error
+        operands = [sizes[0], sizes[0]]
+        operands[place] = error
+        return node.evaluate(*operands)
+    if node.op in _LIPSCHITZ:
+        return jnp.asarray(sum(filter(_is_known, node.errors)))
+    if not affine_rule(node):
+        raise unsupported(
+            node,
+            (*_LIPSCHITZ, *SCALING, "leaky_relu"),
+            f"rounding=\"outward\" does not know what '{node.op}' makes of a constant that f "
+            "computes itself: compute it before.",
+        )
+    bounded = iter(sizes)
+    placed = [
+        _placed(next(bounded) if isinstance(o, Ref) else o, e)
+        for o, e in zip(node.operands, node.errors, strict=True)
+    ]
+    return jnp.abs(node.evaluate(*placed))
+
+
+def _placed(value: Any, error: Any) -> Any:
+    """What stands in the place of an operand: its error or 0; itself where it is an index."""
+    if error is not None:
+        return jnp.broadcast_to(error, jnp.shape(value))
+    return jnp.zeros_like(value) if is_float(value) else value
+
+
+def _is_known(error: Any) -> bool:
+    return error is not None
+
+
+_LIPSCHITZ = ("max", "min", "clip", "logaddexp")
+"""Functions that change by no more than their constants do."""
