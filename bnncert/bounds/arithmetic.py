@@ -42,11 +42,13 @@ Source: Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., SIAM 
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError, unsupported
 from bnncert.bounds.operands import Operand, Ref
+from bnncert.bounds.precision import FACTOR_UNITS, PRODUCTS, factors
 from bnncert.bounds.rules import SUPPORTED
 from bnncert.sets import Box
 
@@ -63,6 +65,27 @@ class Arithmetic(NamedTuple):
     def unit(self, node: Node) -> float:
         """The network's unit roundoff at a node: no less than that of the dtype."""
         return max(self.unit_roundoff or 0.0, own_unit(node))
+
+    def relative(self, node: Node, terms: int) -> float:
+        """The largest relative error of each product in a sum, of `terms` roundings or a few more.
+
+        Where a backend rounds the factors to a coarser format than the sum, of both factors too.
+
+        Raises:
+            UnsupportedPrimitiveError: a format of which nothing is known.
+        """
+        sums = gamma(terms + 2, self.unit(node))
+        if node.op not in PRODUCTS or jnp.finfo(node.dtype).bits > 32:
+            return sums
+        name = factors(node.params["precision"], jax.default_backend())
+        if name is None and self.unit_roundoff is None:
+            hint = (
+                f"With precision {node.params['precision']} nothing is known of its rounding: ask "
+                'for more (jax.default_matmul_precision("float32")), or give unit_roundoff=.'
+            )
+            raise unsupported(node, (), hint)
+        factor = FACTOR_UNITS[name] if name else 0.0
+        return (1 + sums) * (1 + factor) ** 2 - 1 if factor > self.unit(node) else sums
 
 
 class Roundings(NamedTuple):

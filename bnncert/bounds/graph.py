@@ -7,7 +7,7 @@ may be a tracer: that is how `vmap` over weights works), calls are inlined. Ever
     Node(op, operands, evaluate, ...)        operands: Ref(index) of a node, or an array
 
 and never a jaxpr: this module looks inside JAX for them (public API only, `jax.extend`), with the
-help of `equations.py`, `recognition.py`, `fusion.py` and `convolution.py`.
+help of `equations.py`, `recognition.py`, `precision.py`, `fusion.py` and `convolution.py`.
 """
 
 from collections.abc import Callable, Sequence

@@ -42,8 +42,8 @@ def margin_bounds(
 
     def rows(params: Params, x: Array, c: Array) -> Array:
         logits = apply(params, x)
-        unit = jnp.eye(logits.shape[-1], dtype=logits.dtype)
-        return (unit - unit[c][None, :]) @ logits
+        unit = jnp.eye(logits.shape[-1], dtype=jnp.int8)  # of integers, the difference is exact
+        return (unit - unit[c][None, :]).astype(logits.dtype) @ logits
 
     by_rows = bound(rows, method, rounding=rounding)
 

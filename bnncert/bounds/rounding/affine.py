@@ -94,7 +94,7 @@ def network_error(
     size = with_magnitudes(node, *sizes)
     if has_constant(node):
         size += jnp.abs(constant_part(node, *(box.lower for box in operands)))
-    error = gamma(terms + 2, arithmetic.unit(node)) * size
+    error = arithmetic.relative(node, terms) * size
     if of_constants is not None:
         error += of_constants
     return rounded_up(graph, node, error) + 8 * (terms + 2) * tiny(node)
@@ -127,7 +127,6 @@ def _affine_error(
     """e_i itself; None where the operation and its transpose are exact."""
     # The transpose of a cast rounds in the dtype of its operand.
     own = max(own_unit(node), *(own_unit(graph.nodes[i]) for i in node.refs))
-    unit = arithmetic.unit(node)
     counts = roundings(graph, node)
     # An operand that goes several ways has its coefficients added up.
     backward = counts.backward + max(ways(graph, i) for i in node.refs) - 1
@@ -137,7 +136,7 @@ def _affine_error(
     of_constants = constant_error(node, sizes)
     if not (counts.forward or backward or constant):
         return of_constants
-    forward = gamma(counts.forward + 2, unit) if counts.forward else 0.0
+    forward = arithmetic.relative(node, counts.forward) if counts.forward else 0.0
     transposed = gamma(backward + 4, own) if backward else 0.0
     error = (forward + transposed) * with_magnitudes(node, *sizes)
     if of_constants is not None:

@@ -84,7 +84,7 @@ def _sum_interval(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Ar
     if node.op in SINGLE:
         boxes = [_scaled(box, 0.0, 2 * tiny(node)) for box in boxes] if terms > 1 else boxes
         return widened(rules.interval(node, *boxes), 4 * (unit + own), absolute)
-    relative = gamma(terms + 2, unit) + gamma(terms + 12, own)
+    relative = arithmetic.relative(node, terms) + gamma(terms + 12, own)
     relative *= 1 + 4 * relative
     if node.op in MIXING and len(boxes) == 1:
         box = boxes[0]

@@ -99,7 +99,7 @@ def _lines_error(
 def _planes_error(graph: Graph, index: int, boxes: Sequence[Box], arithmetic: Arithmetic) -> Array:
     """Of planes that are functions: of products, of functions of two values, of extrema."""
     node = graph.nodes[index]
-    own, unit = own_unit(node), arithmetic.unit(node)
+    own = own_unit(node)
     sizes = [magnitude(boxes[i]) for i in node.refs]
     flows = max(ways(graph, i) for i in node.refs)
     if node.op == "logaddexp":
@@ -117,7 +117,7 @@ def _planes_error(graph: Graph, index: int, boxes: Sequence[Box], arithmetic: Ar
         counts = roundings(graph, node)
         size, terms = node.evaluate(*sizes), counts.forward + counts.backward
         rows = gamma(terms + flows + 16, own) + offset_gamma(graph, node)
-        error = (gamma(counts.forward + 2, unit) + 8 * rows) * size
+        error = (arithmetic.relative(node, counts.forward) + 8 * rows) * size
     return rounded_up(graph, node, error) + 32 * (terms + 4) * tiny(node)
 
 
