@@ -20,9 +20,18 @@ import numpy as np
 from jax.extend import core, source_info_util
 from jaxtyping import Array, ArrayLike, PyTree
 
-from bnncert.bounds.equations import CALLS, bind, called, multiplies, source_of
+from bnncert.bounds.advice import instead_of
+from bnncert.bounds.equations import (
+    bind,
+    called,
+    is_call,
+    is_matrix_product,
+    multiplies,
+    source_of,
+)
 from bnncert.bounds.fusion import fused
 from bnncert.bounds.operands import Operand, Ref
+from bnncert.bounds.parameters import refusal
 from bnncert.bounds.recognition import Recognised, find_runs, is_logaddexp, recognise
 from bnncert.bounds.rewriting import REWRITES
 from bnncert.sets import Set, check_set, is_set
@@ -210,7 +219,7 @@ def _walk(
         operands = [read(atom) for atom in eqn.invars]
         if any(isinstance(o, Ref) for o in operands):
             values = _step(eqn, operands, nodes, source_of(eqn) or source)
-        elif eqn.primitive.name in CALLS and multiplies(eqn):
+        elif is_call(eqn) and multiplies(eqn):
             values = _inline(eqn, operands, nodes, source)
         else:
             out = bind(eqn)(*operands)
@@ -219,13 +228,20 @@ def _walk(
         run = runs.get(place)
         if run is not None and isinstance(env[run.operand], Ref):
             # What it was computed from is dropped, where nothing else needs it.
-            add = partial(_derived, nodes, eqn, source_of(eqn) or source)
-            env[run.result] = _function(add, run.recognised, env[run.operand])
+            where, operand = source_of(eqn) or source, env[run.operand]
+            env[run.result] = _function(nodes, eqn, where, run.recognised, operand)
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _function(add: Callable[..., Ref], recognised: Recognised, operand: Operand) -> Ref:
-    """Appends a recognised function of one bounded value."""
+def _function(
+    nodes: list[Node], eqn: core.JaxprEqn, source: str, recognised: Recognised, operand: Ref
+) -> Ref:
+    """Appends a recognised function of one bounded value, which is brought to its shape before."""
+    add = partial(_derived, nodes, eqn, source)
+    own = nodes[operand.index].shape
+    shape = jnp.broadcast_shapes(own, *map(jnp.shape, recognised.constants))
+    if shape != own:
+        operand = add("broadcast_in_dim", (operand,), partial(jnp.broadcast_to, shape=shape))
     operands = (operand, *recognised.constants)
     return add(recognised.op, operands, recognised.function, **recognised.params)
 
@@ -236,21 +252,29 @@ def _step(
     """Appends one equation on bounded values; returns a reference for each of its results."""
     name = eqn.primitive.name
     add = partial(_append, nodes, eqn, source)
+    if refused := refusal(eqn):
+        raise UnsupportedPrimitiveError(
+            f"primitive '{name}' over bounded values, called at "
+            f"{source or 'a line inside JAX'}: {refused}"
+        )
     if name in _IDENTITIES:
         return operands
-    if name in CALLS:
+    if is_call(eqn):
         bounded = [i for i, o in enumerate(operands) if isinstance(o, Ref)]
         recognised = recognise(eqn, operands[1:]) if bounded == [0] else None
         if recognised is not None:
-            return [_function(partial(_derived, nodes, eqn, source), recognised, operands[0])]
+            return [_function(nodes, eqn, source, recognised, operands[0])]
         if not is_logaddexp(eqn):
             return _inline(eqn, operands, nodes, source)
         name = "logaddexp"
     if name in _PROMOTING:
         operands = [_broadcast(nodes, eqn, source, o) for o in operands]
+    if is_matrix_product(eqn):
+        operands = [_widened(nodes, eqn, source, o) for o in operands]
     if name in REWRITES:
         add = partial(_derived, nodes, eqn, source)
-        return REWRITES[name](add, operands, eqn.params)
+        shape = eqn.invars[0].aval.shape  # pyright: ignore
+        return REWRITES[name](add, operands, {**eqn.params, "operand": shape})
     if name in ("split", "unstack"):
         parts = bind(eqn)
         return [
@@ -259,10 +283,8 @@ def _step(
         ]
     if eqn.primitive.multiple_results:
         raise UnsupportedPrimitiveError(
-            f"'{name}' over bounded values, called at {source or 'a line inside JAX'}: loops, "
-            "branches and operations with several results have no bound rule. Unroll a loop in "
-            "Python, or take a branch on values that no set reaches (jnp.where with a constant "
-            "mask is supported)."
+            f"no bound rule for primitive '{name}' over bounded values, called at "
+            f"{source or 'a line inside JAX'}. {instead_of(name)}"
         )
     return [add(name, tuple(operands), bind(eqn))]
 
@@ -280,6 +302,17 @@ def _broadcast(nodes: list[Node], eqn: core.JaxprEqn, source: str, operand: Any)
         return operand
     spread = partial(jnp.broadcast_to, shape=shape)
     return _append(nodes, eqn, source, "broadcast_in_dim", (operand,), spread)
+
+
+def _widened(nodes: list[Node], eqn: core.JaxprEqn, source: str, operand: Any) -> Any:
+    """An operand in the format that its products are summed in: exactly, and so are its bounds."""
+    dtype = eqn.outvars[0].aval.dtype  # pyright: ignore
+    if not isinstance(operand, Ref):
+        return operand if operand.dtype == dtype else jnp.asarray(operand, dtype)
+    if nodes[operand.index].dtype == dtype:
+        return operand
+    cast = partial(jax.lax.convert_element_type, new_dtype=dtype)
+    return _derived(nodes, eqn, source, "convert_element_type", (operand,), cast)
 
 
 def _derived(
