@@ -11,14 +11,16 @@ ROOT = Path(__file__).resolve().parents[1]
 # A package's __init__ stands where the package's own name stands: it re-exports what is above it.
 ORDER = """
     _compiler types sets
-    bounds.operands bounds.constants bounds.precision bounds.equations bounds.fusion
-    bounds.recognition bounds.rewriting bounds.graph bounds.convolution
+    bounds.operands bounds.constants bounds.nodes bounds.precision bounds.advice bounds.primitives
+    bounds.parameters bounds.equations bounds.fusion bounds.recognition bounds.windows
+    bounds.rewriting bounds.graph bounds.convolution
     bounds.relaxations.lines bounds.relaxations.curves bounds.relaxations.smooth
     bounds.relaxations.hinges bounds.relaxations.powers bounds.relaxations.waves
     bounds.relaxations.planes bounds.relaxations.products bounds.relaxations.reductions
     bounds.relaxations
     bounds.rules bounds.interval bounds.arithmetic bounds.function_errors bounds.rounding.terms
-    bounds.rounding.constants bounds.rounding.intervals bounds.rounding.affine
+    bounds.rounding.constants bounds.rounding.reordering bounds.rounding.intervals
+    bounds.rounding.affine
     bounds.rounding.relaxed bounds.rounding bounds.relax bounds.backward
     bounds.forward bounds.sweeps bounds.alpha bounds.api bounds.margins bounds.joint bounds
     likelihood prior posterior.leaves posterior.mean_field posterior.samples posterior.low_rank

@@ -32,9 +32,10 @@ from bnncert.bounds.arithmetic import Arithmetic
 from bnncert.bounds.backward import Steps, linear_row, map_rows
 from bnncert.bounds.constants import around
 from bnncert.bounds.forward import forward_bounds
-from bnncert.bounds.graph import Graph, trace, unknown_constant
+from bnncert.bounds.graph import Graph, trace
+from bnncert.bounds.nodes import unknown_constant
 from bnncert.bounds.operands import Ref
-from bnncert.bounds.rounding import enclosing
+from bnncert.bounds.rounding import tracking
 from bnncert.bounds.sweeps import (
     Options,
     intermediate_bounds,
@@ -110,8 +111,9 @@ def bound(
         A function called as `f`, where any argument or any leaf inside one may be a `Box` or an
         `LpBall` in place of an array. All else is constant: arrays, tracers, strings, numbers,
         None. It returns f's outputs with a `Box` for each leaf (`Box(v, v)` where no set reaches
-        it). It is pure: `jit`, `vmap` and `grad` apply. At a set that is one point it returns f
-        there.
+        it). It is pure: `jit`, `vmap` and `grad` apply. At a set that is one point both ends are f
+        there, up to the rounding of sums in another order; with "outward" they enclose it. An end
+        is infinite where nothing is known: beside an overflow, or where f has no value.
 
     Raises:
         ValueError: unknown method, rounding or slope; when called: no set among the arguments,
@@ -141,7 +143,7 @@ def bound(
 
     @wraps(f)
     def bounded(*args: Any, **kwargs: Any) -> PyTree:
-        graph = trace(f, args, kwargs, arithmetic and enclosing(arithmetic))
+        graph = trace(f, args, kwargs, arithmetic and tracking(arithmetic))
         options = Options(batch_size, lower_slope, unstable_only, arithmetic)
         boxes = _method_boxes(graph, method, options, steps)
         return jax.tree.unflatten(graph.out_tree, [_output(o, boxes) for o in graph.outputs])
@@ -183,7 +185,9 @@ def linear_bounds(
         A function called as `f` that returns, for each output leaf, `LinearBounds(lower, upper)`;
         `A` has the structure of the arguments `(args, kwargs)`, arrays of shape (*output, *set)
         where these hold sets and None elsewhere. Weights that a chord eliminated appear in `b`,
-        with A = 0.
+        with A = 0. Where a side has no finite function (beside an overflow, or a logarithm of
+        numbers that may be negative), A = 0 and b is infinite. With "nearest" the inequalities are
+        those of real arithmetic, and hold up to the rounding of A and b.
 
     Raises:
         ValueError, TypeError, UnsupportedPrimitiveError: as `bound`.
@@ -203,7 +207,7 @@ def linear_bounds(
 
     @wraps(f)
     def linear(*args: Any, **kwargs: Any) -> PyTree:
-        graph = trace(f, args, kwargs, arithmetic and enclosing(arithmetic))
+        graph = trace(f, args, kwargs, arithmetic and tracking(arithmetic))
         options = Options(batch_size, lower_slope, arithmetic=arithmetic)
         _, variants = linear_outputs(graph, method, options)
         return jax.tree.unflatten(graph.out_tree, variants[0])
@@ -267,12 +271,17 @@ def _linear_output(graph: Graph, output: Any, steps: Steps, batch_size: int) -> 
         row = linear_row(output.index, unit, steps)
         zeros = [jnp.zeros(graph.nodes[i].shape, node.dtype) for i in range(len(graph.inputs))]
         sides = []
-        for side in (0, 1):
+        for side, unknown in enumerate((-jnp.inf, jnp.inf)):
             parts = [
                 row.coefficients[i][side] if i in row.coefficients else z
                 for i, z in enumerate(zeros)
             ]
-            sides.append((parts, row.offset[side]))
+            offset = jnp.asarray(row.offset[side])
+            known = jnp.isfinite(offset)
+            for part in parts:
+                known &= jnp.isfinite(part).all()
+            parts = [jnp.where(known, part, 0) for part in parts]
+            sides.append((parts, jnp.where(known, offset, unknown)))
         return sides
 
     lower, upper = (

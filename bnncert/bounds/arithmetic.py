@@ -74,7 +74,7 @@ class Arithmetic(NamedTuple):
         Raises:
             UnsupportedPrimitiveError: a format of which nothing is known.
         """
-        sums = gamma(terms + 2, self.unit(node))
+        sums = gamma(terms + 4, self.unit(node))
         if node.op not in PRODUCTS or jnp.finfo(node.dtype).bits > 32:
             return sums
         name = factors(node.params["precision"], jax.default_backend())
@@ -138,9 +138,19 @@ def unknown_rounding(node: Node) -> UnsupportedPrimitiveError:
 def roundings(graph: Graph, node: Node) -> Roundings:
     """Of an operation that is affine in its bounded operands, or a product of two of them.
 
+    A sum whose values are summed on is one with all of their terms.
+
     Raises:
         UnsupportedPrimitiveError: an operation whose rounding is not known.
     """
+    found = _roundings(graph, node)
+    if node.op in SUMMING and node.summed > 1:
+        found = found._replace(forward=(found.forward + 1) * node.summed)
+    return found
+
+
+def _roundings(graph: Graph, node: Node) -> Roundings:
+    """As `roundings`, of the operation by itself."""
     shapes = [graph.nodes[i].shape for i in node.refs]
     size, largest = math.prod(node.shape), max((math.prod(s) for s in shapes), default=1)
     op = node.op
@@ -214,3 +224,8 @@ REPEATING = frozenset("tile windows broadcast_in_dim gather".split())
 
 SINGLE = frozenset("add add_any sub mul div convert_element_type".split())
 """Operations each value of which is one product, quotient, sum of two or conversion, rounded."""
+
+SUMMING = frozenset(
+    "reduce_sum cumsum reduce_window_sum scatter-add dot_general conv_general_dilated".split()
+)
+"""Operations that add up many terms."""

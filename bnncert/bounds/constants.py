@@ -31,12 +31,14 @@ class Rounded(NamedTuple):
         error: the largest distance from it, elementwise; None: not known.
         op: the operation that it is the result of; where it is not known, the first such.
         source: where the user's code calls that.
+        history: as an element of `nodes.Graph.histories`, if there is one.
     """
 
     value: Any
     error: Array | None
     op: str
     source: str
+    history: Any = None
 
 
 def values_of(operands: Sequence[Any]) -> list[Any]:

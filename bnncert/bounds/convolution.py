@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jax.extend.core.primitives import conv_general_dilated_p
+from jax.extend.core.primitives import conv_general_dilated_p, jit_p
 from jaxtyping import Array
 
 _FEW_OUTPUTS = 8  # at most, for products: with more, a convolution was as fast or faster
@@ -72,14 +72,14 @@ def canonical(f: Callable[..., Any]) -> Callable[..., Any]:
 
 def _convolves(jaxpr: core.Jaxpr) -> bool:
     return any(
-        eqn.primitive.name == "conv_general_dilated" or any(map(_convolves, _bodies(eqn)))
+        eqn.primitive is conv_general_dilated_p or any(map(_convolves, _bodies(eqn)))
         for eqn in jaxpr.eqns
     )
 
 
 def _bodies(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
     """The jitted bodies that are inlined; any other call is left as it is."""
-    body = eqn.params.get("jaxpr") if eqn.primitive.name in ("jit", "pjit") else None
+    body = eqn.params.get("jaxpr") if eqn.primitive is jit_p else None
     return [body.jaxpr] if isinstance(body, core.ClosedJaxpr) else []
 
 
@@ -93,7 +93,7 @@ def _replay(jaxpr: core.Jaxpr, consts: Any, args: Any) -> list[Array]:
 
     for eqn in jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
-        if eqn.primitive.name == "conv_general_dilated":
+        if eqn.primitive is conv_general_dilated_p:
             out = [_convolve(*values, **eqn.params)]
         elif any(map(_convolves, _bodies(eqn))):
             closed = eqn.params["jaxpr"]

@@ -1,11 +1,14 @@
 """What one equation of a jaxpr is: a call with a body, a function to evaluate, a line of code."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 from jax.extend import core, source_info_util
+
+from bnncert.bounds.primitives import is_jax_own
 
 CALLS = {
     "jit": "jaxpr",
@@ -20,7 +23,16 @@ CALLS = {
 }
 """Calls that are inlined, and the parameter that holds their body."""
 
+_PASSED_BY_SUMS = frozenset(
+    "reshape transpose squeeze expand_dims broadcast_in_dim rev neg convert_element_type copy "
+    "reduce_precision optimization_barrier stop_gradient".split()
+)
 _MATRIX_PRODUCTS = ("dot_general", "conv_general_dilated")
+
+
+def is_call(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation is one of JAX's calls."""
+    return eqn.primitive.name in CALLS and is_jax_own(eqn.primitive)
 
 
 def called(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
@@ -34,12 +46,53 @@ def multiplies(eqn: core.JaxprEqn) -> bool:
 
     Calls with derivatives of their own are kept whole: those are the derivatives of a constant.
     """
-    if eqn.primitive.name in _MATRIX_PRODUCTS:
+    if is_matrix_product(eqn):
         return True
-    if CALLS.get(eqn.primitive.name) != "jaxpr":
-        return False
-    body = eqn.params["jaxpr"]
-    return any(map(multiplies, body.eqns))
+    return has_plain_body(eqn) and any(map(multiplies, eqn.params["jaxpr"].eqns))
+
+
+def has_plain_body(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation is a call that has no derivative of its own."""
+    return is_call(eqn) and CALLS[eqn.primitive.name] == "jaxpr"
+
+
+def is_matrix_product(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation is a matrix product or a convolution."""
+    return eqn.primitive.name in _MATRIX_PRODUCTS and is_jax_own(eqn.primitive)
+
+
+def summed_on(jaxpr: core.Jaxpr, outside: Sequence[int]) -> dict[core.Var, int]:
+    """How many values are added up to one, for each variable, by the sums it flows into directly.
+
+    A compiler makes one sum of a sum of sums, also where values are moved or negated between: each
+    term then passes through as many roundings as all of them have terms.
+
+    Args:
+        jaxpr: with its calls.
+        outside: those of its outputs, by what uses them.
+    """
+    found: dict[core.Var, int] = {}
+
+    def note(atoms: Sequence[Any], counts: Sequence[int]) -> None:
+        for atom, count in zip(atoms, counts, strict=True):
+            if isinstance(atom, core.Var):
+                found[atom] = max(found.get(atom, 1), count)
+
+    note(jaxpr.outvars, outside)
+    for eqn in reversed(jaxpr.eqns):
+        after = [found.get(v, 1) for v in eqn.outvars]
+        name = eqn.primitive.name
+        if is_call(eqn):
+            body = called(eqn)[0]
+            inner = summed_on(body, after)
+            note(eqn.invars[-len(body.invars) :], [inner.get(v, 1) for v in body.invars])
+        elif name == "reduce_sum":
+            operand: Any = eqn.invars[0]
+            size = math.prod(operand.aval.shape) // max(math.prod(eqn.outvars[0].aval.shape), 1)  # pyright: ignore
+            note(eqn.invars, [max(size, 1) * after[0]])
+        elif name in _PASSED_BY_SUMS:
+            note(eqn.invars[:1], after[:1])
+    return found
 
 
 def source_of(eqn: core.JaxprEqn) -> str:
@@ -51,11 +104,29 @@ def source_of(eqn: core.JaxprEqn) -> str:
 
 
 def bind(eqn: core.JaxprEqn) -> Callable[..., Any]:
-    """The equation as a function; matrix products in full float32 (no TF32, no bfloat16)."""
+    """The equation as a function that does not rest on what its caller promised.
+
+    Matrix products are in full float32 (no TF32, no bfloat16). An index that breaks the promise to
+    be inside is clamped by XLA where it gathers, and dropped where it scatters; the transposes of
+    JAX do the contrary, and those of indices that are said to be unique take them at their word.
+    """
     params = dict(eqn.params)
-    if params.get("mode") is jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS:
-        # An index that breaks the promise is clamped, but its transpose drops it.
-        params["mode"] = jax.lax.GatherScatterMode.CLIP
-    if eqn.primitive.name in _MATRIX_PRODUCTS:
+    name = eqn.primitive.name
+    if not is_jax_own(eqn.primitive):
+        name = ""
+    if name in ("gather", "scatter", "scatter-add"):
+        if params["mode"] is _PROMISE:
+            params["mode"] = _MODES[name]
+        if math.prod(eqn.invars[1].aval.shape[:-1]) > 1:  # pyright: ignore
+            params |= {"unique_indices": False, "indices_are_sorted": False}
+    if name in _MATRIX_PRODUCTS:
         params["precision"] = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
     return partial(eqn.primitive.bind, **eqn.primitive.get_bind_params(params))
+
+
+_PROMISE = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
+_MODES = {
+    "gather": jax.lax.GatherScatterMode.CLIP,
+    "scatter": jax.lax.GatherScatterMode.FILL_OR_DROP,
+    "scatter-add": jax.lax.GatherScatterMode.FILL_OR_DROP,
+}

@@ -61,11 +61,13 @@ def _clip(nodes: Nodes, node: Any) -> Any | None:
         return jnp.where(above >= b, b, above)
 
     clipped = node._replace(op="clip", operands=(x, low, high), evaluate=clip, params={})
-    if not (node.errors or inner.errors):
-        return clipped
+    computed = [c for n in (node, inner) for c in n.computed if c is not None]
+    if not computed:
+        return clipped._replace(computed=())
     # Either end is one of the two constants.
-    error = sum(e for n in (node, inner) for e in n.errors if e is not None)
-    return clipped._replace(errors=(None, error, error))
+    error = sum(c.error for c in computed)
+    ends = (computed[0]._replace(value=end, error=error) for end in (low, high))
+    return clipped._replace(computed=(None, *ends))
 
 
 def _gated(nodes: Nodes, node: Any) -> Any | None:
@@ -104,13 +106,13 @@ def _leaky(nodes: Nodes, node: Any) -> Any | None:
     slope = _multiple(cases[left], x)
     if node.operands[1 + right] != x or slope is None or node.shape != nodes[x.index].shape:
         return None
-    error = next((e for e in cases[left].errors if e is not None), None)
+    computed = next((c for c in cases[left].computed if c is not None), None)
     return node._replace(
         op="leaky_relu",
         operands=(x, slope),
         evaluate=jax.nn.leaky_relu,
         params={},
-        errors=() if error is None else (None, error),
+        computed=() if computed is None else (None, computed),
     )
 
 
@@ -124,7 +126,7 @@ def _multiple(node: Any, x: Ref) -> Any | None:
 
 
 def _function(node: Any, op: str, x: Ref, function: Callable[[Any], Any]) -> Any:
-    return node._replace(op=op, operands=(x,), evaluate=function, params={})
+    return node._replace(op=op, operands=(x,), evaluate=function, params={}, computed=())
 
 
 def _with_constant(node: Any) -> tuple[Ref, Any] | None:

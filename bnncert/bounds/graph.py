@@ -7,7 +7,11 @@ may be a tracer: that is how `vmap` over weights works), calls are inlined. Ever
     Node(op, operands, evaluate, ...)        operands: Ref(index) of a node, or an array
 
 and never a jaxpr: this module looks inside JAX for them (public API only, `jax.extend`), with the
-help of `equations.py`, `recognition.py`, `precision.py`, `fusion.py` and `convolution.py`.
+help of `equations.py`, `primitives.py`, `parameters.py`, `precision.py`, `recognition.py`,
+`fusion.py` and `convolution.py`.
+
+In rounded arithmetic (`Tracking`) what is computed of constants is an operation like any other: it
+is bounded in a graph of its own, and the nodes that it flows into know of it (`constants.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +24,7 @@ import numpy as np
 from jax.extend import core, source_info_util
 from jaxtyping import Array, ArrayLike, PyTree
 
+from bnncert.bounds.advice import instead_of
 from bnncert.bounds.constants import (
     Rounded,
     around,
@@ -29,12 +34,34 @@ from bnncert.bounds.constants import (
     unknown_among,
     values_of,
 )
-from bnncert.bounds.equations import CALLS, bind, called, multiplies, source_of
+from bnncert.bounds.equations import (
+    bind,
+    called,
+    has_plain_body,
+    is_call,
+    is_matrix_product,
+    multiplies,
+    source_of,
+    summed_on,
+)
 from bnncert.bounds.fusion import fused
+from bnncert.bounds.nodes import (
+    Graph,
+    Node,
+    UnsupportedPrimitiveError,
+    prune,
+    unknown_constant,
+    unsupported,
+    users,
+)
 from bnncert.bounds.operands import Operand, Ref
+from bnncert.bounds.parameters import refusal
+from bnncert.bounds.primitives import is_jax_own
 from bnncert.bounds.recognition import Recognised, find_runs, is_logaddexp, recognise
 from bnncert.bounds.rewriting import REWRITES
 from bnncert.sets import Box, Set, check_set, is_set
+
+__all__ = ["Graph", "Node", "Tracking", "UnsupportedPrimitiveError", "trace", "unsupported"]
 
 # Operations that return their operand. `stop_gradient` must be one of them: its transpose is zero.
 _IDENTITIES = (
@@ -53,74 +80,34 @@ _PROMOTING = ("add", "sub", "mul", "div", "max", "min", "clamp", "logaddexp")
 source_info_util.register_exclusion(__file__)
 
 
-class UnsupportedPrimitiveError(NotImplementedError):
-    """An operation on bounded values that has no sound rule."""
-
-
-class Node(NamedTuple):
-    """One operation on bounded values, or (op "input") one set.
+class Tracking(NamedTuple):
+    """What is to be known of constants in rounded arithmetic.
 
     Attributes:
-        op: the primitive's name, or that of a recognised function ("softplus").
-        operands: a `Ref` for each bounded operand, the array itself for each constant.
-        evaluate: `(*operand values) -> value`.
-        params: the primitive's parameters.
-        shape: of the value.
-        dtype: of the value.
-        source: where the user's code calls it ("model.py:12 (apply)").
-        errors: for each operand, what a constant may be off by, or None where it is exact or
-            bounded; empty where all are.
+        boxes: of all nodes of a graph whose sets are boxes of constants.
+        histories: `(graph, those of its sets) -> one for each node`, as `Graph.histories`.
     """
 
-    op: str
-    operands: tuple[Operand, ...]
-    evaluate: Callable[..., Array]
-    params: dict[str, Any]
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    source: str
-    errors: tuple[Any, ...] = ()
-
-    @property
-    def refs(self) -> tuple[int, ...]:
-        """Indices of the bounded operands."""
-        return tuple(o.index for o in self.operands if isinstance(o, Ref))
-
-    def fill(self, values: Sequence[Any]) -> list[Any]:
-        """The operands, with `values` in place of the bounded ones."""
-        iterator = iter(values)
-        return [next(iterator) if isinstance(o, Ref) else o for o in self.operands]
+    boxes: Callable[[Graph], list[Box]]
+    histories: Callable[[Graph, Sequence[Any]], tuple[Any, ...]]
 
 
-class Graph(NamedTuple):
-    """A traced function.
+class _Place(NamedTuple):
+    """Where an equation stands.
 
     Attributes:
-        nodes: in the order of execution; the first `len(inputs)` are the sets.
-        inputs: the sets among the arguments, in the order of their leaves.
-        outputs: a `Ref` for each output leaf; or an array that no set reaches, `Rounded` where it
-            was computed in rounded arithmetic.
-        in_tree: structure of the arguments `(args, kwargs)`, sets as leaves.
-        set_leaves: positions of the sets among the leaves of the arguments.
-        out_tree: structure of the outputs.
-        users: for each node, the nodes that act on it, once for each of their operands it is.
+        source: the user's line.
+        summed: for each of its results, as `Node.summed`.
+        tracking: None: constants are exact.
     """
 
-    nodes: tuple[Node, ...]
-    inputs: tuple[Set, ...]
-    outputs: tuple[Any, ...]
-    in_tree: Any
-    set_leaves: tuple[int, ...]
-    out_tree: Any
-    users: tuple[tuple[int, ...], ...]
-
-
-Enclose = Callable[["Graph"], list[Box]]
-"""Boxes of all nodes of a graph whose sets are boxes of constants, in rounded arithmetic."""
+    source: str = ""
+    summed: Sequence[int] = ()
+    tracking: Tracking | None = None
 
 
 def trace(
-    f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any], enclose: Enclose | None = None
+    f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any], tracking: Tracking | None = None
 ) -> Graph:
     """Lists the operations of `f(*args, **kwargs)` that the sets among its arguments reach.
 
@@ -128,8 +115,7 @@ def trace(
         f: the function.
         args: its arguments.
         kwargs: its keyword arguments.
-        enclose: for rounded arithmetic: what bounds the operations on constants alone, of which
-            nodes then know how far off they may be. None: they are exact.
+        tracking: for rounded arithmetic; None: what is computed of constants is exact.
 
     Raises:
         ValueError: no set among the arguments, or an invalid one.
@@ -157,56 +143,14 @@ def trace(
     closed, out_shape = jax.make_jaxpr(on_sets, return_shape=True)(*avals)
     nodes = [_input_node(aval, i) for i, aval in zip(where, avals, strict=True)]
     refs = [Ref(i) for i in range(len(nodes))]
-    outputs = _walk(closed.jaxpr, closed.consts, refs, nodes, enclose)
-    live, outputs = _prune(fused(nodes), outputs, len(inputs))
+    alone = [1] * len(closed.jaxpr.outvars)
+    outputs = _walk(closed.jaxpr, closed.consts, refs, nodes, _Place("", alone, tracking))
+    live, outputs = prune(fused(nodes), outputs, len(inputs))
     out_tree = jax.tree.structure(out_shape)
-    return Graph(live, inputs, outputs, in_tree, tuple(where), out_tree, _users(live))
-
-
-def unsupported(node: Node, supported: Sequence[str], hint: str = "") -> UnsupportedPrimitiveError:
-    """The error for a node without a rule: what, where, and what there is instead."""
-    bounded = [i for i, o in enumerate(node.operands) if isinstance(o, Ref)]
-    source = node.source or "a line inside JAX"
-    return UnsupportedPrimitiveError(
-        f"no bound rule for primitive '{node.op}' with bounded operand(s) {bounded} of "
-        f"{len(node.operands)}, called at {source}.{' ' + hint if hint else ''} "
-        f"Supported: {', '.join(sorted(supported))}."
-    )
-
-
-def unknown_constant(constant: Rounded, where: str) -> UnsupportedPrimitiveError:
-    """The error for a constant of which nobody knows how far off it may be."""
-    return UnsupportedPrimitiveError(
-        f"'{constant.op}' on constants alone, called at {constant.source or 'a line inside JAX'}, "
-        f'reaches {where}, and rounding="outward" does not know how it rounds. Compute it before, '
-        "so that f is given its result (then that is the network's constant), or use "
-        'rounding="nearest".'
-    )
-
-
-def _users(nodes: Sequence[Node]) -> tuple[tuple[int, ...], ...]:
-    found: list[list[int]] = [[] for _ in nodes]
-    for index, node in enumerate(nodes):
-        for i in node.refs:
-            found[i].append(index)
-    return tuple(map(tuple, found))
-
-
-def _prune(
-    nodes: Sequence[Node], outputs: Sequence[Any], num_sets: int
-) -> tuple[tuple[Node, ...], tuple[Any, ...]]:
-    """Drops the nodes that no output needs: they are neither bounded nor in need of a rule."""
-    needed = {o.index for o in outputs if isinstance(o, Ref)} | set(range(num_sets))
-    for index in range(len(nodes) - 1, -1, -1):
-        if index in needed:
-            needed |= set(nodes[index].refs)
-    place = {old: new for new, old in enumerate(sorted(needed))}
-
-    def moved(operands: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(Ref(place[o.index]) if isinstance(o, Ref) else o for o in operands)
-
-    live = (nodes[index] for index in sorted(needed))
-    return tuple(node._replace(operands=moved(node.operands)) for node in live), moved(outputs)
+    graph = Graph(live, inputs, outputs, in_tree, tuple(where), out_tree, users(live))
+    if tracking is None:
+        return graph
+    return graph._replace(histories=tracking.histories(graph, [None] * len(inputs)))
 
 
 def _aval(region: Set) -> jax.ShapeDtypeStruct:
@@ -224,14 +168,13 @@ def _walk(
     consts: Sequence[ArrayLike],
     arguments: Sequence[Any],
     nodes: list[Node],
-    enclose: Enclose | None,
-    source: str = "",
+    outside: _Place,
 ) -> list[Any]:
     """Appends the bounded operations of one jaxpr to `nodes`; returns its outputs.
 
     Each call has its own environment: a function called twice is the same jaxpr object twice.
-    Bodies that JAX keeps from an earlier trace have lost their user's line: `source` is that of the
-    call.
+    Bodies that JAX keeps from an earlier trace have lost their user's line: then it is that of the
+    call, `outside`.
     """
     env: dict[core.Var, Any] = {}
     env.update(zip(jaxpr.constvars, consts, strict=True))
@@ -242,138 +185,153 @@ def _walk(
             return np.asarray(atom.val, atom.aval.dtype)  # pyright: ignore
         return env[atom]
 
-    runs = find_runs(jaxpr)
-    for place, eqn in enumerate(jaxpr.eqns):
+    runs, summed = find_runs(jaxpr), summed_on(jaxpr, outside.summed)
+    for position, eqn in enumerate(jaxpr.eqns):
         operands = [read(atom) for atom in eqn.invars]
-        here = source_of(eqn) or source
+        source = source_of(eqn) or outside.source
+        here = outside._replace(source=source, summed=[summed.get(v, 1) for v in eqn.outvars])
         if any(isinstance(o, Ref) for o in operands):
-            values = _step(eqn, operands, nodes, here, enclose)
-        elif _is_opened(eqn, enclose):
-            values = _inline(eqn, operands, nodes, source, enclose)
+            values = _step(eqn, operands, nodes, here)
+        elif _is_opened(eqn, here.tracking):
+            values = _inline(eqn, operands, nodes, here)
         else:
-            values = _constants(eqn, operands, here, enclose)
+            values = _constants(eqn, operands, here)
         env.update(zip(eqn.outvars, values, strict=True))
-        run = runs.get(place)
+        run = runs.get(position)
         if run is not None and isinstance(env[run.operand], Ref):
             # What it was computed from is dropped, where nothing else needs it.
-            add = partial(_derived, nodes, eqn, here)
-            env[run.result] = _function(add, run.recognised, env[run.operand])
+            env[run.result] = _function(nodes, eqn, source, run.recognised, env[run.operand])
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _is_opened(eqn: core.JaxprEqn, enclose: Enclose | None) -> bool:
+def _is_opened(eqn: core.JaxprEqn, tracking: Tracking | None) -> bool:
     """Whether a call on constants is walked through.
 
     One that multiplies, since the precision of that is ours; and in rounded arithmetic each that
     has no derivative of its own, since each operation is bounded by itself.
     """
-    kind = CALLS.get(eqn.primitive.name)
-    return kind is not None and (multiplies(eqn) or (enclose is not None and kind == "jaxpr"))
+    return has_plain_body(eqn) and (tracking is not None or multiplies(eqn))
 
 
-def _constants(
-    eqn: core.JaxprEqn, operands: Sequence[Any], source: str, enclose: Enclose | None
-) -> list[Any]:
+def _constants(eqn: core.JaxprEqn, operands: Sequence[Any], here: _Place) -> list[Any]:
     """Evaluates an equation on constants; in rounded arithmetic, with how far off it may be."""
     values = values_of(operands)
     out = bind(eqn)(*values)
     results = list(out) if eqn.primitive.multiple_results else [out]
-    if enclose is None:
+    if here.tracking is None:
         return results
     op = eqn.primitive.name
-    unknown = unknown_among(operands)
-    exact = not any(isinstance(o, Rounded) for o in operands)
+    exact = is_jax_own(eqn.primitive) and not any(isinstance(o, Rounded) for o in operands)
     if exact and all(rounds_nothing(op, eqn.params, values, r) for r in results):
         return results
+    unknown = unknown_among(operands)
     if unknown is not None and op != "select_n":
         return [unknown._replace(value=r, error=None) for r in results]
-    nothing: list[Any] = [None] * len(results)
-    boxes = _constant_boxes(eqn, operands, source, enclose) if is_float(results[0]) else nothing
+    nothing: list[Any] = [(None, None)] * len(results)
+    found = _enclosed(eqn, operands, here, here.tracking) if is_float(results[0]) else nothing
     return [
-        Rounded(value, box and distance(value, box), op, source)
-        for value, box in zip(results, boxes, strict=True)
+        Rounded(value, box and distance(value, box), op, here.source, history)
+        for value, (box, history) in zip(results, found, strict=True)
     ]
 
 
-def _constant_boxes(
-    eqn: core.JaxprEqn, operands: Sequence[Any], source: str, enclose: Enclose
-) -> list[Box | None]:
-    """Boxes around what an equation on constants computes; None where that is not known."""
+def _enclosed(
+    eqn: core.JaxprEqn, operands: Sequence[Any], here: _Place, tracking: Tracking
+) -> Sequence[tuple[Box | None, Any]]:
+    """Boxes around what an equation on constants computes (None: not known), and histories."""
+    nothing = [(None, None)] * len(eqn.outvars)
     if eqn.primitive.name == "select_n" and unknown_among(operands[:1]):
         cases = [around(o) for o in operands[1:]]  # whichever it is
         if any(case is None for case in cases):
-            return [None]
+            return nothing
         lowers, uppers = zip(*((case.lower, case.upper) for case in cases if case), strict=True)
-        return [Box(jnp.stack(lowers).min(0), jnp.stack(uppers).max(0))]
-    places = [i for i, o in enumerate(operands) if isinstance(o, Rounded)]
-    if not places:  # one of them as a set is enough
-        places = [i for i, o in enumerate(operands) if is_float(o)][:1]
-    sets = [around(operands[i]) for i in places]
-    if not places or any(region is None for region in sets):
-        return [None] * len(eqn.outvars)
+        return [(Box(jnp.stack(lowers).min(0), jnp.stack(uppers).max(0)), None)]
+    positions = [i for i, o in enumerate(operands) if isinstance(o, Rounded)]
+    if not positions:  # one of them as a set is enough
+        positions = [i for i, o in enumerate(operands) if is_float(o)][:1]
+    sets = [around(operands[i]) for i in positions]
+    if not positions or any(region is None for region in sets):
+        return nothing
     inputs = tuple(region for region in sets if region is not None)
-    nodes = [_input_node(_aval(region), i) for i, region in zip(places, inputs, strict=True)]
+    nodes = [_input_node(_aval(region), i) for i, region in zip(positions, inputs, strict=True)]
+    starts = [getattr(operands[i], "history", None) for i in positions]
     filled = list(operands)
-    for ref, i in enumerate(places):
+    for ref, i in enumerate(positions):
         filled[i] = Ref(ref)
     try:
-        results = _step(eqn, filled, nodes, source, enclose)
-        live, outputs = _prune(fused(nodes), results, len(inputs))
-        boxes = enclose(Graph(live, inputs, outputs, None, (), None, _users(live)))
+        results = _step(eqn, filled, nodes, here)
+        live, outputs = prune(fused(nodes), results, len(inputs))
+        graph = Graph(live, inputs, outputs, None, (), None, users(live))
+        graph = graph._replace(histories=tracking.histories(graph, starts))
+        boxes = tracking.boxes(graph)
     except UnsupportedPrimitiveError:
-        return [None] * len(eqn.outvars)
-    return [boxes[o.index] if isinstance(o, Ref) else around(o) for o in outputs]
+        return nothing
+    return [
+        (boxes[o.index], graph.histories[o.index]) if isinstance(o, Ref) else (around(o), None)
+        for o in outputs
+    ]
 
 
-def _function(add: Callable[..., Ref], recognised: Recognised, operand: Operand) -> Ref:
-    """Appends a recognised function of one bounded value."""
+def _function(
+    nodes: list[Node], eqn: core.JaxprEqn, source: str, recognised: Recognised, operand: Ref
+) -> Ref:
+    """Appends a recognised function of one bounded value, which is brought to its shape before."""
+    add = partial(_derived, nodes, eqn, source)
+    own = nodes[operand.index].shape
+    shape = jnp.broadcast_shapes(own, *map(jnp.shape, recognised.constants))
+    if shape != own:
+        operand = add("broadcast_in_dim", (operand,), partial(jnp.broadcast_to, shape=shape))
     operands = (operand, *recognised.constants)
     return add(recognised.op, operands, recognised.function, **recognised.params)
 
 
 def _step(
-    eqn: core.JaxprEqn,
-    operands: list[Any],
-    nodes: list[Node],
-    source: str,
-    enclose: Enclose | None = None,
+    eqn: core.JaxprEqn, operands: list[Any], nodes: list[Node], here: _Place
 ) -> Sequence[Any]:
     """Appends one equation on bounded values; returns a reference for each of its results."""
-    name = eqn.primitive.name
+    name, source = eqn.primitive.name, here.source
+    if refused := refusal(eqn):
+        raise UnsupportedPrimitiveError(
+            f"primitive '{name}' over bounded values, called at "
+            f"{source or 'a line inside JAX'}: {refused}"
+        )
     if name in _IDENTITIES:
         return operands
-    if name in CALLS:
+    if is_call(eqn):
         bounded = [i for i, o in enumerate(operands) if isinstance(o, Ref)]
         recognised = recognise(eqn, values_of(operands[1:])) if bounded == [0] else None
         if recognised is not None:
-            result = _function(partial(_derived, nodes, eqn, source), recognised, operands[0])
+            result = _function(nodes, eqn, source, recognised, operands[0])
             if len(operands) > 1:
-                nodes[-1] = _with_errors(nodes[-1], operands, nodes[-1].operands)
+                nodes[-1] = _tracked(nodes[-1], operands, nodes[-1].operands)
             return [result]
         if not is_logaddexp(eqn):
-            return _inline(eqn, operands, nodes, source, enclose)
+            return _inline(eqn, operands, nodes, here)
         name = "logaddexp"
-    start, plain = len(nodes), values_of(operands)
-    results = _rewritten(name, eqn, plain, nodes, source)
-    nodes[start:] = [_with_errors(node, operands, plain) for node in nodes[start:]]
-    kept = [o for node in nodes[start:] for o in node.operands]
-    for operand, value in zip(operands, plain, strict=True):
-        if isinstance(operand, Rounded) and not any(value is o for o in kept):
-            hint = 'rounding="outward" lost sight of a constant that is computed in f.'
-            raise unsupported(nodes[-1], (name,), hint)
+    plain = values_of(operands)
+    if name in _PROMOTING:
+        plain = [_broadcast(nodes, eqn, source, o) for o in plain]
+    if is_matrix_product(eqn):
+        plain = [_widened(nodes, eqn, source, o) for o in plain]
+    start = len(nodes)
+    results = _listed(name, eqn, plain, nodes, source)
+    nodes[start:] = [
+        _tracked(node, operands, plain)._replace(summed=max(here.summed, default=1))
+        for node in nodes[start:]
+    ]
+    _check_tracked(operands, plain, nodes[start:])
     return results
 
 
-def _rewritten(
+def _listed(
     name: str, eqn: core.JaxprEqn, operands: list[Any], nodes: list[Node], source: str
 ) -> Sequence[Operand]:
-    """Appends the nodes that one operation is traced as."""
-    add = partial(_append, nodes, eqn, source)
-    if name in _PROMOTING:
-        operands = [_broadcast(nodes, eqn, source, o) for o in operands]
+    """Appends the nodes that one operation is listed as."""
     if name in REWRITES:
         add = partial(_derived, nodes, eqn, source)
-        return REWRITES[name](add, operands, eqn.params)
+        shape = eqn.invars[0].aval.shape  # pyright: ignore
+        return REWRITES[name](add, operands, {**eqn.params, "operand": shape})
+    add = partial(_append, nodes, eqn, source)
     if name in ("split", "unstack"):
         parts = bind(eqn)
         return [
@@ -382,43 +340,43 @@ def _rewritten(
         ]
     if eqn.primitive.multiple_results:
         raise UnsupportedPrimitiveError(
-            f"'{name}' over bounded values, called at {source or 'a line inside JAX'}: loops, "
-            "branches and operations with several results have no bound rule. Unroll a loop in "
-            "Python, or take a branch on values that no set reaches (jnp.where with a constant "
-            "mask is supported)."
+            f"no bound rule for primitive '{name}' over bounded values, called at "
+            f"{source or 'a line inside JAX'}. {instead_of(name)}"
         )
     return [add(name, tuple(operands), bind(eqn))]
 
 
-def _with_errors(node: Node, operands: Sequence[Any], plain: Sequence[Any]) -> Node:
-    """A node that knows how far off its constants may be.
+def _tracked(node: Node, operands: Sequence[Any], plain: Sequence[Any]) -> Node:
+    """A node that knows which of its constants were computed.
 
     Args:
         node: whose constants are among `plain`.
         operands: of an equation.
-        plain: their values, which the equation's nodes act on.
+        plain: what its nodes act on in their place.
 
     Raises:
-        UnsupportedPrimitiveError: that is not known of one of them.
+        UnsupportedPrimitiveError: it is not known how far off one of them may be.
     """
     rounded = [(v, o) for v, o in zip(plain, operands, strict=True) if isinstance(o, Rounded)]
-    found = [next((o for v, o in rounded if v is own), None) for own in node.operands]
+    found = tuple(next((o for v, o in rounded if v is own), None) for own in node.operands)
     unknown = unknown_among(found)
     if unknown is not None:
         raise unknown_constant(unknown, f"'{node.op}'")
-    if any(o is not None for o in found):
-        return node._replace(errors=tuple(None if o is None else o.error for o in found))
-    return node
+    return node._replace(computed=found) if any(found) else node
+
+
+def _check_tracked(operands: Sequence[Any], plain: Sequence[Any], nodes: Sequence[Node]) -> None:
+    """Raises UnsupportedPrimitiveError where no node knows of a constant that was computed."""
+    kept = [o for node in nodes for o in node.operands]
+    for operand, value in zip(operands, plain, strict=True):
+        if isinstance(operand, Rounded) and not any(value is o for o in kept):
+            raise unknown_constant(operand, f"'{nodes[-1].op}' in another form")
 
 
 def _inline(
-    eqn: core.JaxprEqn,
-    operands: Sequence[Any],
-    nodes: list[Node],
-    source: str,
-    enclose: Enclose | None,
+    eqn: core.JaxprEqn, operands: Sequence[Any], nodes: list[Node], here: _Place
 ) -> list[Any]:
-    return _walk(*called(eqn), operands, nodes, enclose, source)
+    return _walk(*called(eqn), operands, nodes, here)
 
 
 def _broadcast(nodes: list[Node], eqn: core.JaxprEqn, source: str, operand: Any) -> Any:
@@ -428,6 +386,17 @@ def _broadcast(nodes: list[Node], eqn: core.JaxprEqn, source: str, operand: Any)
         return operand
     spread = partial(jnp.broadcast_to, shape=shape)
     return _append(nodes, eqn, source, "broadcast_in_dim", (operand,), spread)
+
+
+def _widened(nodes: list[Node], eqn: core.JaxprEqn, source: str, operand: Any) -> Any:
+    """An operand in the format that its products are summed in: exactly, and so are its bounds."""
+    dtype = eqn.outvars[0].aval.dtype  # pyright: ignore
+    if not isinstance(operand, Ref):
+        return operand if operand.dtype == dtype else jnp.asarray(operand, dtype)
+    if nodes[operand.index].dtype == dtype:
+        return operand
+    cast = partial(jax.lax.convert_element_type, new_dtype=dtype)
+    return _derived(nodes, eqn, source, "convert_element_type", (operand,), cast)
 
 
 def _derived(

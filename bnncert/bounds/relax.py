@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.interval import input_sets, intersect
@@ -180,7 +180,10 @@ def _reduction(node: Node, box: Box, choice: Choice) -> Planes:
     last = partial(to_last, axes=axes)
     lower_fraction, upper_fraction = jax.tree.map(last, (choice.lower, choice.upper))
     choice = choice._replace(lower=lower_fraction, upper=upper_fraction)
-    lower, upper = REDUCTION_PLANES[node.op](Box(last(box.lower), last(box.upper)), choice)
+    rule = REDUCTION_PLANES[node.op]
+    if "repeats" in node.params:
+        rule = partial(rule, repeats=last(node.params["repeats"]))
+    lower, upper = rule(Box(last(box.lower), last(box.upper)), choice)
     keeps = node.op in ("softmax", "log_softmax")
 
     def back(v: Array) -> Array:
@@ -197,12 +200,12 @@ def _softmax_choice(node: Node, box: Box) -> Choice:
     return Choice(*fractions)
 
 
-def _minimum(x: Box, choice: Choice) -> reductions.Pair:
-    lower, upper = reductions.maximum(Box(-x.upper, -x.lower), choice)
+def _minimum(x: Box, choice: Choice, repeats: ArrayLike | None = None) -> reductions.Pair:
+    lower, upper = reductions.maximum(Box(-x.upper, -x.lower), choice, repeats)
     return (lambda v: -upper(-v)), (lambda v: -lower(-v))
 
 
-REDUCTION_PLANES: Mapping[str, Callable[[Box, Choice], reductions.Pair]] = {
+REDUCTION_PLANES: Mapping[str, Callable[..., reductions.Pair]] = {
     "reduce_max": reductions.maximum,
     "reduce_min": _minimum,
     "logsumexp": reductions.logsumexp,

@@ -9,23 +9,22 @@
     logaddexp(a, b)      likewise; against a constant c: softplus(a - c) + c
     max over windows     max over an axis that lists each window's entries
 
-Each rule is `(add, operands, params) -> results`; `add(op, operands, evaluate, **params)` appends a
-node and returns its `Ref`.
+Each rule is `(add, operands, params) -> results`, the parameters with the first operand's shape
+besides ("operand"); `add(op, operands, evaluate, **params)` appends a node and returns its `Ref`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array
 
 from bnncert.bounds.operands import Operand, Ref
+from bnncert.bounds.windows import places, repeats, stacked
 
 Add = Callable[..., Ref]
-_FAR = 1e37
 Rewrite = Callable[[Add, Sequence[Any], Mapping[str, Any]], list[Operand]]
 
 
@@ -96,41 +95,16 @@ def _erfc(add: Add, operands: Sequence[Any], params: Mapping[str, Any]) -> list[
     return [add("sub", (np.ones((), np.float32), value), lambda one, v: one.astype(v.dtype) - v)]
 
 
-def _window(reduction: str, sign: float) -> Rewrite:
-    """Slices of the padded operand, one for each place in the window, stacked and reduced."""
+def _window(reduction: str, reduce: Callable[..., Array]) -> Rewrite:
+    """All windows, stacked by the places in them and reduced."""
 
     def rewrite(add: Add, operands: Sequence[Any], params: Mapping[str, Any]) -> list[Operand]:
-        (x,) = operands
-        # Finite, so that centre and radius are, and never chosen.
-        outside = np.asarray(sign * _FAR)
-        windows = add("windows", (x, outside), lambda v, o: _windows(v, o, **params))
-        reduce = jnp.max if sign < 0 else jnp.min
-        return [add(reduction, (windows,), lambda v: reduce(v, axis=0), axes=(0,))]
+        windows = add("windows", tuple(operands), lambda v: stacked(v, places(v.shape, params)))
+        repeated = repeats(places(params["operand"], params))
+        rest = {} if repeated is None else {"repeats": repeated}
+        return [add(reduction, (windows,), lambda v: reduce(v, axis=0), axes=(0,), **rest)]
 
     return rewrite
-
-
-def _windows(
-    v: Array,
-    outside: ArrayLike,
-    *,
-    window_dimensions: Sequence[int],
-    window_strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    base_dilation: Sequence[int],
-    window_dilation: Sequence[int],
-) -> Array:
-    """All windows: place in the window first, then place of the window."""
-    pads = [(*p, d - 1) for p, d in zip(padding, base_dilation, strict=True)]
-    padded = jax.lax.pad(v, jnp.asarray(outside, v.dtype), pads)
-    reach = [(w - 1) * d + 1 for w, d in zip(window_dimensions, window_dilation, strict=True)]
-    counts = [(n - r) // s + 1 for n, r, s in zip(padded.shape, reach, window_strides, strict=True)]
-    slices = []
-    for place in product(*(range(w) for w in window_dimensions)):
-        start = [i * d for i, d in zip(place, window_dilation, strict=True)]
-        limit = [b + (n - 1) * s + 1 for b, n, s in zip(start, counts, window_strides, strict=True)]
-        slices.append(jax.lax.slice(padded, start, limit, window_strides))
-    return jnp.stack(slices)
 
 
 REWRITES: Mapping[str, Rewrite] = {
@@ -142,6 +116,6 @@ REWRITES: Mapping[str, Rewrite] = {
     "mul": _mul,
     "integer_pow": _integer_pow,
     "erfc": _erfc,
-    "reduce_window_max": _window("reduce_max", -1.0),
-    "reduce_window_min": _window("reduce_min", 1.0),
+    "reduce_window_max": _window("reduce_max", jnp.max),
+    "reduce_window_min": _window("reduce_min", jnp.min),
 }

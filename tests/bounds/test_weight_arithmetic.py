@@ -11,7 +11,7 @@ from bnncert.bounds import UnsupportedPrimitiveError, bound, linear_bounds
 from bnncert.bounds.arithmetic import Arithmetic
 from bnncert.bounds.constants import Rounded, around
 from bnncert.bounds.graph import trace
-from bnncert.bounds.rounding import enclosing
+from bnncert.bounds.rounding import tracking
 from bnncert.certify import decision
 from bnncert.sets import Box, ball
 
@@ -152,7 +152,7 @@ def test_an_output_of_weights_alone_is_the_point_it_is_or_holds_what_may_be_comp
 
 
 def constants_of(f, *sets):
-    graph = trace(f, sets, {}, enclosing(Arithmetic()))
+    graph = trace(f, sets, {}, tracking(Arithmetic()))
     return [e for node in graph.nodes for e in node.errors]
 
 

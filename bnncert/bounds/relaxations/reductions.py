@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from bnncert.bounds.relaxations import curves
 from bnncert.bounds.relaxations.lines import DEFAULT, Choice, relu
@@ -41,15 +41,27 @@ Pair = tuple[Callable[[Array], Array], Callable[[Array], Array]]
 """A lower and an upper affine function."""
 
 
-def maximum(x: Box, choice: Choice) -> Pair:
-    """The largest of the last axis; variant 1: its plainest planes (constant above)."""
+def maximum(x: Box, choice: Choice, repeats: ArrayLike | None = None) -> Pair:
+    """The largest of the last axis; variant 1: its plainest planes (constant above).
+
+    Args:
+        x: the box of its coordinates.
+        choice: which planes.
+        repeats: which coordinates repeat another one; not all.
+    """
     size = x.lower.shape[-1]
     if size == 1:
         return (lambda v: v[..., 0]), (lambda v: v[..., 0])
-    largest = _one_hot(x.lower if choice.variant else x.center, size)
-    top_u = _one_hot(x.upper, size)
-    others = jnp.max(jnp.where(top_u > 0, -jnp.inf, x.upper), -1)
+
+    def each(end: Array) -> Array:
+        return end if repeats is None else jnp.where(repeats, -jnp.inf, end)
+
+    largest = _one_hot(each(x.lower if choice.variant else x.center), size)
+    top_u = _one_hot(each(x.upper), size)
+    others = jnp.max(jnp.where(top_u > 0, -jnp.inf, each(x.upper)), -1)
     l, u = (jnp.sum(jnp.where(top_u > 0, end, 0), -1) for end in (x.lower, x.upper))
+    if repeats is not None:
+        others = jnp.where(jnp.sum(~jnp.asarray(repeats), -1) == 1, l, others)
     lines = relu(l - others, u - others)
     above, offset = lines.upper_slope, lines.upper_offset + (1 - lines.upper_slope) * others
     if choice.variant:

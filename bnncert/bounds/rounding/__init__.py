@@ -57,7 +57,7 @@ from bnncert.bounds.rounding.affine import (
     network_error,
     side_error,
 )
-from bnncert.bounds.rounding.intervals import enclosing, outward_interval
+from bnncert.bounds.rounding.intervals import outward_interval, tracking
 from bnncert.bounds.rounding.relaxed import outward_planes
 from bnncert.bounds.rounding.terms import outward_set
 
@@ -65,10 +65,10 @@ __all__ = [
     "EXACT",
     "Errors",
     "affine_errors",
-    "enclosing",
     "network_error",
     "outward_interval",
     "outward_planes",
     "outward_set",
     "side_error",
+    "tracking",
 ]

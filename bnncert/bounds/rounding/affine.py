@@ -18,6 +18,7 @@ from bnncert.bounds.arithmetic import (
 from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.relaxations import has_lines
 from bnncert.bounds.rounding.constants import constant_error
+from bnncert.bounds.rounding.reordering import reordering_error
 from bnncert.bounds.rounding.terms import offset_gamma, rounded_up, ways
 from bnncert.bounds.rules import AFFINE, affine_rule
 from bnncert.bounds.rules.affine import constant_part, has_constant
@@ -88,15 +89,15 @@ def network_error(
     """What the network's value of an affine node is off by; None where it is exact."""
     terms = roundings(graph, node).forward
     sizes = [magnitude(box) + 2 * tiny(node) for box in operands]
-    of_constants = constant_error(node, sizes)
+    besides = _besides(graph, node, sizes, arithmetic)
     if not terms:
-        return of_constants
+        return besides
     size = with_magnitudes(node, *sizes)
     if has_constant(node):
         size += jnp.abs(constant_part(node, *(box.lower for box in operands)))
     error = arithmetic.relative(node, terms) * size
-    if of_constants is not None:
-        error += of_constants
+    if besides is not None:
+        error += besides
     return rounded_up(graph, node, error) + 8 * (terms + 2) * tiny(node)
 
 
@@ -133,19 +134,28 @@ def _affine_error(
     constant = has_constant(node)
     operands = [boxes[i] for i in node.refs]
     sizes = [magnitude(box) + 2 * tiny(node) for box in operands]
-    of_constants = constant_error(node, sizes)
+    besides = _besides(graph, node, sizes, arithmetic)
     if not (counts.forward or backward or constant):
-        return of_constants
+        return besides
     forward = arithmetic.relative(node, counts.forward) if counts.forward else 0.0
     transposed = gamma(backward + 4, own) if backward else 0.0
     error = (forward + transposed) * with_magnitudes(node, *sizes)
-    if of_constants is not None:
-        error += of_constants
+    if besides is not None:
+        error += besides
     if constant:
         error += (forward + offset_gamma(graph, node)) * jnp.abs(
             constant_part(node, *(box.lower for box in operands))
         )
     return rounded_up(graph, node, error) + 8 * (counts.forward + 2) * tiny(node)
+
+
+def _besides(
+    graph: Graph, node: Node, sizes: Sequence[Array], arithmetic: Arithmetic
+) -> Array | None:
+    """What a node is off by because its constants are, and because a compiler may reorder it."""
+    found = (constant_error(node, sizes), reordering_error(graph, node, sizes, arithmetic))
+    known = [error for error in found if error is not None]
+    return sum(known[1:], known[0]) if known else None
 
 
 def _floor(node: Node, terms: int, box: Box) -> Array:

@@ -39,29 +39,30 @@ def constant_error(node: Node, sizes: Sequence[Array]) -> Array | None:
     Raises:
         UnsupportedPrimitiveError: a function that is not known to depend on its constant so.
     """
-    if not node.errors:
+    if not node.computed:
         return None
-    error = jnp.broadcast_to(_change(node, sizes), node.shape)
-    terms = max(math.prod(jnp.shape(v)) for v in (*sizes, *filter(_is_known, node.errors)))
+    errors = [None if c is None else c.error for c in node.computed]
+    error = jnp.broadcast_to(_change(node, errors, sizes), node.shape)
+    terms = max(math.prod(jnp.shape(v)) for v in (*sizes, *filter(_is_known, errors)))
     return error * (1 + 4 * gamma(terms + 8, own_unit(node)))
 
 
-def _change(node: Node, sizes: Sequence[Array]) -> Array:
+def _change(node: Node, errors: Sequence[Any], sizes: Sequence[Array]) -> Array:
     if node.op == "div":
-        divisor, error = (jnp.abs(v) for v in (node.operands[1], node.errors[1]))
+        divisor, error = (jnp.abs(jnp.asarray(v)) for v in (node.operands[1], errors[1]))
         least = divisor - error
         quotient = sizes[0] * error / (divisor * jnp.where(least > 0, least, 1))
         return jnp.where(least > 0, quotient, jnp.inf)
     if node.op in (*SCALING, "leaky_relu"):
-        (error,) = filter(_is_known, node.errors)
-        (place,) = (i for i, e in enumerate(node.errors) if _is_known(e))
+        (error,) = filter(_is_known, errors)
+        (place,) = (i for i, e in enumerate(errors) if _is_known(e))
         if node.op == "leaky_relu":
             return sizes[0] * error
         operands = [sizes[0], sizes[0]]
         operands[place] = error
         return node.evaluate(*operands)
     if node.op in _LIPSCHITZ:
-        return jnp.asarray(sum(filter(_is_known, node.errors)))
+        return jnp.asarray(sum(filter(_is_known, errors)))
     if not affine_rule(node):
         raise unsupported(
             node,
@@ -72,7 +73,7 @@ def _change(node: Node, sizes: Sequence[Array]) -> Array:
     bounded = iter(sizes)
     placed = [
         _placed(next(bounded) if isinstance(o, Ref) else o, e)
-        for o, e in zip(node.operands, node.errors, strict=True)
+        for o, e in zip(node.operands, errors, strict=True)
     ]
     return jnp.abs(node.evaluate(*placed))
 

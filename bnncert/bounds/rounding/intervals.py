@@ -21,9 +21,10 @@ from bnncert.bounds.arithmetic import (
     tiny,
 )
 from bnncert.bounds.function_errors import EXACT_FUNCTIONS, function_error
-from bnncert.bounds.graph import Enclose, Graph, Node
+from bnncert.bounds.graph import Graph, Node, Tracking
 from bnncert.bounds.interval import propagate
 from bnncert.bounds.rounding.constants import constant_error
+from bnncert.bounds.rounding.reordering import histories, reordering_error
 from bnncert.bounds.rules import affine_rule
 from bnncert.bounds.rules.affine import MIXING, constant_part, has_constant, mix
 from bnncert.sets import Box
@@ -36,20 +37,23 @@ def outward_interval(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic:
         UnsupportedPrimitiveError: no rule for this operation, or nothing known of its rounding.
     """
     box = _rounded(graph, node, boxes, arithmetic)
-    error = constant_error(node, [magnitude(box) + 2 * tiny(node) for box in boxes])
-    return box if error is None else widened(box, 0.0, error)
+    sizes = [magnitude(box) + 2 * tiny(node) for box in boxes]
+    for error in (constant_error(node, sizes), reordering_error(graph, node, sizes, arithmetic)):
+        if error is not None:
+            box = widened(box, 0.0, error)
+    return box
 
 
-def enclosing(arithmetic: Arithmetic) -> Enclose:
-    """The function by which `graph.trace` bounds operations on constants, in an arithmetic."""
+def tracking(arithmetic: Arithmetic) -> Tracking:
+    """What `graph.trace` is to know of constants, in an arithmetic."""
 
-    def enclose(graph: Graph) -> list[Box]:
-        def rule(node: Node, *boxes: Box) -> Box:
-            return outward_interval(graph, node, boxes, arithmetic)
+    def boxes(graph: Graph) -> list[Box]:
+        def rule(node: Node, *operands: Box) -> Box:
+            return outward_interval(graph, node, operands, arithmetic)
 
         return propagate(graph, lambda index, boxes: None, rule)
 
-    return enclose
+    return Tracking(boxes, histories)
 
 
 def _rounded(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Arithmetic) -> Box:

@@ -17,6 +17,7 @@ from bnncert.bounds.function_errors import (
 from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.relaxations import Lines, Planes, from_lines
 from bnncert.bounds.rounding.constants import constant_error
+from bnncert.bounds.rounding.reordering import reordering_error
 from bnncert.bounds.rounding.terms import offset_gamma, rounded_up, ways
 from bnncert.sets import Box
 
@@ -118,6 +119,9 @@ def _planes_error(graph: Graph, index: int, boxes: Sequence[Box], arithmetic: Ar
         size, terms = node.evaluate(*sizes), counts.forward + counts.backward
         rows = gamma(terms + flows + 16, own) + offset_gamma(graph, node)
         error = (arithmetic.relative(node, counts.forward) + 8 * rows) * size
+    reordered = reordering_error(graph, node, sizes, arithmetic)
+    if reordered is not None:
+        error += reordered
     return rounded_up(graph, node, error) + 32 * (terms + 4) * tiny(node)
 
 

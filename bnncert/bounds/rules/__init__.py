@@ -12,6 +12,7 @@ in IBP, CROWN-IBP and CROWN alike. That is derived here from the tables, and sta
 
 from collections.abc import Callable
 
+from bnncert.bounds.advice import instead_of
 from bnncert.bounds.graph import Node, UnsupportedPrimitiveError, unsupported
 from bnncert.bounds.operands import Ref
 from bnncert.bounds.rules.affine import AFFINE, AffineRule
@@ -53,7 +54,7 @@ def interval(node: Node, *operands: Box) -> Box:
 
 
 def _unsupported(node: Node) -> UnsupportedPrimitiveError:
-    hint = ""
+    hint = instead_of(node.op)
     if node.op in AFFINE:
         hint = "It is supported where it is linear: with the other operands constant."
     if node.op in _COMPARISONS:

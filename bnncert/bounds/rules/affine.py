@@ -164,8 +164,7 @@ AFFINE: dict[str, AffineRule] = {
     "pad": _rule(_order_preserving, _bounded_only(0), "places", has_offset=True),
     "select_n": _rule(_order_preserving, _cases_only, "places", has_offset=True),
     "tile": _rule(_order_preserving, _any_operand, "repeats"),
-    # The constant: what lies outside the operand, in windows that reach over its edge.
-    "windows": _rule(_order_preserving, _bounded_only(0), "repeats", has_offset=True),
+    "windows": _rule(_order_preserving, _any_operand, "repeats"),
     "broadcast_in_dim": _rule(_order_preserving, _any_operand, "repeats"),
     # The constant: what `mode="fill"` puts where an index lies outside.
     "gather": _rule(_order_preserving, _bounded_only(0), "repeats", has_offset=True),

@@ -1,0 +1,46 @@
+"""What to write instead of a primitive that has no bound rule."""
+
+from collections.abc import Mapping
+
+_SORT = (
+    "Sorting has no bound rule. The largest and the smallest value are jnp.max and jnp.min; two "
+    "values are put in order by jnp.minimum and jnp.maximum, several by a network of such pairs."
+)
+_INDEX = "Where the largest value stands jumps: compare the values themselves (jnp.max, margins)."
+_LOOP = "Unroll the loop in Python: `for` over a range, or over the layers of a scan."
+_SOLVE = (
+    "Factorisations and solvers have no bound rule: apply them to values that no set reaches, and "
+    "multiply by what they return."
+)
+_CALLBACK = "What runs outside of JAX cannot be bounded: write it in jax.numpy."
+
+_INSTEAD: Mapping[str, str] = {
+    **dict.fromkeys(("sort", "approx_top_k", "top_k"), _SORT),
+    **dict.fromkeys(("argmax", "argmin"), _INDEX),
+    **dict.fromkeys(("while", "scan"), _LOOP),
+    **dict.fromkeys(
+        ("custom_root", "custom_linear_solve", "cholesky", "eig", "eigh", "lu", "qr", "svd"), _SOLVE
+    ),
+    **dict.fromkeys(("schur", "hessenberg", "tridiagonal", "triangular_solve"), _SOLVE),
+    **dict.fromkeys(("pure_callback", "io_callback", "debug_callback"), _CALLBACK),
+    "cond": "Take the branch in Python, or by jnp.where with a mask that no set reaches.",
+    "device_put": "Put the arguments on their device before the function is bounded.",
+    "pow": "A power is bounded for a constant exponent; a ** x is jnp.exp(x * jnp.log(a)).",
+    "cumprod": "Multiply in Python, one value after the other.",
+    "reduce_prod": "Multiply in Python, one value after the other.",
+    "scatter-sub": "Write x.at[i].add(-v).",
+    "scatter-mul": "Write x.at[i].set(v * x[i]).",
+    "scatter-max": "Write x.at[i].set(jnp.maximum(x[i], v)).",
+    "scatter-min": "Write x.at[i].set(jnp.minimum(x[i], v)).",
+    "reduce_window": "Give jax.lax.reduce_window the neutral value of its operation: -jnp.inf for "
+    "jax.lax.max, jnp.inf for jax.lax.min, 0 for jax.lax.add.",
+    "tan": "Write jnp.sin(x) / jnp.cos(x).",
+    "cosh": "Write 0.5 * (jnp.exp(x) + jnp.exp(-x)).",
+}
+
+
+def instead_of(primitive: str) -> str:
+    """A sentence or two; for a primitive that nothing is said of, what holds for all."""
+    return _INSTEAD.get(
+        primitive, "Compute it on values that no set reaches, or from operations that have a rule."
+    )

@@ -1,0 +1,234 @@
+"""What a compiler makes of several operations in a row, in as far as no single one allows for it.
+
+XLA rewrites a program by identities of real arithmetic. Nearly all of them leave each value within
+what its nodes are charged; these do not (jaxlib 0.10 to 0.12, and the sources of later ones; none
+has to happen, and which do depends on backend, version and sizes):
+
+    an addend of a sum      W x + s, a scatter-add: s is one more of its terms, and may be the first
+                            of n; so it passes through n roundings:                    gamma(n) |s|
+    constants in a row      (x + c) + d becomes x + fl(c + d):    gamma(k) sum |c_i| for k of them
+    factors in a row        (x c) d becomes x fl(c d), c / d or 1 / d likewise; also through a
+                            factor that is no constant, (x c) y becomes x (c y). If c d is normal,
+                            that is one rounding; where it may underflow, it is off by t, which
+                            meets |x| and the factors that follow; if it overflows, by anything
+
+also through operations that only move values or negate them. Sums of sums are one sum, whose terms
+`Node.summed` counts. Products of exponentials become the exponential of a sum: `function_errors`.
+That quotients of quotients and x 2^k + y 2^k neither overflow nor underflow in another order is
+part of the model.
+
+A value's `History` says what there is to be reordered. Constants count by their largest magnitudes,
+whatever their shapes.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike
+
+from bnncert.bounds.arithmetic import (
+    EXACT,
+    REPEATING,
+    SUMMING,
+    Arithmetic,
+    gamma,
+    roundings,
+    tiny,
+)
+from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.operands import Ref
+
+
+class History(NamedTuple):
+    """What a value was computed from, in as far as that may be reordered.
+
+    Attributes:
+        terms: of the sum that it is, or that was added to it; else 0.
+        addends: how many constants were added in a row.
+        total: the sum of their largest magnitudes.
+        factors: how many constant factors came in a row.
+        small: the product of those magnitudes of theirs that are below 1.
+        large: that of those above 1.
+    """
+
+    terms: int = 0
+    addends: int = 0
+    total: ArrayLike = 0.0
+    factors: int = 0
+    small: ArrayLike = 1.0
+    large: ArrayLike = 1.0
+
+
+NONE = History()
+
+
+def histories(graph: Graph, starts: Sequence[History | None]) -> tuple[History, ...]:
+    """The history of each node of a graph.
+
+    Args:
+        graph: the traced function.
+        starts: those of its sets; None: they were given.
+    """
+    found: list[History] = []
+    for index, node in enumerate(graph.nodes):
+        if node.op == "input":
+            found.append(starts[index] or NONE)
+        else:
+            found.append(_history(graph, node, _operands(node, found)))
+    return tuple(found)
+
+
+def reordering_error(
+    graph: Graph, node: Node, sizes: Sequence[Array], arithmetic: Arithmetic
+) -> Array | None:
+    """What a node may be off by in another order of operations.
+
+    Args:
+        graph: the traced function, with its histories.
+        node: the node.
+        sizes: the largest magnitudes of its bounded operands.
+        arithmetic: of the network.
+
+    Returns:
+        Something that broadcasts to the shape of the value; None where no order is worse.
+    """
+    if not graph.histories:
+        return None
+    operands = _operands(node, graph.histories)
+    if node.op in _ADDING:
+        return _of_sums(graph, node, operands, sizes, arithmetic.unit(node))
+    if node.op in _SCALING or _is_one_product(graph, node):
+        return _of_products(graph, node, operands, sizes)
+    return None
+
+
+def _history(graph: Graph, node: Node, operands: Sequence[History | None]) -> History:
+    bounded = [h for h, o in zip(operands, node.operands, strict=True) if isinstance(o, Ref)]
+    known = [h for h in operands if h is not None]
+    if node.op in _PASSING and len(bounded) == 1:
+        return bounded[0] or NONE
+    if node.op in _ADDING:
+        terms = max((h.terms for h in known), default=0)
+        constants = [o for o in node.operands if not isinstance(o, Ref)]
+        return History(
+            terms + 1 if terms else 0,
+            sum(h.addends for h in known) + len(constants),
+            sum((h.total for h in known), 0.0) + sum(_largest(c) for c in constants),
+        )
+    if node.op in _SCALING or _is_one_product(graph, node):
+        return _scaled(node, operands)
+    if node.op == "reciprocal":
+        (own,) = known
+        return History(factors=own.factors, small=1 / own.large, large=1 / own.small)
+    if node.op in SUMMING:
+        return History(terms=roundings(graph, node).forward)
+    return NONE
+
+
+def _scaled(node: Node, operands: Sequence[History | None]) -> History:
+    count, small, large = 0, 1.0, 1.0
+    for place, (history, operand) in enumerate(zip(operands, node.operands, strict=True)):
+        if history is not None:
+            count, small, large = (
+                count + history.factors,
+                small * history.small,
+                large * history.large,
+            )
+        if not isinstance(operand, Ref):
+            least, most = _range(operand)
+            if node.op == "div" and place == 1:
+                least, most = 1 / most, 1 / least
+            count, small, large = count + 1, small * _least(least), large * _most(most)
+    return History(factors=count, small=small, large=large)
+
+
+def _of_sums(
+    graph: Graph,
+    node: Node,
+    operands: Sequence[History | None],
+    sizes: Sequence[Array],
+    unit: float,
+) -> Array | None:
+    magnitudes = node._replace(operands=tuple(map(_absolute, node.operands))).fill(sizes)
+    parts: list[Array] = []
+    for place, history in enumerate(operands):
+        if history is not None and history.terms:
+            rest = (m for other, m in enumerate(magnitudes) if other != place)
+            parts += [gamma(history.terms + 4, unit) * jnp.asarray(m) for m in rest]
+    own = _history(graph, node, operands)
+    if own.addends > 1:
+        total = jnp.asarray(own.total, node.dtype)
+        finite = 2 * total < float(jnp.finfo(node.dtype).max)
+        parts.append(jnp.where(finite, gamma(own.addends + 4, unit) * total, jnp.inf))
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def _of_products(
+    graph: Graph, node: Node, operands: Sequence[History | None], sizes: Sequence[Array]
+) -> Array | None:
+    own = _scaled(node, operands)
+    single = len(sizes) == 1
+    if own.factors == 0 or (single and own.factors == 1 and node.op != "div"):
+        return None
+    smallest, largest = tiny(node), float(jnp.finfo(node.dtype).max)
+    bounded = [
+        h or NONE for h, o in zip(operands, node.operands, strict=True) if isinstance(o, Ref)
+    ]
+    # The value that the factors came to, at most, one after the other.
+    bases = [
+        size / jnp.asarray(h.small, node.dtype) for size, h in zip(sizes, bounded, strict=True)
+    ]
+    large = jnp.asarray(own.large, node.dtype)
+    reach = math.prod((1 + base for base in bases[1:]), start=1 + bases[0]) * large
+    if _is_one_product(graph, node):
+        reach = jnp.max(reach)
+    error = 16 * (own.factors + 2) * smallest * reach
+    if single:  # of constants alone: where none of their products underflows, all is relative
+        error = jnp.where(jnp.asarray(own.small, node.dtype) >= 4 * smallest, 0.0, error)
+    fits = reach < largest if not single else large < largest
+    return jnp.where(fits, error, jnp.inf)
+
+
+def _operands(node: Node, found: Sequence[History]) -> list[History | None]:
+    """Of each operand; None for a constant that was given."""
+    computed = node.computed or (None,) * len(node.operands)
+    return [
+        found[o.index] if isinstance(o, Ref) else c and c.history
+        for o, c in zip(node.operands, computed, strict=True)
+    ]
+
+
+def _is_one_product(graph: Graph, node: Node) -> bool:
+    """Whether a matrix product with constants has sums of one term."""
+    if node.op not in ("dot_general", "conv_general_dilated") or len(node.refs) != 1:
+        return False
+    return roundings(graph, node).forward == 1
+
+
+def _range(constant: Any) -> tuple[Array, Array]:
+    """The least magnitude of a constant that is not 0, and the largest."""
+    size = jnp.abs(jnp.asarray(constant))
+    return jnp.min(jnp.where(size > 0, size, jnp.inf), initial=jnp.inf), jnp.max(size, initial=0.0)
+
+
+def _largest(constant: Any) -> Array:
+    return _range(constant)[1]
+
+
+def _least(value: ArrayLike) -> Array:
+    return jnp.minimum(value, 1.0)
+
+
+def _most(value: ArrayLike) -> Array:
+    return jnp.maximum(value, 1.0)
+
+
+def _absolute(operand: Any) -> Any:
+    return operand if isinstance(operand, Ref) else jnp.abs(jnp.asarray(operand))
+
+
+_ADDING = ("add", "add_any", "sub")
+_SCALING = ("mul", "div")
+_PASSING = EXACT | REPEATING | {"convert_element_type"}
