@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
     _compiler types sets
     bounds.operands bounds.constants bounds.nodes bounds.precision bounds.advice bounds.primitives
-    bounds.parameters bounds.equations bounds.fusion bounds.recognition bounds.windows
+    bounds.windows bounds.parameters bounds.equations bounds.fusion bounds.recognition
     bounds.rewriting bounds.graph bounds.convolution
     bounds.relaxations.lines bounds.relaxations.curves bounds.relaxations.smooth
     bounds.relaxations.hinges bounds.relaxations.powers bounds.relaxations.waves
