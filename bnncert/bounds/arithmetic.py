@@ -7,11 +7,27 @@ The model. The network runs node by node as it was traced, by operations of unit
 
     + - * / and conversions   fl(a o b) = (a o b)(1 + d), and off by t where that underflows
     sums of n products        in any order, with or without fused multiply-add, but by no fast
-                              algorithm (Winograd, Strassen, FFT); factors rounded to u at most
+                              algorithm (Winograd, Strassen, FFT)
+    factors of such products  as they are; or rounded to TF32 or bfloat16, where the network asks
+                              for no more or its backend does so by itself (`precision.py`)
     division by a constant    may be a product with its reciprocal
     functions h               |fl h(x) - h(x)| <= (R |h(x)| + A + X |x|) u + 2 t
     moves, comparisons, max   exact; one that is compiled twice comes out alike
     subnormal values          may be taken for 0; weights are not subnormal
+
+What is computed of weights alone is computed so too, and no exact number. Compilers may reorder:
+
+    sums of sums              one sum of all terms
+    an addend of a sum        one more of its terms, and be it the first
+    constants in a row        added up, or multiplied, before they meet what is not constant
+    products of up to five    the exponential of a sum
+      exponentials
+    quotients of quotients    a / (b c), a c / b or a d / (b c), of which nothing overflows, and no
+                              divisor underflows; x 2^k + y 2^k as (x + y) 2^k likewise
+    conversions               left out, there and back
+
+`tests/bounds/test_compilers.py` tests this on what XLA does. Not covered: matrix products of matrix
+products in another order than traced, which no backend is known to do by default.
 
 Real arithmetic is the case d = 0: the bounds hold there too. So they do for any order of summation,
 any batch and any fusion. They are computed in floating point themselves, under the same model.
