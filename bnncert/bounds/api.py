@@ -49,6 +49,9 @@ ROUNDINGS = ("nearest", "outward")
 DEFAULT_BATCH_SIZE = 128
 """Rows of a backward pass at once; `vmap` multiplies it by its own batch."""
 
+DEFAULT_STEPS = 50
+"""Of the optimiser of "alpha-crown"."""
+
 
 class Affine(NamedTuple):
     """`sum_i <A_i, x_i> + b`, one term for each set x_i.
@@ -76,7 +79,7 @@ def bound(
     rounding: str = "nearest",
     batch_size: int = DEFAULT_BATCH_SIZE,
     lower_slope: str = "adaptive",
-    steps: int = 50,
+    steps: int = DEFAULT_STEPS,
     unstable_only: bool = False,
     unit_roundoff: float | None = None,
 ) -> Callable[..., PyTree]:
@@ -137,14 +140,17 @@ def bound(
     _check_positive("steps", steps, "alpha-crown takes at least one step")
     arithmetic = _arithmetic(rounding, unit_roundoff)
 
-    @wraps(f)
-    def bounded(*args: Any, **kwargs: Any) -> PyTree:
-        graph = trace(f, args, kwargs)
-        options = Options(batch_size, lower_slope, unstable_only, arithmetic)
-        boxes = _method_boxes(graph, method, options, steps)
-        return jax.tree.unflatten(graph.out_tree, [_output(o, boxes) for o in graph.outputs])
+    options = Options(batch_size, lower_slope, unstable_only, arithmetic)
+    return _bounded(f, method, options, steps)
 
-    return bounded
+
+def margin_bound(f: Callable[..., PyTree], method: str, rounding: str) -> Callable[..., PyTree]:
+    """`bound` of margins f_k - f_c: merged with the last layer whatever that costs."""
+    _check("method", method, METHODS)
+    _check("rounding", rounding, ROUNDINGS)
+    arithmetic = _arithmetic(rounding, None)
+    options = Options(DEFAULT_BATCH_SIZE, arithmetic=arithmetic, margins=True)
+    return _bounded(f, method, options, DEFAULT_STEPS)
 
 
 def ibp(f: Callable[..., PyTree], **options: Any) -> Callable[..., PyTree]:
@@ -223,6 +229,18 @@ def linear_outputs(
         for steps in relaxed_steps(sweep, boxes)
     ]
     return intervals, variants
+
+
+def _bounded(
+    f: Callable[..., PyTree], method: str, options: Options, steps: int
+) -> Callable[..., PyTree]:
+    @wraps(f)
+    def bounded(*args: Any, **kwargs: Any) -> PyTree:
+        graph = trace(f, args, kwargs)
+        boxes = _method_boxes(graph, method, options, steps)
+        return jax.tree.unflatten(graph.out_tree, [_output(o, boxes) for o in graph.outputs])
+
+    return bounded
 
 
 def _method_boxes(graph: Graph, method: str, options: Options, num_steps: int) -> list[Box]:

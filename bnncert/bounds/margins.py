@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from bnncert.bounds.api import bound
+from bnncert.bounds.api import margin_bound
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Params
 
@@ -45,7 +45,7 @@ def margin_bounds(
         unit = jnp.eye(logits.shape[-1], dtype=logits.dtype)
         return (unit - unit[c][None, :]) @ logits
 
-    by_rows = bound(rows, method, rounding=rounding)
+    by_rows = margin_bound(rows, method, rounding)
 
     def bounded(params: Params, region: Set, c: Int[Array, ""]) -> Box:
         classes = _num_classes(apply, params, region)
@@ -95,7 +95,7 @@ def _pairs(
         unit = np.eye(logits.shape[-1])
         return jnp.asarray(unit[second] - unit[first], logits.dtype) @ logits
 
-    pairs = bound(margins, method, rounding=rounding)
+    pairs = margin_bound(margins, method, rounding)
 
     def bounded(params: Params, region: Set) -> tuple[Array, Array, Array]:
         classes = _num_classes(apply, params, region)
