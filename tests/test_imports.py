@@ -19,7 +19,8 @@ ORDER = """
     bounds.relaxations
     bounds.rules bounds.arithmetic bounds.function_errors bounds.rounding.terms
     bounds.rounding.intervals bounds.rounding.affine bounds.rounding.relaxed
-    bounds.rounding bounds.interval bounds.merging bounds.relax bounds.backward
+    bounds.rounding bounds.interval bounds.norms bounds.merging bounds.relax
+    bounds.backward
     bounds.forward bounds.sweeps bounds.alpha bounds.api bounds.margins bounds.joint bounds
     likelihood prior posterior.leaves posterior.mean_field posterior.samples posterior.low_rank
     posterior.gaussian posterior.mixture posterior.summary posterior

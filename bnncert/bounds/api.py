@@ -121,10 +121,12 @@ def bound(
         UnsupportedPrimitiveError: when called: an operation without a sound rule, or whose rounding
             is not known; names it, and the line of f that calls it.
 
-    Cost: in evaluations of f: ibp 2 to 3; crown-ibp one backward pass for each output, crown one
-    for each unit of each hidden layer after the first; alpha-crown three times that for each step;
-    forward one for each coordinate of the sets. Memory: `batch_size` times the widest layer;
-    forward: the coordinates of the sets times the widest layer.
+    Cost: in evaluations of f: ibp 2 to 4, and up to 4 more where affine operations follow one
+    another and are bounded as one (`bnncert.bounds.merging`; outward, 2 more); crown-ibp one
+    backward pass for each output besides, crown one for each unit of each hidden layer after the
+    first, and of the first where it is several affine operations that would exceed those 4;
+    alpha-crown three times that for each step; forward one for each coordinate of the sets. Memory:
+    `batch_size` times the widest layer; forward: the coordinates of the sets times the widest layer.
 
     Example:
         >>> import jax, jax.numpy as jnp

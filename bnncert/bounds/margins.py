@@ -9,6 +9,9 @@ Two ways give the C margins against one class c:
     by pairs  the C (C - 1) / 2 pairs j < k once: f_k - f_j in [l, u] gives f_j - f_k in [-u, -l].
               Their matrix is that of no example, so that intervals of a whole batch are concretised
               by one matrix product. Where each row costs a backward pass, it loses.
+
+Margins are merged with the last layer whatever that costs: one product of the C rows, or of the
+pairs, with its matrix; the rest of the function has the budget of any other (`merging.py`).
 """
 
 from collections.abc import Callable
@@ -73,7 +76,7 @@ def all_margin_bounds(
     Returns:
         `(params, region) -> Box` of shape (C, C): entry [c, k] bounds f_k - f_c.
 
-    Cost: C (C - 1) / 2 outputs of `bnncert.bound`.
+    Cost: C (C - 1) / 2 outputs of `bnncert.bound`, merged with the last layer.
     """
     by_pairs = _pairs(apply, method, rounding)
 

@@ -16,8 +16,9 @@ a matrix product counted `_GEMM` times for rows: all of them are one product of 
 reads the weights once. Where that is too much, the run is merged from its end as far back as the
 budget reaches, its operands there in their intervals; where nothing is won by that, op by op.
 
-Whatever it costs, merged are an LpBall's first sum, of which the ball's hull would be far too wide;
-and where the outputs are margins, at least the last two sums: their matrix and the last layer.
+Whatever it costs, merged are an LpBall's first sums, of which the ball's hull would be far too wide
+(`norms.py` bounds most of them without rows); and where the outputs are margins, at least the last
+two sums: their matrix and the last layer.
 
 Source: Gowal et al., "On the Effectiveness of Interval Bound Propagation for Training Verifiably
 Robust Models", 2018 (the tail: section 3, "elision of the last layer").
@@ -31,6 +32,7 @@ import jax.numpy as jnp
 
 from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.interval import bounded_nodes, output_nodes
+from bnncert.bounds.norms import first_sums
 from bnncert.bounds.operands import Operand, Ref
 from bnncert.bounds.rules import AFFINE, affine_rule
 from bnncert.sets import LpBall
@@ -73,19 +75,20 @@ def merged_runs(graph: Graph, margins: bool = False) -> dict[int, Run]:
     places = (affine_prefix(graph) & bounded_nodes(graph)) | outputs
     loose = [i for i in sorted(places) if found[i][0] == LOOSE]
     runs: dict[int, Run] = {}
-    left = max(BUDGET * sum(_products(graph, node) for node in graph.nodes), FEW)
+    left = max(BUDGET * sum(products(graph, node) for node in graph.nodes), FEW)
     for index in sorted(loose, key=lambda i: i not in outputs):
         worth = [run for run, won in _suffixes(graph, index, depths) if won]
         for run in worth:
-            cost = _cost(graph, index, run)
-            if cost <= left:
-                runs[index], left = run, left - cost
+            spent = cost(graph, index, run)
+            if spent <= left:
+                runs[index], left = run, left - spent
                 break
         if margins and index in outputs:
             runs.setdefault(index, worth[-1])
     for index in loose:
         if index not in runs or not runs[index].whole:
-            runs |= {i: _suffix(graph, i, depths, 0) for i in _first_sums(graph, index)}
+            first = _first_sums(graph, index) - first_sums(graph)
+            runs |= {i: _suffix(graph, i, depths, 0) for i in first}
     return runs
 
 
@@ -116,6 +119,7 @@ def exactness(
         begins: more nodes to take for sources.
         until: of how many nodes; None: of all.
     """
+    normed = first_sums(graph)
     found: list[tuple[int, frozenset[int]]] = []
     for index, node in enumerate(graph.nodes[:until]):
         itself = frozenset({index})
@@ -136,6 +140,8 @@ def exactness(
             state = EXACT if state == INDEPENDENT else LOOSE
         elif spreads == "repeats":
             state = max(state, EXACT)
+        if index in normed:
+            state = EXACT  # by itself
         if len(union) < sum(map(len, sources)):  # a source meets itself
             state = LOOSE if spreads == "adds" else max(state, EXACT)
         found.append((state, union))
@@ -196,11 +202,11 @@ def _first_sums(graph: Graph, index: int) -> set[int]:
     }
 
 
-def _cost(graph: Graph, index: int, run: Run) -> float:
+def cost(graph: Graph, index: int, run: Run) -> float:
     """Multiply-adds of all rows through a run, matrix products counted as `_GEMM`."""
     ends = {i for j in run.passed for i in graph.nodes[j].refs} - run.passed
     passing = sum(
-        _products(graph, graph.nodes[i]) * (_GEMM if graph.nodes[i].op == "dot_general" else 1)
+        products(graph, graph.nodes[i]) * (_GEMM if graph.nodes[i].op == "dot_general" else 1)
         for i in run.passed
     )
     # The bound over the sources is two more products of all rows: with centres and with radii.
@@ -208,7 +214,7 @@ def _cost(graph: Graph, index: int, run: Run) -> float:
     return math.prod(graph.nodes[index].shape) * (passing + reading)
 
 
-def _products(graph: Graph, node: Node) -> int:
+def products(graph: Graph, node: Node) -> int:
     """Multiply-adds of one operation; where it is no product, the values that it reads or makes."""
     if node.op in ("input", "reshape", "squeeze", "expand_dims"):
         return 0

@@ -42,6 +42,7 @@ from bnncert.bounds.interval import (
     relaxed_operands,
 )
 from bnncert.bounds.merging import exact_prefix, merged_runs
+from bnncert.bounds.norms import first_sum, first_sums
 from bnncert.bounds.relax import has_variants, is_relaxed, relax
 from bnncert.bounds.relaxations import Choice, Planes
 from bnncert.bounds.rounding import EXACT, Errors
@@ -107,10 +108,12 @@ def end_sets(sweep: Sweeper, sets: Sequence[Set]) -> list[Set]:
 def interval_bounds(sweep: Sweeper) -> list[Box]:
     """IBP: a box for each node, affine runs merged where that is sharper and within the budget."""
     graph, errors = sweep.graph, EXACT
-    runs = merged_runs(graph, sweep.options.margins)
+    runs, normed = merged_runs(graph, sweep.options.margins), first_sums(graph)
 
     def merge(index: int, boxes: list[Box]) -> Box | None:
         nonlocal errors
+        if index in normed:
+            return first_sum(graph, index, boxes, sweep.options.arithmetic)
         if index not in runs:
             return None
         errors = affine_errors(sweep, boxes, errors)
@@ -119,7 +122,7 @@ def interval_bounds(sweep: Sweeper) -> list[Box]:
         steps = steps._replace(passing=passing)
         return row_bounds(graph, index, steps, sets, sweep.options.batch_size)
 
-    return boxes_by_node(sweep, merge, runs)
+    return boxes_by_node(sweep, merge, normed.union(runs))
 
 
 def intermediate_bounds(sweep: Sweeper, boxes: Sequence[Box]) -> list[Box]:

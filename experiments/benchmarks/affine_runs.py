@@ -153,7 +153,8 @@ def _example(net: Network, batch_size: int) -> tuple[list[Array], Array]:
     return weights, drawn((batch_size, *net.shape), 1.0)
 
 
-def _convolve(x: Array, kernel: Array, groups: int = 1) -> Array:
+def convolve(x: Array, kernel: Array, groups: int = 1) -> Array:
+    """Of one image (height, width, channels), to its own size."""
     return jax.lax.conv_general_dilated(
         x[None],
         kernel,
@@ -170,22 +171,22 @@ def _head(x: Array, last: Array) -> Array:
 
 def _separable(weights: Sequence[Array], x: Array) -> Array:
     depthwise, pointwise, last = weights
-    return _head(_convolve(_convolve(x, depthwise, x.shape[-1]), pointwise), last)
+    return _head(convolve(convolve(x, depthwise, x.shape[-1]), pointwise), last)
 
 
 def _convolutions(weights: Sequence[Array], x: Array) -> Array:
     first, second, last = weights
-    return _head(_convolve(_convolve(x, first), second), last)
+    return _head(convolve(convolve(x, first), second), last)
 
 
 def _residual(weights: Sequence[Array], x: Array) -> Array:
     kernel, last = weights
-    return _head(x + _convolve(x, kernel), last)
+    return _head(x + convolve(x, kernel), last)
 
 
 def _pooled(weights: Sequence[Array], x: Array) -> Array:
     kernel, last = weights
-    y = _convolve(x, kernel)
+    y = convolve(x, kernel)
     pooled = jax.lax.reduce_window(y, 0.0, jax.lax.add, (2, 2, 1), (2, 2, 1), "VALID") / 4
     return _head(pooled, last)
 
