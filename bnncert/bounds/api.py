@@ -125,8 +125,8 @@ def bound(
     another and are bounded as one (`bnncert.bounds.merging`; outward, 2 more); crown-ibp one
     backward pass for each output besides, crown one for each unit of each hidden layer after the
     first, and of the first where it is several affine operations that would exceed those 4;
-    alpha-crown three times that for each step; forward one for each coordinate of the sets. Memory:
-    `batch_size` times the widest layer; forward: the coordinates of the sets times the widest layer.
+    alpha-crown three times that for each step; forward one for each coordinate of the sets.
+    Memory: `batch_size` times the widest layer; forward: the coordinates of the sets times that.
 
     Example:
         >>> import jax, jax.numpy as jnp
