@@ -146,7 +146,8 @@ def robust_categorical(
     Raises:
         ValueError, UnsupportedPrimitiveError: as `bnncert.bound`.
 
-    Cost: one clean evaluation and K bounds ("ibp": about 2 evaluations each).
+    Cost: one clean evaluation and K bounds (`bnncert.bound`; "ibp" of a network in which affine
+    operations do not follow one another: 2 to 3 evaluations each, and its margins).
     """
     bounded = margin_bounds(apply, method)
 

@@ -21,7 +21,8 @@ ORDER = """
     bounds.rules bounds.interval bounds.arithmetic bounds.function_errors bounds.rounding.terms
     bounds.rounding.constants bounds.rounding.reordering bounds.rounding.intervals
     bounds.rounding.affine
-    bounds.rounding.relaxed bounds.rounding bounds.relax bounds.backward
+    bounds.rounding.relaxed bounds.rounding bounds.norms bounds.merging
+    bounds.relax bounds.backward
     bounds.forward bounds.sweeps bounds.alpha bounds.api bounds.margins bounds.joint bounds
     likelihood prior posterior.leaves posterior.mean_field posterior.samples posterior.low_rank
     posterior.gaussian posterior.mixture posterior.summary posterior

@@ -22,12 +22,8 @@ from jaxtyping import Array
 
 from bnncert.bounds.backward import Step, concretize, linear_row, map_rows
 from bnncert.bounds.graph import Graph
-from bnncert.bounds.interval import (
-    affine_prefix,
-    bounded_nodes,
-    intersect,
-    output_nodes,
-)
+from bnncert.bounds.interval import bounded_nodes, intersect, output_nodes
+from bnncert.bounds.merging import affine_prefix
 from bnncert.bounds.relax import free_choice, is_relaxed
 from bnncert.bounds.relaxations import Choice
 from bnncert.bounds.rounding import EXACT, Errors
@@ -110,7 +106,7 @@ def initial_fractions(graph: Graph, boxes: Sequence[Box]) -> Fractions:
         for i, node in enumerate(graph.nodes)
         if is_relaxed(node) and (choice := free_choice(graph, i, boxes)) is not None
     }
-    prefix = affine_prefix(graph)
+    prefix = affine_prefix(graph)  # by CROWN exact, and nothing in it is free
     starts = [i for i in sorted(bounded_nodes(graph)) if i not in prefix]
     total = sum(
         math.prod(graph.nodes[i].shape) * leaf.size

@@ -52,6 +52,9 @@ ROUNDINGS = ("nearest", "outward")
 DEFAULT_BATCH_SIZE = 128
 """Rows of a backward pass at once; `vmap` multiplies it by its own batch."""
 
+DEFAULT_STEPS = 50
+"""Of the optimiser of "alpha-crown"."""
+
 
 class Affine(NamedTuple):
     """`sum_i <A_i, x_i> + b`, one term for each set x_i.
@@ -79,7 +82,7 @@ def bound(
     rounding: str = "nearest",
     batch_size: int = DEFAULT_BATCH_SIZE,
     lower_slope: str = "adaptive",
-    steps: int = 50,
+    steps: int = DEFAULT_STEPS,
     unstable_only: bool = False,
     unit_roundoff: float | None = None,
 ) -> Callable[..., PyTree]:
@@ -122,10 +125,12 @@ def bound(
         UnsupportedPrimitiveError: when called: an operation without a sound rule, or whose rounding
             is not known; names it, and the line of f that calls it.
 
-    Cost: in evaluations of f: ibp 2 to 3; crown-ibp one backward pass for each output, crown one
-    for each unit of each hidden layer after the first; alpha-crown three times that for each step;
-    forward one for each coordinate of the sets. Memory: `batch_size` times the widest layer;
-    forward: the coordinates of the sets times the widest layer.
+    Cost: in evaluations of f: ibp 2 to 4, and up to 4 more where affine operations follow one
+    another and are bounded as one (`bnncert.bounds.merging`; outward, 2 more); crown-ibp one
+    backward pass for each output besides, crown one for each unit of each hidden layer after the
+    first, and of the first where it is several affine operations that would exceed those 4;
+    alpha-crown three times that for each step; forward one for each coordinate of the sets.
+    Memory: `batch_size` times the widest layer; forward: the coordinates of the sets times that.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -140,15 +145,17 @@ def bound(
     _check_positive("batch_size", batch_size, "at least one row must be swept at once")
     _check_positive("steps", steps, "alpha-crown takes at least one step")
     arithmetic = _arithmetic(rounding, unit_roundoff)
+    options = Options(batch_size, lower_slope, unstable_only, arithmetic)
+    return _bounded(f, method, options, steps)
 
-    @wraps(f)
-    def bounded(*args: Any, **kwargs: Any) -> PyTree:
-        graph = trace(f, args, kwargs, arithmetic and tracking(arithmetic))
-        options = Options(batch_size, lower_slope, unstable_only, arithmetic)
-        boxes = _method_boxes(graph, method, options, steps)
-        return jax.tree.unflatten(graph.out_tree, [_output(o, boxes) for o in graph.outputs])
 
-    return bounded
+def margin_bound(f: Callable[..., PyTree], method: str, rounding: str) -> Callable[..., PyTree]:
+    """`bound` of margins f_k - f_c: merged with the last layer whatever that costs."""
+    _check("method", method, METHODS)
+    _check("rounding", rounding, ROUNDINGS)
+    arithmetic = _arithmetic(rounding, None)
+    options = Options(DEFAULT_BATCH_SIZE, arithmetic=arithmetic, margins=True)
+    return _bounded(f, method, options, DEFAULT_STEPS)
 
 
 def ibp(f: Callable[..., PyTree], **options: Any) -> Callable[..., PyTree]:
@@ -229,6 +236,20 @@ def linear_outputs(
         for steps in relaxed_steps(sweep, boxes)
     ]
     return intervals, variants
+
+
+def _bounded(
+    f: Callable[..., PyTree], method: str, options: Options, steps: int
+) -> Callable[..., PyTree]:
+    arithmetic = options.arithmetic
+
+    @wraps(f)
+    def bounded(*args: Any, **kwargs: Any) -> PyTree:
+        graph = trace(f, args, kwargs, arithmetic and tracking(arithmetic))
+        boxes = _method_boxes(graph, method, options, steps)
+        return jax.tree.unflatten(graph.out_tree, [_output(o, boxes) for o in graph.outputs])
+
+    return bounded
 
 
 def _method_boxes(graph: Graph, method: str, options: Options, num_steps: int) -> list[Box]:

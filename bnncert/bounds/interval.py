@@ -1,36 +1,30 @@
 """Interval bound propagation: a box for each node, from the sets forward.
 
-Op by op, intervals forget that two coordinates came from one. Where a run of affine operations has
-lost that (`_exactness`), it had better be bounded as the one affine map it is, where this pays
-(`merged_nodes`; the map itself is pulled back in `backward.py`):
-
-    the prefix  from the sets to the first nonlinearities; over an L1 or L2 ball this is the dual
-                norm, sharper than the ball's hull by the square root of the dimension
-    the tail    from the last nonlinearities to an output: margins f_j - f_y after the last layer
+Operation by operation; where that loses too much, a node that matters is bounded a second time, by
+the affine map that it is of earlier nodes (`merging.py`).
 
 Source: Gowal et al., "On the Effectiveness of Interval Bound Propagation for Training Verifiably
-Robust Models", 2018 (the tail: section 3, "elision of the last layer").
+Robust Models", 2018.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.graph import Graph
 from bnncert.bounds.operands import Ref
-from bnncert.bounds.rules import AFFINE, affine_rule, interval
+from bnncert.bounds.rules import affine_rule, interval
 from bnncert.sets import Box, LpBall, Set
 
 Refine = Callable[[int, list[Box]], Box | None]
 Rule = Callable[..., Box]
 """`(node, *boxes of its bounded operands) -> Box`."""
 
-_INDEPENDENT, _EXACT, _LOOSE = range(3)
 
-
-def propagate(graph: Graph, refine: Refine, rule: Rule = interval) -> list[Box]:
+def propagate(
+    graph: Graph, refine: Refine, rule: Rule = interval, also: Collection[int] = ()
+) -> list[Box]:
     """A box for each node.
 
     Args:
@@ -38,6 +32,7 @@ def propagate(graph: Graph, refine: Refine, rule: Rule = interval) -> list[Box]:
         refine: `(index, boxes so far) -> Box` (or None): a second bound of a node that matters
             (`bounded_nodes`), to intersect with the first; the last box so far is the node's own.
         rule: the interval rule of each node.
+        also: more nodes to refine.
 
     Returns:
         Boxes, one for each node. Cost: about two evaluations of the function, and `refine`.
@@ -45,7 +40,7 @@ def propagate(graph: Graph, refine: Refine, rule: Rule = interval) -> list[Box]:
     Raises:
         UnsupportedPrimitiveError: an operation without a rule.
     """
-    matter = bounded_nodes(graph)
+    matter = bounded_nodes(graph).union(also)
     boxes: list[Box] = []
     for index, node in enumerate(graph.nodes):
         if node.op == "input":
@@ -74,20 +69,6 @@ def relaxed_operands(graph: Graph) -> set[int]:
 def output_nodes(graph: Graph) -> list[int]:
     """Nodes that are outputs."""
     return sorted({o.index for o in graph.outputs if isinstance(o, Ref)})
-
-
-def affine_prefix(graph: Graph) -> set[int]:
-    """Nodes that are affine in the sets alone."""
-    num_sets = len(graph.inputs)
-    return {i for i, (_, sources) in enumerate(_exactness(graph)) if max(sources) < num_sets}
-
-
-def merged_nodes(graph: Graph) -> set[int]:
-    """Nodes to bound as one affine map of their sources: the module's prefix and tail."""
-    outputs = set(output_nodes(graph))
-    places = (affine_prefix(graph) & bounded_nodes(graph)) | outputs
-    exactness = _exactness(graph)
-    return {i for i in places if exactness[i][0] == _LOOSE}
 
 
 def input_sets(graph: Graph) -> list[frozenset[int]]:
@@ -135,41 +116,3 @@ def drop_nan(box: Box) -> Box:
     """No bound where overflow left none: NaN becomes an infinite end."""
     lower = jnp.where(jnp.isnan(box.lower), -jnp.inf, box.lower)
     return Box(lower, jnp.where(jnp.isnan(box.upper), jnp.inf, box.upper))
-
-
-def _keeps_size(graph: Graph, node: Node) -> bool:
-    """Whether a broadcast only adds axes of length 1."""
-    return all(math.prod(graph.nodes[i].shape) == math.prod(node.shape) for i in node.refs)
-
-
-def _exactness(graph: Graph) -> list[tuple[int, frozenset[int]]]:
-    """For each node: is its op-by-op interval that of the merged affine map, and of which sources.
-
-    Sources are the sets and the values of nonlinearities that an affine run starts from. A value is
-    INDEPENDENT while each coordinate of a source reaches one of its coordinates at most, EXACT when
-    its intervals are still those of the merged map, LOOSE when they may be wider.
-    """
-    found: list[tuple[int, frozenset[int]]] = []
-    for index, node in enumerate(graph.nodes):
-        itself = frozenset({index})
-        if node.op == "input":
-            state = _EXACT if isinstance(graph.inputs[index], LpBall) else _INDEPENDENT
-            found.append((state, itself))
-            continue
-        if affine_rule(node) is None:
-            found.append((_INDEPENDENT, itself))
-            continue
-        states, sources = zip(*(found[i] for i in node.refs), strict=True)
-        union = frozenset().union(*sources)
-        state = max(states)
-        spreads = AFFINE[node.op].spreads
-        if node.op == "broadcast_in_dim" and _keeps_size(graph, node):
-            spreads = "places"
-        if spreads == "mixes":
-            state = _EXACT if state == _INDEPENDENT else _LOOSE
-        elif spreads == "repeats":
-            state = max(state, _EXACT)
-        if len(union) < sum(map(len, sources)):  # a source meets itself
-            state = _LOOSE if spreads == "adds" else max(state, _EXACT)
-        found.append((state, union))
-    return found

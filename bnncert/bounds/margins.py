@@ -9,6 +9,9 @@ Two ways give the C margins against one class c:
     by pairs  the C (C - 1) / 2 pairs j < k once: f_k - f_j in [l, u] gives f_j - f_k in [-u, -l].
               Their matrix is that of no example, so that intervals of a whole batch are concretised
               by one matrix product. Where each row costs a backward pass, it loses.
+
+Margins are merged with the last layer whatever that costs: one product of the C rows, or of the
+pairs, with its matrix; the rest of the function has the budget of any other (`merging.py`).
 """
 
 from collections.abc import Callable
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from bnncert.bounds.api import bound
+from bnncert.bounds.api import margin_bound
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Params
 
@@ -45,7 +48,7 @@ def margin_bounds(
         unit = jnp.eye(logits.shape[-1], dtype=jnp.int8)  # of integers, the difference is exact
         return (unit - unit[c][None, :]).astype(logits.dtype) @ logits
 
-    by_rows = bound(rows, method, rounding=rounding)
+    by_rows = margin_bound(rows, method, rounding)
 
     def bounded(params: Params, region: Set, c: Int[Array, ""]) -> Box:
         classes = _num_classes(apply, params, region)
@@ -73,7 +76,7 @@ def all_margin_bounds(
     Returns:
         `(params, region) -> Box` of shape (C, C): entry [c, k] bounds f_k - f_c.
 
-    Cost: C (C - 1) / 2 outputs of `bnncert.bound`.
+    Cost: C (C - 1) / 2 outputs of `bnncert.bound`, merged with the last layer.
     """
     by_pairs = _pairs(apply, method, rounding)
 
@@ -95,7 +98,7 @@ def _pairs(
         unit = np.eye(logits.shape[-1])
         return jnp.asarray(unit[second] - unit[first], logits.dtype) @ logits
 
-    pairs = bound(margins, method, rounding=rounding)
+    pairs = margin_bound(margins, method, rounding)
 
     def bounded(params: Params, region: Set) -> tuple[Array, Array, Array]:
         classes = _num_classes(apply, params, region)

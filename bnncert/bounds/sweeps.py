@@ -10,7 +10,7 @@ rows are swept through both, and their bounds intersected.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -34,15 +34,15 @@ from bnncert.bounds.backward import (
 from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.interval import (
     Refine,
-    affine_prefix,
     frontier,
     intersect,
-    merged_nodes,
     nominal,
     output_nodes,
     propagate,
     relaxed_operands,
 )
+from bnncert.bounds.merging import exact_prefix, merged_runs
+from bnncert.bounds.norms import first_sum, first_sums
 from bnncert.bounds.relax import has_variants, is_relaxed, relax
 from bnncert.bounds.relaxations import Choice, Planes
 from bnncert.bounds.rounding import EXACT, Errors
@@ -57,12 +57,14 @@ class Options(NamedTuple):
         lower_slope: of a ReLU that crosses 0.
         unstable_only: bound by rows only what a kink crosses.
         arithmetic: of the network, which its bounds are to hold in; None: real arithmetic.
+        margins: whether the outputs are differences of the last layer's, to be merged with it.
     """
 
     batch_size: int
     lower_slope: str = "adaptive"
     unstable_only: bool = False
     arithmetic: Arithmetic | None = None
+    margins: bool = False
 
 
 class Sweeper(NamedTuple):
@@ -84,16 +86,16 @@ def sweeper(graph: Graph, options: Options) -> Sweeper:
     return Sweeper(graph, cache(lambda: affine_steps(graph)), options)
 
 
-def boxes_by_node(sweep: Sweeper, refine: Refine) -> list[Box]:
+def boxes_by_node(sweep: Sweeper, refine: Refine, also: Collection[int] = ()) -> list[Box]:
     """`interval.propagate`, in the arithmetic asked for."""
     graph, arithmetic = sweep.graph, sweep.options.arithmetic
     if arithmetic is None:
-        return propagate(graph, refine)
+        return propagate(graph, refine, also=also)
 
     def rule(node: Node, *boxes: Box) -> Box:
         return rounding.outward_interval(graph, node, boxes, arithmetic)
 
-    return propagate(graph, refine, rule)
+    return propagate(graph, refine, rule, also)
 
 
 def end_sets(sweep: Sweeper, sets: Sequence[Set]) -> list[Set]:
@@ -104,25 +106,29 @@ def end_sets(sweep: Sweeper, sets: Sequence[Set]) -> list[Set]:
 
 
 def interval_bounds(sweep: Sweeper) -> list[Box]:
-    """IBP: a box for each node, affine runs merged where that is sharper."""
-    graph = sweep.graph
-    merged, errors = merged_nodes(graph), EXACT
+    """IBP: a box for each node, affine runs merged where that is sharper and within the budget."""
+    graph, errors = sweep.graph, EXACT
+    runs, normed = merged_runs(graph, sweep.options.margins), first_sums(graph)
 
     def merge(index: int, boxes: list[Box]) -> Box | None:
         nonlocal errors
-        if index not in merged:
+        if index in normed:
+            return first_sum(graph, index, boxes, sweep.options.arithmetic)
+        if index not in runs:
             return None
         errors = affine_errors(sweep, boxes, errors)
         sets, steps = end_sets(sweep, frontier(graph, boxes)), affine(sweep, errors)
+        passing = {i: steps.passing[i] for i in runs[index].passed}
+        steps = steps._replace(passing=passing)
         return row_bounds(graph, index, steps, sets, sweep.options.batch_size)
 
-    return boxes_by_node(sweep, merge)
+    return boxes_by_node(sweep, merge, normed.union(runs))
 
 
 def intermediate_bounds(sweep: Sweeper, boxes: Sequence[Box]) -> list[Box]:
     """The boxes, those that a nonlinearity acts on swept first to last over those found so far."""
     graph = sweep.graph
-    exact, relaxed = affine_prefix(graph), relaxed_operands(graph)
+    exact, relaxed = exact_prefix(graph, sweep.options.margins), relaxed_operands(graph)
     variants = _variants(graph)
     passed: list[dict[int, Step]] = [{} for _ in variants]
     errors = EXACT

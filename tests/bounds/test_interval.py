@@ -7,7 +7,9 @@ import pytest
 
 from bnncert.bounds import bound
 from bnncert.bounds.graph import trace
-from bnncert.bounds.interval import affine_prefix, bounded_nodes, drop_nan, intersect, merged_nodes
+from bnncert.bounds.interval import bounded_nodes, drop_nan, intersect
+from bnncert.bounds.merging import affine_prefix, merged_runs
+from bnncert.bounds.norms import first_sums
 from bnncert.sets import Box, LpBall, ball
 
 RNG = np.random.default_rng(0)
@@ -85,11 +87,11 @@ def graph_of(f, region=None):
 def test_only_what_is_loose_is_merged():
     """A plain network over a box is exact op by op up to its last nonlinearity."""
     plain = graph_of(lambda x: U @ jax.nn.relu(V @ x + 1.0) + 2.0)
-    assert merged_nodes(plain) == set()
+    assert merged_runs(plain) == {}
     two = graph_of(lambda x: jax.nn.relu(U @ (V @ x)))
-    assert {two.nodes[i].op for i in merged_nodes(two)} == {"dot_general"}
+    assert {two.nodes[i].op for i in merged_runs(two)} == {"dot_general"}
     over_ball = graph_of(lambda x: jax.nn.relu(V @ x), LpBall(jnp.zeros(6), 1.0, 2))
-    assert len(merged_nodes(over_ball)) == 1
+    assert merged_runs(over_ball) == {} and first_sums(over_ball) == {1}
 
 
 def test_prefix_and_bounded_nodes():
