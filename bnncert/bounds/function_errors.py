@@ -120,7 +120,7 @@ FUNCTION_ERRORS: Mapping[str, tuple[float, float]] = {
     # max(a, b) + log1p(exp(-|a - b|)): the very formula of softplus, and v e^-v < 0.4 keeps the
     # rounding of the difference small.
     "logaddexp": (16.0, 4.0),
-    "erfc": (512.0, 0.0),
+    "erfc": (192.0, 0.0),
     "exp2": (160.0, 0.0),
     "sinh": (64.0, 4.0),
     "gelu_tanh": (16.0, 32.0),
@@ -180,5 +180,5 @@ _POLES: Mapping[str, tuple[float, float, float]] = {
 SLOPE_ERROR = (16.0, 4.0)
 """As `FUNCTION_ERRORS`, of derivatives, where `SLOPE_ERRORS` has none."""
 
-SLOPE_ERRORS: Mapping[str, tuple[float, float]] = {"exp2": (160.0, 4.0), "erfc": (512.0, 0.0)}
+SLOPE_ERRORS: Mapping[str, tuple[float, float]] = {"exp2": (160.0, 4.0), "erfc": (192.0, 0.0)}
 """As `SLOPE_ERROR`, of single functions."""

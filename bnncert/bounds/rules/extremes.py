@@ -21,13 +21,17 @@ EXACT_FUNCTIONS = frozenset(
 )
 """Functions that choose among values, or round them: nothing is lost."""
 
-# x times a factor that is 0 from |x| = 100 at the latest; others: half a width is to be normal.
-_FACTORS = {"silu": 128.0, "mish": 128.0, "gelu": 128.0, "gelu_tanh": 128.0}
-_FACTOR = 4.0
+_HUMPED = ("silu", "mish", "gelu", "gelu_tanh")
+
+
+def proper(lower: Array, upper: Array) -> Box:
+    """No bound where overflow left none: at a NaN, and at an infinity on the other side."""
+    lost, above = jnp.isnan(lower) | (lower == jnp.inf), jnp.isnan(upper) | (upper == -jnp.inf)
+    return Box(jnp.where(lost, -jnp.inf, lower), jnp.where(above, jnp.inf, upper))
 
 
 def least(dtype: jnp.dtype) -> float:
-    """What an underflow may be off by: float16's subnormal numbers are never taken for 0.
+    """What an underflow is off by: float16's subnormal numbers are not taken for 0.
 
     They are normal ones of float32, in which float16 is computed.
     """
@@ -54,7 +58,7 @@ def off_underflow(op: str, box: Box) -> Box:
     """A function's values, those moved outward that may have lost all of what they are."""
     if op in EXACT_FUNCTIONS:
         return box
-    lost = _FACTORS.get(op, _FACTOR) * least(box.lower.dtype)
+    lost = _lost(op, box.lower.dtype)
     below = (jnp.abs(box.lower) < lost) & jnp.signbit(box.lower)
     above = (jnp.abs(box.upper) < lost) & ~jnp.signbit(box.upper)
     # Sums: a selection would cut off the gradient at 0.
@@ -68,6 +72,17 @@ def off_overflow(box: Box, *operands: Box) -> Box:
         finite &= jnp.isfinite(operand.lower) & jnp.isfinite(operand.upper)
     lower = jnp.where(finite & (box.lower == jnp.inf), -jnp.inf, box.lower)
     return Box(lower, jnp.where(finite & (box.upper == -jnp.inf), jnp.inf, box.upper))
+
+
+def _lost(op: str, dtype: jnp.dtype) -> float:
+    """What a function may be off by where it, or what it divides by, leaves the range.
+
+    Humped ones are x times a factor that vanishes from |x| = 100 on; in float16, from 12 on. Half
+    of the width is to be normal where subnormal numbers are not.
+    """
+    humped, narrow = op in _HUMPED, dtype == jnp.float16
+    factor = (4.0 if humped else 1.0) if narrow else (128.0 if humped else 4.0)
+    return factor * float(jnp.finfo(dtype).tiny)
 
 
 def _subnormal(v: Array) -> Array:
