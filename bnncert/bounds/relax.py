@@ -27,7 +27,7 @@ from bnncert.bounds.relaxations import (
     reductions,
 )
 from bnncert.bounds.rules import BILINEAR, affine_rule, interval
-from bnncert.bounds.rules.extremes import least, magnitude
+from bnncert.bounds.rules.extremes import least, magnitude, off_subnormal
 from bnncert.bounds.rules.reductions import from_last, to_last
 from bnncert.sets import Box
 
@@ -68,7 +68,7 @@ def lines(node: Node, operand: Box, choice: Choice) -> Lines:
     function at an end of the operand's box, and where that box reaches to a quarter of the largest
     number, beyond which its width, its middle and multiples of either may overflow.
     """
-    l, u = _ends(node, operand)
+    l, u = _ends(node, off_subnormal(operand))
     size = magnitude(Box(l, u))
     usual = size <= 0.25 * float(jnp.finfo(node.dtype).max)
     inside = jnp.where(usual, l, 1), jnp.where(usual, u, 1)  # with finite gradients

@@ -97,16 +97,17 @@ def _cbrt(x: Array) -> Array:
 
 
 def _cbrt_slope(x: Array) -> Array:
-    size = jnp.maximum(jnp.abs(x), float(jnp.finfo(x.dtype).tiny))  # at 0 it is infinite
+    info = jnp.finfo(x.dtype)
+    least = float(info.smallest_subnormal if x.dtype == jnp.float16 else info.tiny)
+    size = jnp.maximum(jnp.abs(x), least)  # at 0 it is infinite
 
     def slope(size: Array) -> Array:
-        root = jnp.cbrt(size)
-        return 1 / (3 * root * root)
+        inverse = 1 / jnp.cbrt(size)
+        return inverse * (inverse / 3)
 
     # Its own derivative, size^(-5/3), overflows before it does.
-    least = float(jnp.finfo(x.dtype).tiny) ** 0.55
     near = jax.lax.stop_gradient(slope(size))
-    return jnp.where(size < least, near, slope(jnp.maximum(size, least)))
+    return jnp.where(size < least**0.55, near, slope(jnp.maximum(size, least**0.55)))
 
 
 def _asinh_slope(x: Array) -> Array:

@@ -66,12 +66,13 @@ def off_underflow(op: str, box: Box) -> Box:
 
 
 def off_overflow(box: Box, *operands: Box) -> Box:
-    """No bound where a finite operand gives an infinite lower, or a negative infinite upper end."""
+    """No bound at a NaN, and none above -inf or below inf that finite operands give."""
     finite = jnp.ones((), bool)
     for operand in operands:
         finite &= jnp.isfinite(operand.lower) & jnp.isfinite(operand.upper)
-    lower = jnp.where(finite & (box.lower == jnp.inf), -jnp.inf, box.lower)
-    return Box(lower, jnp.where(finite & (box.upper == -jnp.inf), jnp.inf, box.upper))
+    lost = jnp.isnan(box.lower) | (finite & (box.lower == jnp.inf))
+    above = jnp.isnan(box.upper) | (finite & (box.upper == -jnp.inf))
+    return Box(jnp.where(lost, -jnp.inf, box.lower), jnp.where(above, jnp.inf, box.upper))
 
 
 def _lost(op: str, dtype: jnp.dtype) -> float:
