@@ -212,7 +212,9 @@ CANCELLING = {
     "scatter-add, all to one place": lambda v: v.at[jnp.zeros(2000, int)].add(
         np.concatenate([SUMMANDS, -SUMMANDS])
     ),
-    "scatter, twice to one place": lambda v: v.at[jnp.array([0, 0])].set(np.float32([1e4, 3.0])),
+    "scatter, twice to one place": lambda v: v.at[jnp.array([0, 0])].set(
+        np.array([1e4, 3.0], np.float32)
+    ),
     "add": lambda v: (v + 1e4) - 1e4,
     "subtract": lambda v: 1e4 - v,
     "divide": lambda v: v / 3.0 * 7.0,
@@ -231,7 +233,10 @@ CANCELLING = {
 def test_no_constant_hides_what_is_random(name):
     """Against float64: what a large constant rounds away is not taken for certain."""
     f = CANCELLING[name]
-    loc, scale = np.float32([1.001, -0.3, 0.0007]), np.float32([1e-3, 2e-5, 3e-4])
+    loc, scale = (
+        np.array([1.001, -0.3, 0.0007], np.float32),
+        np.array([1e-3, 2e-5, 3e-4], np.float32),
+    )
     found = expectation(lambda w, x: f(w * x), MeanField(jnp.array(loc), jnp.array(scale)),
                         Box(jnp.ones(3), jnp.ones(3)))  # fmt: skip
     with jax.enable_x64(True):

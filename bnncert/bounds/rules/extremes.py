@@ -5,6 +5,7 @@ Subnormal numbers may be taken for 0, on the way into a function and out of it:
     an end of an operand that is subnormal    moved outward, to 0 or to the smallest normal number t
     a value that may have been flushed        moved outward by a few t, on the side that its sign
                                               leaves open: what is flushed to 0 keeps its sign
+    other values below a few t / eps          moved outward by as much, whatever their sign
 
 so that 1 / x on [1e38, 2e38] is [0, 4 t] in float32, and not [0, 0]. Where the function overflows
 at a finite end there is no bound on that side, and none below: [-inf, inf] and not [inf, inf].
@@ -58,9 +59,13 @@ def off_underflow(op: str, box: Box) -> Box:
     """A function's values, those moved outward that may have lost all of what they are."""
     if op in EXACT_FUNCTIONS:
         return box
-    lost = _lost(op, box.lower.dtype)
-    below = (jnp.abs(box.lower) < lost) & jnp.signbit(box.lower)
-    above = (jnp.abs(box.upper) < lost) & ~jnp.signbit(box.upper)
+    dtype = box.lower.dtype
+    lost = _lost(op, dtype)
+    # Of values below `near` a difference may be subnormal, and flushed as well.
+    near = lost if dtype == jnp.float16 else lost / float(jnp.finfo(dtype).eps)
+    low, high = jnp.abs(box.lower), jnp.abs(box.upper)
+    below = (low < near) & (jnp.signbit(box.lower) | (low >= lost))
+    above = (high < near) & (~jnp.signbit(box.upper) | (high >= lost))
     # Sums: a selection would cut off the gradient at 0.
     return Box(box.lower - jnp.where(below, lost, 0), box.upper + jnp.where(above, lost, 0))
 
