@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from bnncert.bounds.graph import Node
-from bnncert.bounds.operands import Ref
+from bnncert.bounds.operands import Operand, Ref
 from bnncert.sets import Box
 
 
@@ -108,13 +108,14 @@ def constant_magnitude(node: Node, *values: Array) -> Array:
 
 
 def _with_magnitudes(node: Node) -> Node:
-    magnitudes = [o if _is_fixed(o) else jnp.abs(o) for o in node.operands]
-    return node._replace(operands=tuple(magnitudes))
+    return node._replace(operands=tuple(map(_without_sign, node.operands)))
 
 
-def _is_fixed(operand: Any) -> bool:
-    """Whether an operand is bounded, or an index or a mask."""
-    return isinstance(operand, Ref) or not jnp.issubdtype(jnp.result_type(operand), jnp.floating)
+def _without_sign(operand: Operand) -> Operand:
+    """The magnitude of a constant that is no index and no mask."""
+    if isinstance(operand, Ref) or not jnp.issubdtype(jnp.result_type(operand), jnp.floating):
+        return operand
+    return jnp.abs(operand)
 
 
 def mix(node: Node, center: Array, radius: Array) -> Box:
