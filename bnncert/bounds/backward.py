@@ -28,6 +28,7 @@ from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.relaxations import Lines, Planes
 from bnncert.bounds.rules import affine_rule
 from bnncert.bounds.rules.affine import has_constant
+from bnncert.bounds.rules.extremes import proper
 from bnncert.sets import Box, LpBall, Set, dual_norm
 
 
@@ -165,9 +166,7 @@ def concretize(row: Row, sets: Sequence[Set]) -> Box:
         if above is not below:
             _, high = _extremes(above, sets[index])
         lower, upper = lower + low, upper + high
-    # Overflow in a plane leaves no bound, not a NaN.
-    lower = jnp.where(jnp.isnan(lower), -jnp.inf, lower)
-    return Box(lower, jnp.where(jnp.isnan(upper), jnp.inf, upper))
+    return proper(lower, upper)
 
 
 def affine_steps(graph: Graph) -> dict[int, Step]:

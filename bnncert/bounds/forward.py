@@ -27,12 +27,13 @@ from jaxtyping import Array
 from bnncert.bounds.arithmetic import Arithmetic, gamma, own_unit
 from bnncert.bounds.arithmetic import magnitude as magnitude_of
 from bnncert.bounds.graph import Graph, Node, trace
-from bnncert.bounds.interval import bounded_nodes, drop_nan, intersect
+from bnncert.bounds.interval import bounded_nodes, intersect
 from bnncert.bounds.operands import Operand, Ref
 from bnncert.bounds.relax import is_relaxed, relax
 from bnncert.bounds.relaxations import Choice
 from bnncert.bounds.rounding import network_error, outward_planes, outward_set, side_error
 from bnncert.bounds.rules.affine import SIGNED, linear, magnitude
+from bnncert.bounds.rules.extremes import proper
 from bnncert.sets import Box, LpBall, Set, dual_norm
 
 
@@ -95,7 +96,7 @@ def forward_bounds(
             if inexact is not None:
                 last = 4 * gamma(len(sets) + 8, own_unit(node))
                 side = _apart(side, last * _size(side, inexact.reach))
-            swept = drop_nan(_concretize(side, sets))
+            swept = _concretize(side, sets)
             cast = jax.tree.map(lambda end, dtype=node.dtype: end.astype(dtype), swept)
             found[index] = intersect(found[index], cast)
     return found
@@ -217,7 +218,7 @@ def _concretize(between: Between, sets: Sequence[Set]) -> Box:
         low, _ = _extremes(between.lower.A[start : start + size], region)
         _, high = _extremes(between.upper.A[start : start + size], region)
         lower, upper, start = lower + low, upper + high, start + size
-    return Box(lower, upper)
+    return proper(lower, upper)
 
 
 def _extremes(A: Array, region: Set) -> tuple[Array, Array]:

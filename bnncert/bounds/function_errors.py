@@ -16,6 +16,7 @@ from jaxtyping import Array, ArrayLike
 
 from bnncert.bounds.arithmetic import magnitude, unknown_rounding
 from bnncert.bounds.graph import Node
+from bnncert.bounds.rules.extremes import EXACT_FUNCTIONS
 from bnncert.bounds.rules.reductions import to_last
 from bnncert.sets import Box
 
@@ -35,10 +36,6 @@ def function_error(node: Node, boxes: Sequence[Box]) -> tuple[ArrayLike, ArrayLi
         return (error, 0.0) if node.op == "softmax" else (16.0, error)
     if node.op in EXACT_FUNCTIONS:
         return 0.0, 0.0
-    if node.op == "logaddexp":
-        # max(a, b) + log1p(exp(-|a - b|)): the very formula of softplus, and v e^-v < 0.4 keeps the
-        # rounding of the difference small.
-        return FUNCTION_ERRORS["softplus"]
     if node.op == "integer_pow":
         return 4.0 * abs(node.params["y"]) + 4.0, 0.0
     if node.op == "exp":  # a compiler multiplies exponentials by adding up their arguments
@@ -113,10 +110,6 @@ def _exponential_sum_error(node: Node, box: Box) -> Array:
     return 12.0 * spread + (32.0 * count + 128.0)
 
 
-EXACT_FUNCTIONS = frozenset(
-    "max min abs clip hard_tanh sign floor ceil round reduce_max reduce_min cummax cummin".split()
-)
-
 _RELATIVE = "exp sqrt rsqrt reciprocal square leaky_relu soft_sign cbrt asinh log log1p".split()
 _ALSO_ABSOLUTE = (
     "expm1 tanh logistic erf atan sin cos softplus squareplus log_sigmoid elu selu celu gelu silu "
@@ -126,6 +119,10 @@ _ALSO_ABSOLUTE = (
 FUNCTION_ERRORS: Mapping[str, tuple[float, float]] = {
     **{op: (16.0, 0.0) for op in _RELATIVE},
     **{op: (16.0, 4.0) for op in _ALSO_ABSOLUTE},
+    # max(a, b) + log1p(exp(-|a - b|)): the very formula of softplus, and v e^-v < 0.4 keeps the
+    # rounding of the difference small.
+    "logaddexp": (16.0, 4.0),
+    "erfc": (192.0, 0.0),
     "exp2": (160.0, 0.0),
     "sinh": (64.0, 4.0),
     "gelu_tanh": (16.0, 32.0),
@@ -139,9 +136,11 @@ CURVATURES: Mapping[str, float] = {
     "tanh": 0.77,
     "logistic": 0.1,
     "erf": 0.97,
+    "erfc": 0.97,
     "atan": 0.65,
     "asinh": 0.39,
     "softplus": 0.25,
+    "logaddexp": 0.25,
     "log_sigmoid": 0.25,
     "soft_sign": 2.0,
     "selu": 1.76,
@@ -183,5 +182,5 @@ _POLES: Mapping[str, tuple[float, float, float]] = {
 SLOPE_ERROR = (16.0, 4.0)
 """As `FUNCTION_ERRORS`, of derivatives, where `SLOPE_ERRORS` has none."""
 
-SLOPE_ERRORS: Mapping[str, tuple[float, float]] = {"exp2": (160.0, 4.0)}
+SLOPE_ERRORS: Mapping[str, tuple[float, float]] = {"exp2": (160.0, 4.0), "erfc": (192.0, 0.0)}
 """As `SLOPE_ERROR`, of single functions."""

@@ -18,6 +18,7 @@ from bnncert.bounds.relaxations import (
     PARAMETERS,
     TWO_VARIANTS,
     Choice,
+    Lines,
     Planes,
     from_lines,
     has_lines,
@@ -26,6 +27,7 @@ from bnncert.bounds.relaxations import (
     reductions,
 )
 from bnncert.bounds.rules import BILINEAR, affine_rule, interval
+from bnncert.bounds.rules.extremes import least, magnitude, off_subnormal
 from bnncert.bounds.rules.reductions import from_last, to_last
 from bnncert.sets import Box
 
@@ -51,12 +53,50 @@ def relax(graph: Graph, index: int, boxes: Sequence[Box], choice: Choice) -> Pla
         return _pair(node, boxes, choice)
     if node.op in REDUCTION_PLANES:
         return _reduction(node, boxes[node.refs[0]], choice)
-    operand = boxes[node.refs[0]]
     if has_lines(node):
-        lines = LINES[node.op](*_ends(node, operand), *_constants(node), choice=choice)
-        return from_lines(node.refs[0], lines)
+        return from_lines(node.refs[0], lines(node, boxes[node.refs[0]], choice))
     values = interval(node, *(boxes[i] for i in node.refs))
     return Planes((), lambda: values.lower, lambda: values.upper)
+
+
+def lines(node: Node, operand: Box, choice: Choice) -> Lines:
+    """Lines around a function of one value.
+
+    Where what they are computed from over- or underflows, they are those of slope 0 at the ends of
+    the function's interval: where a line is not finite, where a slope that may have lost digits to
+    underflow meets an operand so large that they count, where a line is not on its side of the
+    function at an end of the operand's box, and where that box reaches to a quarter of the largest
+    number, beyond which its width, its middle and multiples of either may overflow.
+    """
+    l, u = _ends(node, off_subnormal(operand))
+    size = magnitude(Box(l, u))
+    usual = size <= 0.25 * float(jnp.finfo(node.dtype).max)
+    inside = jnp.where(usual, l, 1), jnp.where(usual, u, 1)  # with finite gradients
+    found = LINES[node.op](*inside, *_constants(node), choice=choice)
+    values = interval(node, Box(l, u))
+    at_ends = [node.evaluate(*node.fill([end])) for end in (l, u)]
+    below = usual & _holds(found.lower_slope, found.lower_offset, l, u, at_ends)
+    above = usual & _holds(-found.upper_slope, -found.upper_offset, l, u, [-h for h in at_ends])
+    return Lines(
+        jnp.where(below, found.lower_slope, 0),
+        jnp.where(below, found.lower_offset, values.lower),
+        jnp.where(above, found.upper_slope, 0),
+        jnp.where(above, found.upper_offset, values.upper),
+    )
+
+
+def _holds(slope: Array, offset: Array, l: Array, u: Array, at_ends: Sequence[Array]) -> Array:
+    """Whether a line is below a function, as far as its ends and the format's range say."""
+    eps, lost = float(jnp.finfo(l.dtype).eps), 8 * least(l.dtype)
+    size = magnitude(Box(l, u))
+    terms = jnp.abs(slope) * size + jnp.abs(offset)
+    # An underflow of the slope counts by the operand, one of the operand by the slope.
+    reach = jnp.where(jnp.abs(slope) * eps < lost, size, 0) + jnp.abs(slope)
+    holds = jnp.isfinite(terms) & (lost * (1 + reach) <= eps * terms)
+    for end, value in zip((l, u), at_ends, strict=True):
+        slack = 16 * eps * (terms + jnp.abs(value))
+        holds &= ~(slope * end + offset - value > slack)
+    return holds
 
 
 def has_variants(graph: Graph, index: int) -> bool:

@@ -3,10 +3,9 @@
     clamp(l, x, u)       min(max(x, l), u)
     x / y                x * reciprocal(y), for a bounded y
     x * x, x ** 2        square(x): never negative, and sharper than a product
-    erfc(x)              1 - erf(x)
     max(a, b)            itself, with a - b as a third operand, for a and b both bounded: then a - b
                          has bounds of its own, which are sharper than those of a less those of b
-    logaddexp(a, b)      likewise; against a constant c: softplus(a - c) + c
+    logaddexp(a, b)      likewise; against a constant itself, a function of one value
     max over windows     max over an axis that lists each window's entries
 
 Each rule is `(add, operands, params) -> results`, the parameters with the first operand's shape
@@ -18,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from bnncert.bounds.operands import Operand, Ref
@@ -47,10 +45,9 @@ def _logaddexp(add: Add, operands: Sequence[Any], params: Mapping[str, Any]) -> 
     if isinstance(a, Ref) and isinstance(b, Ref):
         difference = add("sub", (a, b), jnp.subtract)
         return [add("logaddexp", (a, b, difference), lambda v, w, _: jnp.logaddexp(v, w))]
+    # Not softplus(x - c) + c: a large c, "log 0", would take all of x with it.
     x, constant = (a, b) if isinstance(a, Ref) else (b, a)
-    above = add("sub", (x, constant), jnp.subtract)
-    softplus = add("softplus", (above,), jax.nn.softplus)
-    return [add("add", (softplus, constant), jnp.add)]
+    return [add("logaddexp", (x, constant), jnp.logaddexp)]
 
 
 def _clamp(add: Add, operands: Sequence[Any], params: Mapping[str, Any]) -> list[Operand]:
@@ -89,12 +86,6 @@ def _integer_pow(add: Add, operands: Sequence[Any], params: Mapping[str, Any]) -
     return [add("integer_pow", (x,), lambda v: jax.lax.integer_pow(v, exponent), y=exponent)]
 
 
-def _erfc(add: Add, operands: Sequence[Any], params: Mapping[str, Any]) -> list[Operand]:
-    del params
-    value = add("erf", tuple(operands), jax.lax.erf)
-    return [add("sub", (np.ones((), np.float32), value), lambda one, v: one.astype(v.dtype) - v)]
-
-
 def _window(reduction: str, reduce: Callable[..., Array]) -> Rewrite:
     """All windows, stacked by the places in them and reduced."""
 
@@ -115,7 +106,6 @@ REWRITES: Mapping[str, Rewrite] = {
     "div": _div,
     "mul": _mul,
     "integer_pow": _integer_pow,
-    "erfc": _erfc,
     "reduce_window_max": _window("reduce_max", jnp.max),
     "reduce_window_min": _window("reduce_min", jnp.min),
 }

@@ -20,6 +20,7 @@ Source: Adams, Patane, Lahijanian & Laurenti, "BNN-DP: Robustness Certification 
 Networks via Dynamic Programming", ICML 2023 (the problem, and bounds by linear relaxation).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -28,8 +29,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bnncert import prior as priors
-from bnncert.bounds.graph import Graph, trace
+from bnncert.bounds.graph import Graph, Node, trace
 from bnncert.bounds.operands import Ref
+from bnncert.bounds.rules.affine import constant_magnitude, has_constant, magnitude
 from bnncert.certify.predictive import check_region
 from bnncert.certify.propagation import PRODUCTS, Value, propagate, settled, unit_error
 from bnncert.posterior import MeanField
@@ -120,11 +122,15 @@ class _Last(NamedTuple):
         h: the values it acts on, flat.
         rows: shape (C, size of h).
         offset: shape (C,).
+        size: shape (C,), of every sum that is made on the way with the magnitudes of its terms.
+        terms: how many roundings one of them passes through.
     """
 
     h: Value
     rows: Array
     offset: Array
+    size: Array
+    terms: int
 
 
 def _at_the_output(graph: Graph, values: list[Value], index: int) -> Expectation:
@@ -186,18 +192,31 @@ def _last_layer(graph: Graph, values: list[Value], index: int) -> _Last | None:
         return known[index]
 
     zero = jnp.zeros(h.own.size, h.own.dtype)
-    return _Last(h, jax.jacrev(replay)(zero), replay(zero))
+    sizes = {source: jnp.abs(h.mean.center) + h.mean.radius}
+    for i in sorted(tail):
+        if i != source:
+            sizes[i] = _size(graph.nodes[i], values[i], [sizes[j] for j in graph.nodes[i].refs])
+    terms = h.own.size + 2 * len(tail)
+    return _Last(h, jax.jacrev(replay)(zero), replay(zero), sizes[index], terms)
+
+
+def _size(node: Node, value: Value, operands: Sequence[Array]) -> Array:
+    """The magnitude of an input, or what an operation makes of magnitudes, its constants' too."""
+    if node.op == "input":
+        return jnp.abs(value.mean.center) + value.mean.radius
+    if len(operands) == 2 and node.op in PRODUCTS:
+        return node.evaluate(*operands)
+    size = magnitude(node, *operands)
+    return size + constant_magnitude(node, *operands) if has_constant(node) else size
 
 
 def _differences(last: _Last) -> tuple[Array, Array]:
     """At (c, j), of E[f_j - f_c] and the deviation of E[f_j - f_c | past], upper bounds."""
     rows = _pairs(last.rows, -last.rows)
     h = settled(last.h)
-    unit = unit_error(rows, rows.shape[-1])
-    size, constant = jnp.abs(last.rows), jnp.abs(last.offset)
+    unit = unit_error(rows, last.terms)
     center, radius = h.mean.center.ravel(), h.mean.radius.ravel()
-    total = _times(size, jnp.abs(center) + radius) + constant
-    error = 2 * unit * _pairs(total, total)
+    error = 2 * unit * _pairs(last.size, last.size)
     means = _times(rows, center) + _pairs(last.offset, -last.offset)
     means = means + _times(jnp.abs(rows), radius) + error
     shared = jnp.sqrt(_times(jnp.square(rows), h.own.ravel()))

@@ -42,7 +42,7 @@ from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError
 from bnncert.bounds.interval import hull
 from bnncert.bounds.operands import Ref
 from bnncert.bounds.rules import AFFINE, affine_rule
-from bnncert.bounds.rules.affine import MIXING, magnitude
+from bnncert.bounds.rules.affine import MIXING, constant_magnitude, has_constant, magnitude
 from bnncert.certify import rectified
 from bnncert.sets import Box, is_concrete
 
@@ -132,8 +132,20 @@ def _step(node: Node, operands: list[Value]) -> Value:
     elif node.op == "max" and _is_zero(node):
         return _rectified(operands[0])
     elif len(operands) == 1 and affine_rule(node) is not None:
+        if _coarsens(node, operands[0]):
+            raise _no_rule(
+                node,
+                f"The cast from {operands[0].own.dtype} to {node.dtype} rounds: an expectation "
+                "bound is for a network in one format. Cast the params and the set instead.",
+            )
         return _affine(node, operands[0])
     raise _no_rule(node)
+
+
+def _coarsens(node: Node, v: Value) -> bool:
+    """Whether a node casts values to a format that does not hold all of them."""
+    own, new = jnp.finfo(v.own.dtype), jnp.finfo(node.dtype)
+    return new.nmant < own.nmant or new.minexp > own.minexp or new.maxexp < own.maxexp
 
 
 def _product(node: Node, h: Value, w: Value, place: int) -> Value:
@@ -161,7 +173,7 @@ def _product(node: Node, h: Value, w: Value, place: int) -> Value:
         Box(middle - reach, middle + reach),
         (1 + unit) * product(second + jnp.square(furthest), variance),
         (1 + unit) * shared,
-        (1 - unit) * product(jnp.square(nearest), variance),
+        _less(unit) * product(jnp.square(nearest), variance),
         (1 + unit) * jnp.sqrt(product(second, variance)),
         gaussian=True,
         independent=w.independent and once,
@@ -200,7 +212,7 @@ def _sum(node: Node, a: Value, b: Value) -> Value:
         Box(mean.lower - slack, mean.upper + slack),
         (1 + unit) * (a.own + b.own),
         (1 + unit) * jnp.hypot(a.shared, b.shared),
-        (1 - unit) * (a.floor + b.floor),
+        _less(unit) * (a.floor + b.floor),
         (1 + unit) * jnp.hypot(a.wobble, b.wobble),
         a.gaussian and b.gaussian,
         a.independent and b.independent,
@@ -213,12 +225,17 @@ def _affine(node: Node, v: Value) -> Value:
     """An operation that is affine in its one random operand, the others constant."""
     rule: Any = affine_rule(node)
     mean: Box = rule.interval(node, v.mean)
-    length = math.prod(v.own.shape) if rule.spreads == "mixes" else 2
+    length = 2
+    if rule.spreads == "mixes":  # constants that are added on the way are terms as well
+        constants = (jnp.size(o) for o in node.operands if not isinstance(o, Ref))
+        length = math.prod(v.own.shape) + (sum(constants) if has_constant(node) else 0)
     unit = unit_error(mean.lower, length)
     reach = magnitude(node, jnp.maximum(jnp.abs(v.mean.lower), jnp.abs(v.mean.upper)))
     rearranged = rule.spreads in ("places", "repeats") and node.op not in ("mul", "div")
     if not rearranged:
         slack = unit * (reach + jnp.maximum(jnp.abs(mean.lower), jnp.abs(mean.upper)))
+        if has_constant(node):
+            slack = slack + unit * constant_magnitude(node, v.own)
         mean = Box(mean.lower - slack, mean.upper + slack)
     else:
         unit = 0.0
@@ -237,7 +254,7 @@ def _affine(node: Node, v: Value) -> Value:
         mean=mean,
         own=jnp.square(scaled(jnp.sqrt(v.own))),
         shared=scaled(v.shared),
-        floor=(1 - 4 * unit) * jnp.square(magnitude(node, jnp.sqrt(v.floor))),
+        floor=_less(4 * unit) * jnp.square(magnitude(node, jnp.sqrt(v.floor))),
         wobble=scaled(v.wobble),
         independent=v.independent and not repeats,
     )
@@ -256,12 +273,12 @@ def _rectified(z: Value) -> Value:
     if z.gaussian:
         given = rectified.mean_above(upper, spread) + 0.5 * (z.shared + rectified.PEAK * z.wobble)
         most = jnp.minimum(most, (1 + unit) * given)
-        least = rectified.mean_below(lower, (1 - unit) * jnp.sqrt(z.floor))
+        least = rectified.mean_below(lower, _less(unit) * jnp.sqrt(z.floor))
         shared = (1 + unit) * (z.shared + rectified.PEAK * z.wobble)
         if z.fixed:  # the variance increases with the mean
-            at_most = rectified.mean_below(upper, (1 - unit) * jnp.sqrt(z.floor))
+            at_most = rectified.mean_below(upper, _less(unit) * jnp.sqrt(z.floor))
             second = rectified.square_above(upper, spread)
-            own = jnp.minimum(own, second - (1 - unit) * jnp.square(at_most))
+            own = jnp.minimum(own, second - _less(unit) * jnp.square(at_most))
     else:  # nothing is known of its form
         shared, own = (1 + unit) * jnp.sqrt(total), jnp.zeros_like(own)
     rest = _constant(Box(least, jnp.maximum(most, least)))
@@ -286,6 +303,11 @@ def _is_zero(node: Node) -> bool:
 def unit_error(value: Array, terms: int) -> float:
     """The relative error of a sum of so many products."""
     return (terms + 16) * float(jnp.finfo(value.dtype).eps)
+
+
+def _less(unit: float) -> float:
+    """1 - unit, and not negative: in a coarse format a long sum is known to nothing."""
+    return max(1.0 - unit, 0.0)
 
 
 _KNOWN = "Known are dense and convolutional layers, ReLU, and affine operations with constants."

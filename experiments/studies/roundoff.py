@@ -41,7 +41,7 @@ TINY = 2.0**-126
 CHUNK = 2**22
 FAR = 2000.0
 
-_PARAMETERS = {"elu": (1.0,), "celu": (1.0,), "squareplus": (4.0,)}
+_PARAMETERS = {"elu": (1.0,), "celu": (1.0,), "squareplus": (4.0,), "logaddexp": (-1.5,)}
 
 
 class Case(NamedTuple):
@@ -90,21 +90,19 @@ def cases() -> dict[str, Case]:
     values |= {
         "atan": jnp.arctan,
         "reciprocal": lambda x: 1 / x,
-        "erfc": jax.lax.erfc,  # traced as 1 - erf
+        "erfc": jax.lax.erfc,
         "gelu": lambda x: jax.nn.gelu(x, approximate=False),
         "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
         "elu": jax.nn.elu,
         "celu": jax.nn.celu,
         "squareplus": jax.nn.squareplus,
         "leaky_relu": jax.nn.leaky_relu,
+        "logaddexp": lambda x: jnp.logaddexp(x, *_PARAMETERS["logaddexp"]),
     }
     slopes = {name: build(*_PARAMETERS.get(name, ())).slope for name, build in CURVES.items()}
     slopes |= {name: growth(name).slope for name in ("exp", "exp2", "expm1")}
     slopes.pop("cbrt")  # infinite at 0: bounded by its interval
-    found = {
-        name: Case(f, *_allowed("erf" if name == "erfc" else name), _reach(name))
-        for name, f in values.items()
-    }
+    found = {name: Case(f, *_allowed(name), _reach(name)) for name, f in values.items()}
     return found | {
         f"{name}'": Case(f, *SLOPE_ERRORS.get(name, SLOPE_ERROR), 0.0, _reach(name))
         for name, f in slopes.items()

@@ -164,7 +164,7 @@ def test_logaddexp_is_recognised_and_its_name_proves_nothing(c):
     logaddexp.defjvp(lambda primals, tangents: (logaddexp(*primals), tangents[0] - tangents[1]))
     assert operations(lambda x: jnp.logaddexp(x, W @ x), BOX)[2:] == ["sub", "logaddexp"]
     assert operations(lambda x: jnp.logaddexp(x[0], x), BOX)[-2:] == ["sub", "logaddexp"]
-    assert operations(lambda x: jnp.logaddexp(c, x), BOX)[1:] == ["sub", "softplus", "add"]
+    assert operations(lambda x: jnp.logaddexp(c, x), BOX)[1:] == ["logaddexp"]
     assert operations(lambda x: logaddexp(x, W @ x), BOX)[2:] == ["sub"]
 
 
@@ -179,7 +179,7 @@ def test_an_almost_equal_body_is_not_trusted():
 
     with pytest.raises(UnsupportedPrimitiveError):
         bound(lambda x: leaky_relu(x, 0.1), "ibp")(BOX)
-    assert operations(softplus, BOX)[1:] == ["sub", "softplus", "add"]
+    assert operations(softplus, BOX)[1:] == ["logaddexp"]
 
 
 # --- what has no rule -----------------------------------------------------------------------------

@@ -46,6 +46,10 @@ CASES = {
         (3.0,),
         EVERYWHERE,
     ),
+    **{
+        f"logaddexp {c}": ("logaddexp", lambda x, c=c: jnp.logaddexp(x, c), (c,), EVERYWHERE)
+        for c in (-1.5, -1e30, 50.0)
+    },
     "gelu": ("gelu", partial(jax.nn.gelu, approximate=False), (), EVERYWHERE),
     "gelu_tanh": ("gelu_tanh", partial(jax.nn.gelu, approximate=True), (), EVERYWHERE),
     **{
@@ -63,6 +67,7 @@ CASES = {
     "logistic": ("logistic", jax.nn.sigmoid, (), EVERYWHERE),
     "tanh": ("tanh", jnp.tanh, (), EVERYWHERE),
     "erf": ("erf", jax.lax.erf, (), EVERYWHERE),
+    "erfc": ("erfc", jax.lax.erfc, (), EVERYWHERE),
     "atan": ("atan", jnp.arctan, (), EVERYWHERE),
     "asinh": ("asinh", jnp.arcsinh, (), EVERYWHERE),
     "cbrt": ("cbrt", jnp.cbrt, (), EVERYWHERE),

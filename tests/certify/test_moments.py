@@ -205,6 +205,63 @@ def test_a_bayesian_last_layer_on_a_fixed_body():
     np.testing.assert_allclose(found.deviation, 0.2 * jnp.linalg.norm(h), rtol=1e-3)
 
 
+SUMMANDS = np.random.default_rng(2).normal(size=1000).astype(np.float32) * 1e4
+CANCELLING = {
+    "scatter-add": lambda v: v.at[0].add(1e4),
+    "scatter-add there and back": lambda v: v.at[0].add(1e4).at[0].add(-1e4),
+    "scatter-add, all to one place": lambda v: v.at[jnp.zeros(2000, int)].add(
+        np.concatenate([SUMMANDS, -SUMMANDS])
+    ),
+    "scatter, twice to one place": lambda v: v.at[jnp.array([0, 0])].set(
+        np.array([1e4, 3.0], np.float32)
+    ),
+    "add": lambda v: (v + 1e4) - 1e4,
+    "subtract": lambda v: 1e4 - v,
+    "divide": lambda v: v / 3.0 * 7.0,
+    "concatenate": lambda v: jnp.concatenate([v, np.full(1, 1e4, np.float32)]),
+    "gather": lambda v: v.at[jnp.array([0, 2, 7])].get(mode="fill", fill_value=1e4),
+    "pad": lambda v: jnp.pad(v, 1, constant_values=1e4),
+    "sum": lambda v: (
+        jnp.stack([v, np.full(3, 1e4, np.float32), np.full(3, -1e4, np.float32)])
+        .reshape(3, 3)
+        .sum(0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CANCELLING)
+def test_no_constant_hides_what_is_random(name):
+    """Against float64: what a large constant rounds away is not taken for certain."""
+    f = CANCELLING[name]
+    loc, scale = (
+        np.array([1.001, -0.3, 0.0007], np.float32),
+        np.array([1e-3, 2e-5, 3e-4], np.float32),
+    )
+    found = expectation(lambda w, x: f(w * x), MeanField(jnp.array(loc), jnp.array(scale)),
+                        Box(jnp.ones(3), jnp.ones(3)))  # fmt: skip
+    with jax.enable_x64(True):
+        mean = np.asarray(f(jnp.asarray(loc, jnp.float64)))
+        slopes = np.asarray(jax.jacfwd(f)(jnp.asarray(loc, jnp.float64)))
+    deviation = np.sqrt(np.square(slopes) @ np.square(scale.astype(np.float64)))
+    assert (np.asarray(found.deviation, np.float64) >= deviation * (1 - 1e-6)).all()
+    encloses(found, mean, softmax(mean), atol=0.0)
+
+
+def test_a_cast_that_rounds_is_refused():
+    """E f is 1.001, and in bfloat16 it is 1."""
+    posterior = MeanField(jnp.array([1.001]), jnp.array([0.1]))
+    x_set = Box(jnp.ones(1), jnp.ones(1))
+    for dtype in (jnp.bfloat16, jnp.float16):
+        with pytest.raises(
+            UnsupportedPrimitiveError, match=r"cast from float32 to .*float16 rounds"
+        ):
+            expectation(lambda w, x, d=dtype: (w * x).astype(d), posterior, x_set)
+    coarse = MeanField(jnp.array([1.0], jnp.bfloat16), jnp.array([0.1], jnp.bfloat16))
+    x_set = Box(jnp.ones(1, jnp.bfloat16), jnp.ones(1, jnp.bfloat16))
+    found = expectation(lambda w, x: (w * x).astype(jnp.float32), coarse, x_set)
+    assert found.outputs.lower <= 1.0 <= found.outputs.upper
+
+
 def test_what_cannot_be_bounded_says_so():
     x_set = ball(jnp.ones(2), 0.1)
     w = {"w": jnp.ones((2, 2))}

@@ -1,7 +1,7 @@
 """The two lines around a smooth function that is convex on one interval, concave on either side.
 
     convex: all of it         exp, softplus, x^2       convex: x <= c     tanh, sigmoid
-    convex: none of it        log, sqrt                convex: x >= c     x^3
+    convex: none of it        log, sqrt                convex: x >= c     x^3, erfc
     convex: a <= x <= b       gelu, silu, mish
 
 Below h on [l, u]. Let C be the part of [l, u] where h is convex, D_u the last point of C whose

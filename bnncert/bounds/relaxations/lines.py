@@ -88,7 +88,9 @@ def relu(l: Array, u: Array, choice: Choice = DEFAULT) -> Lines:
     width = jnp.where(crossing, up + down, 1)  # a safe divisor keeps gradients finite
     active = (l >= 0).astype(l.dtype)
     chord = jnp.where(crossing, up / width, active)
-    offset = jnp.where(crossing, up * (down / width), 0)
+    # Where the width overflows, the chord's slope is 0, and its height that of its upper end.
+    share = jnp.where(jnp.isinf(width), 1, down / width)
+    offset = jnp.where(crossing, up * share, 0)
     if choice.lower is None:
         below = _default_slope(l, u, chord, choice)
     else:

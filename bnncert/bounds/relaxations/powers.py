@@ -92,7 +92,11 @@ def reciprocal(l: Array, u: Array, choice: Choice = DEFAULT) -> Lines:
 def integer_pow(l: Array, u: Array, exponent: int, choice: Choice = DEFAULT) -> Lines:
     """x^n for a Python integer n."""
     if exponent >= 0:
-        return curves.lines(integer_power(exponent), l, u, choice)
+        found = curves.lines(integer_power(exponent), l, u, choice)
+        # Tangents through the far end are compared there with the power.
+        steepest = exponent * jax.lax.integer_pow(jnp.maximum(jnp.abs(l), jnp.abs(u)), exponent)
+        known = jnp.isfinite(4 * steepest)
+        return found if exponent % 2 == 0 else _limited(found, known, known)
     # h(-x) = h(x) for even n, -h(x) for odd n.
     odd, left = exponent % 2 == 1, u < 0
     near, far = jnp.where(left, -u, l), jnp.where(left, -l, u)

@@ -7,6 +7,7 @@ width of an interval, which may be large.
     gelu  = x P(x)                          gelu'  = P(x) + x p(x), with the normal cdf and density
     gelu (tanh) = x s(2 g)                  with g = sqrt(2 / pi) (x + 0.044715 x^3)
     silu  = x s(x)                          silu'  = s(x) (1 + x s(-x))
+    logaddexp = log(e^x + e^c)              its derivative is s(x - c)
     mish  = x tanh(softplus(x))
     elu   = x, or a (e^x - 1) for x <= 0    convex for a <= 1; else see `hinges.py`
 
@@ -96,9 +97,17 @@ def _cbrt(x: Array) -> Array:
 
 
 def _cbrt_slope(x: Array) -> Array:
-    smallest = 1e-22 if x.dtype == jnp.float32 else 1e-150  # at 0 it is infinite
-    root = jnp.cbrt(jnp.maximum(jnp.abs(x), smallest))
-    return 1 / (3 * root * root)
+    info = jnp.finfo(x.dtype)
+    least = float(info.smallest_subnormal if x.dtype == jnp.float16 else info.tiny)
+    size = jnp.maximum(jnp.abs(x), least)  # at 0 it is infinite
+
+    def slope(size: Array) -> Array:
+        inverse = 1 / jnp.cbrt(size)
+        return inverse * (inverse / 3)
+
+    # Its own derivative, size^(-5/3), overflows before it does.
+    near = jax.lax.stop_gradient(slope(size))
+    return jnp.where(size < least**0.55, near, slope(jnp.maximum(size, least**0.55)))
 
 
 def _asinh_slope(x: Array) -> Array:
@@ -149,6 +158,14 @@ def _squareplus(b: ArrayLike) -> Curve:
     return Curve(value, slope)
 
 
+def _logaddexp(c: ArrayLike) -> Curve:
+    return Curve(lambda x: jnp.logaddexp(x, c), lambda x: jax.nn.sigmoid(x - c))
+
+
+def _erf_slope(x: Array) -> Array:
+    return 2 / math.sqrt(math.pi) * jnp.exp(-x * x)
+
+
 def _s_shaped(value: Callable, slope: Callable) -> Callable[[], Curve]:
     return lambda: Curve(value, slope, end=0.0)
 
@@ -165,6 +182,7 @@ CURVES: Mapping[str, Callable[..., Curve]] = {
     "softplus": _convex(jax.nn.softplus, jax.nn.sigmoid),
     "square": _convex(jnp.square, lambda x: 2 * x),
     "squareplus": _squareplus,
+    "logaddexp": _logaddexp,
     "log_sigmoid": lambda: Curve(
         jax.nn.log_sigmoid, lambda x: jax.nn.sigmoid(-x), math.inf, -math.inf
     ),
@@ -173,7 +191,8 @@ CURVES: Mapping[str, Callable[..., Curve]] = {
     "celu": _celu,
     "tanh": _s_shaped(jnp.tanh, _tanh_slope),
     "logistic": _s_shaped(jax.nn.sigmoid, _logistic_slope),
-    "erf": _s_shaped(jax.lax.erf, lambda x: 2 / math.sqrt(math.pi) * jnp.exp(-x * x)),
+    "erf": _s_shaped(jax.lax.erf, _erf_slope),
+    "erfc": lambda: Curve(jax.lax.erfc, lambda x: -_erf_slope(x), start=0.0),
     "atan": _s_shaped(jnp.arctan, _atan_slope),
     "asinh": _s_shaped(jnp.arcsinh, _asinh_slope),
     "soft_sign": _s_shaped(jax.nn.soft_sign, _soft_sign_slope),

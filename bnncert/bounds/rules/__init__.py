@@ -5,6 +5,7 @@
     elementwise not increasing: `ELEMENTWISE`
     reductions  of an axis, not linear: `REDUCTIONS`
     bilinear    products of two bounded values: `BILINEAR`
+    extremes    what all but the affine ones allow for under- and overflow
 
 An operation is *relaxed* where it is in no way affine: it then needs an interval for its operands,
 in IBP, CROWN-IBP and CROWN alike. That is derived here from the tables, and stated nowhere else.
@@ -18,6 +19,12 @@ from bnncert.bounds.operands import Ref
 from bnncert.bounds.rules.affine import AFFINE, AffineRule
 from bnncert.bounds.rules.bilinear import BILINEAR
 from bnncert.bounds.rules.elementwise import ELEMENTWISE
+from bnncert.bounds.rules.extremes import (
+    EXACT_FUNCTIONS,
+    off_overflow,
+    off_subnormal,
+    off_underflow,
+)
 from bnncert.bounds.rules.monotone import MONOTONE
 from bnncert.bounds.rules.reductions import REDUCTIONS
 from bnncert.sets import Box
@@ -46,11 +53,14 @@ def interval(node: Node, *operands: Box) -> Box:
     rule: Callable[..., Box] | None = MONOTONE.get(node.op)
     if len(operands) == 1 and isinstance(node.operands[0], Ref):  # 2 ** x is not a power of x
         rule = rule or _SINGLE.get(node.op)
-    elif len(operands) == 2:
-        rule = rule or BILINEAR.get(node.op)
+    elif len(operands) == 2 and rule is None and node.op in BILINEAR:
+        return off_overflow(BILINEAR[node.op](node, *operands))
     if rule is None:
         raise _unsupported(node)
-    return rule(node, *operands)
+    box = off_underflow(node.op, rule(node, *map(off_subnormal, operands)))
+    if node.op in REDUCTIONS or node.op in EXACT_FUNCTIONS:
+        return box
+    return off_overflow(box, *operands)
 
 
 def _unsupported(node: Node) -> UnsupportedPrimitiveError:

@@ -14,11 +14,12 @@ intervals lose to one merged affine map. The backward pass needs no rule: it tra
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from bnncert.bounds.graph import Node
-from bnncert.bounds.operands import Ref
+from bnncert.bounds.operands import Operand, Ref
 from bnncert.sets import Box
 
 
@@ -84,11 +85,11 @@ def magnitude(node: Node, *radii: Array) -> Array:
 
 
 def linear(node: Node, *values: Array) -> Array:
-    """An affine operation without its constant."""
-    if len(values) == 1 and node.op in ("add", "add_any", "sub"):
-        return -values[0] if node.op == "sub" and isinstance(node.operands[1], Ref) else values[0]
-    value = node.evaluate(*node.fill(values))
-    return value - constant_part(node, *values) if has_constant(node) else value
+    """An affine operation without its constant: its derivative, which no large constant rounds."""
+    if not has_constant(node):
+        return node.evaluate(*node.fill(values))
+    zeros = tuple(map(jnp.zeros_like, values))
+    return jax.jvp(lambda *v: node.evaluate(*node.fill(v)), zeros, tuple(values))[1]
 
 
 def has_constant(node: Node) -> bool:
@@ -101,9 +102,20 @@ def constant_part(node: Node, *values: Array) -> Array:
     return node.evaluate(*node.fill([jnp.zeros_like(v) for v in values]))
 
 
+def constant_magnitude(node: Node, *values: Array) -> Array:
+    """`constant_part` of the constants' magnitudes: the largest that a part of its sums can be."""
+    return jnp.abs(constant_part(_with_magnitudes(node), *values))
+
+
 def _with_magnitudes(node: Node) -> Node:
-    magnitudes = [o if isinstance(o, Ref) else jnp.abs(o) for o in node.operands]
-    return node._replace(operands=tuple(magnitudes))
+    return node._replace(operands=tuple(map(_without_sign, node.operands)))
+
+
+def _without_sign(operand: Operand) -> Operand:
+    """The magnitude of a constant that is no index and no mask."""
+    if isinstance(operand, Ref) or not jnp.issubdtype(jnp.result_type(operand), jnp.floating):
+        return operand
+    return jnp.abs(operand)
 
 
 def mix(node: Node, center: Array, radius: Array) -> Box:

@@ -1,6 +1,6 @@
 """Interval rules of elementwise functions that are not increasing: exact images of [l, u].
 
-    decreasing        rsqrt, and 1/x, x^-n on either side of the pole: the ends change places
+    decreasing        erfc, rsqrt, and 1/x, x^-n on either side of the pole: the ends change places
     one minimum       |x|, x^2, x^n for even n, gelu, silu, mish, hard_silu: the larger of the two
                       ends above; below their smaller, or the minimum where [l, u] contains it
     waves             sin and cos: 1 and -1 where [l, u] contains a crest or a trough
@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from bnncert.bounds.graph import Node
 from bnncert.bounds.relaxations import waves
+from bnncert.bounds.relaxations.smooth import CURVES
 from bnncert.sets import Box
 
 Rule = Callable[[Node, Box], Box]
@@ -46,6 +47,12 @@ def _valley(at: float, least: float) -> Rule:
         return Box(jnp.where(inside, bottom, hull.lower), hull.upper)
 
     return rule
+
+
+def _gelu_tanh(node: Node, box: Box) -> Box:
+    """By the formula that does not cancel where x is negative."""
+    value = CURVES["gelu_tanh"]().value
+    return _valley(-0.7524614220710163, -0.1700407505712541)(node._replace(evaluate=value), box)
 
 
 def _integer_pow(node: Node, box: Box) -> Box:
@@ -95,7 +102,7 @@ ELEMENTWISE: Mapping[str, Rule] = {
     "abs": _valley(0.0, 0.0),
     "square": _valley(0.0, 0.0),
     "gelu": _valley(-0.7517915246935646, -0.16997120747990372),
-    "gelu_tanh": _valley(-0.7524614220710163, -0.1700407505712541),
+    "gelu_tanh": _gelu_tanh,
     "silu": _valley(-1.2784645427610741, -0.2784645427610739),
     "mish": _valley(-1.1924312145154952, -0.3088434130172506),
     "hard_silu": _valley(-1.5, -0.375),
@@ -104,6 +111,7 @@ ELEMENTWISE: Mapping[str, Rule] = {
     "rsqrt": _rsqrt,
     "pow": _pow,
     "elu": _elu,
+    "erfc": _hull,
     "sin": _sin,
     "cos": _cos,
 }

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from bnncert.bounds.graph import Node
+from bnncert.bounds.relaxations.smooth import CURVES
 from bnncert.sets import Box
 
 
@@ -27,13 +28,19 @@ def _leaky_relu(node: Node, box: Box) -> Box:
     return Box(low, jnp.maximum(jnp.maximum(lower, upper), kink))
 
 
+def _squareplus(node: Node, box: Box) -> Box:
+    """By the formula that does not cancel where x is negative, nor overflow."""
+    value = CURVES["squareplus"](*node.operands[1:]).value  # pyright: ignore
+    return Box(value(box.lower), value(box.upper))
+
+
 MONOTONE: dict[str, Callable[..., Box]] = {
     "max": increasing,
     "min": increasing,
     "logaddexp": increasing,
     "leaky_relu": _leaky_relu,
     "softplus": increasing,
-    "squareplus": increasing,
+    "squareplus": _squareplus,
     "soft_sign": increasing,
     "log_sigmoid": increasing,
     "clip": increasing,
