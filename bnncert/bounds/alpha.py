@@ -25,6 +25,7 @@ from bnncert.bounds.graph import Graph
 from bnncert.bounds.interval import (
     affine_prefix,
     bounded_nodes,
+    drop_nan,
     intersect,
     output_nodes,
 )
@@ -160,7 +161,7 @@ def fraction_bounds(sweep: Sweeper, boxes: Sequence[Box], fractions: Fractions) 
         else:
             box = map_rows(one, node, batch_size, fractions[index])
         ends = (end.reshape(node.shape).astype(node.dtype) for end in (box.lower, box.upper))
-        swept = Box(*ends)
+        swept = drop_nan(Box(*ends))
         if index in outputs:
             outputs[index] = swept
         return intersect(swept, boxes[index])

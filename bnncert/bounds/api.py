@@ -41,7 +41,7 @@ from bnncert.bounds.sweeps import (
     relaxed_steps,
     sweeper,
 )
-from bnncert.sets import Box
+from bnncert.sets import Box, unbounded_unless
 
 METHODS = ("ibp", "forward", "crown-ibp", "crown", "alpha-crown")
 LINEAR_METHODS = ("crown-ibp", "crown")
@@ -109,11 +109,12 @@ def bound(
         `LpBall` in place of an array. All else is constant: arrays, tracers, strings, numbers,
         None. It returns f's outputs with a `Box` for each leaf (`Box(v, v)` where no set reaches
         it). It is pure: `jit`, `vmap` and `grad` apply. At a set that is one point it returns f
-        there.
+        there. Where a set is traced and empty (lower > upper, a negative radius, NaN or infinite
+        numbers) all bounds are (-inf, inf).
 
     Raises:
         ValueError: unknown method, rounding or slope; when called: no set among the arguments,
-            lower > upper, NaN or negative radii; a sum too long for the unit roundoff.
+            an empty one whose numbers are known; a sum too long for the unit roundoff.
         TypeError: when called: a set of integers.
         UnsupportedPrimitiveError: when called: an operation without a sound rule, or whose rounding
             is not known; names it, and the line of f that calls it.
@@ -142,7 +143,8 @@ def bound(
         graph = trace(f, args, kwargs)
         options = Options(batch_size, lower_slope, unstable_only, arithmetic)
         boxes = _method_boxes(graph, method, options, steps)
-        return jax.tree.unflatten(graph.out_tree, [_output(o, boxes) for o in graph.outputs])
+        outputs = (unbounded_unless(graph.valid, _output(o, boxes)) for o in graph.outputs)
+        return jax.tree.unflatten(graph.out_tree, outputs)
 
     return bounded
 
@@ -181,7 +183,7 @@ def linear_bounds(
         A function called as `f` that returns, for each output leaf, `LinearBounds(lower, upper)`;
         `A` has the structure of the arguments `(args, kwargs)`, arrays of shape (*output, *set)
         where these hold sets and None elsewhere. Weights that a chord eliminated appear in `b`,
-        with A = 0.
+        with A = 0. Where a set is traced and empty, A = 0 and b is infinite.
 
     Raises:
         ValueError, TypeError, UnsupportedPrimitiveError: as `bound`.
@@ -204,7 +206,8 @@ def linear_bounds(
         graph = trace(f, args, kwargs)
         options = Options(batch_size, lower_slope, arithmetic=arithmetic)
         _, variants = linear_outputs(graph, method, options)
-        return jax.tree.unflatten(graph.out_tree, variants[0])
+        outputs = (_constant_unless(graph.valid, o) for o in variants[0])
+        return jax.tree.unflatten(graph.out_tree, outputs)
 
     return linear
 
@@ -245,6 +248,17 @@ def _output(output: Operand, boxes: list[Box]) -> Box:
         return boxes[output.index]
     value = jnp.asarray(output)
     return Box(value, value)
+
+
+def _constant_unless(valid: Array | None, bounds: LinearBounds) -> LinearBounds:
+    """The linear bounds, or infinite constants where a set is empty."""
+    if valid is None:
+        return bounds
+    b = unbounded_unless(valid, Box(bounds.lower.b, bounds.upper.b))
+    lower, upper = (
+        jax.tree.map(lambda a: jnp.where(valid, a, jnp.zeros_like(a)), side.A) for side in bounds
+    )
+    return LinearBounds(Affine(lower, b.lower), Affine(upper, b.upper))
 
 
 def _linear_output(graph: Graph, output: Operand, steps: Steps, batch_size: int) -> LinearBounds:

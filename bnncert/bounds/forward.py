@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from bnncert.bounds.arithmetic import Arithmetic, gamma, own_unit
@@ -95,9 +96,9 @@ def forward_bounds(
             if inexact is not None:
                 last = 4 * gamma(len(sets) + 8, own_unit(node))
                 side = _apart(side, last * _size(side, inexact.reach))
-            swept = drop_nan(_concretize(side, sets))
+            swept = _concretize(side, sets)
             cast = jax.tree.map(lambda end, dtype=node.dtype: end.astype(dtype), swept)
-            found[index] = intersect(found[index], cast)
+            found[index] = intersect(found[index], drop_nan(cast))
     return found
 
 
@@ -195,8 +196,9 @@ def _through(
     inexact: Inexact | None,
 ) -> Between:
     """Passes an affine function of values given by their sides."""
-    points = [Box(o.lower.b, o.lower.b) for o in operands]
-    graph = trace(f, tuple(jax.tree.map(jnp.zeros_like, points)), {}) if points else None
+    zeros = [np.zeros(o.lower.b.shape, o.lower.b.dtype) for o in operands]
+    points = tuple(Box(z, z) for z in zeros)
+    graph = trace(f, points, {}) if points else None
     output: Operand = graph.outputs[0] if graph else f()
     if graph is None or not isinstance(output, Ref):
         value = jnp.broadcast_to(jnp.asarray(output), node.shape)

@@ -25,7 +25,7 @@ from bnncert.bounds.fusion import fused
 from bnncert.bounds.operands import Operand, Ref
 from bnncert.bounds.recognition import Recognised, find_runs, is_logaddexp, recognise
 from bnncert.bounds.rewriting import REWRITES
-from bnncert.sets import Set, check_set, is_set
+from bnncert.sets import Set, check_set, is_set, settled
 
 # Operations that return their operand. `stop_gradient` must be one of them: its transpose is zero.
 _IDENTITIES = (
@@ -85,7 +85,8 @@ class Graph(NamedTuple):
 
     Attributes:
         nodes: in the order of execution; the first `len(inputs)` are the sets.
-        inputs: the sets among the arguments, in the order of their leaves.
+        inputs: the sets among the arguments, in the order of their leaves; as `settled`.
+        valid: whether they certify anything, as `settled`.
         outputs: a `Ref` for each output leaf, or an array that no set reaches.
         in_tree: structure of the arguments `(args, kwargs)`, sets as leaves.
         set_leaves: positions of the sets among the leaves of the arguments.
@@ -95,6 +96,7 @@ class Graph(NamedTuple):
 
     nodes: tuple[Node, ...]
     inputs: tuple[Set, ...]
+    valid: Array | None
     outputs: tuple[Operand, ...]
     in_tree: Any
     set_leaves: tuple[int, ...]
@@ -126,7 +128,7 @@ def trace(f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any]) -> Grap
         fargs, fkwargs = jax.tree.unflatten(in_tree, filled)
         return f(*fargs, **fkwargs)
 
-    inputs = tuple(leaves[i] for i in where)
+    inputs, valid = settled([leaves[i] for i in where])
     avals = [_aval(region) for region in inputs]
     closed, out_shape = jax.make_jaxpr(on_sets, return_shape=True)(*avals)
     nodes = [_input_node(aval, i) for i, aval in zip(where, avals, strict=True)]
@@ -134,7 +136,7 @@ def trace(f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any]) -> Grap
     outputs = _walk(closed.jaxpr, closed.consts, refs, nodes)
     live, outputs = _prune(fused(nodes), outputs, len(inputs))
     out_tree = jax.tree.structure(out_shape)
-    return Graph(live, inputs, outputs, in_tree, tuple(where), out_tree, _users(live))
+    return Graph(live, inputs, valid, outputs, in_tree, tuple(where), out_tree, _users(live))
 
 
 def unsupported(node: Node, supported: Sequence[str], hint: str = "") -> UnsupportedPrimitiveError:
