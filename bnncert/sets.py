@@ -52,7 +52,7 @@ class Box:
 
     @property
     def radius(self) -> Array:
-        """Half the width; `center` -+ `radius` hold both ends, before these sums are rounded."""
+        """Half the width, to the farther end; `center` -+ `radius` hold both."""
         center, upper = self.center, jnp.asarray(self.upper)
         reach = jnp.maximum(upper - center, center - self.lower)
         # Backends take what is below the smallest normal number for 0; the box is no point.
