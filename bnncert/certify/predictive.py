@@ -248,7 +248,6 @@ def nominal_input(x: Array | None, x_set: Set) -> tuple[Array, Set]:
     if x.shape != shape:
         raise ValueError(f"x has shape {x.shape}, but the set {shape}.")
     if all(map(is_concrete, (x, *jax.tree.leaves(x_set)))):
-        check_set(x_set, "x_set")
         if not np.all(jax.device_get(holds(x_set, x))):
             raise ValueError(
                 "x lies outside the set: the decision there says nothing about the set. Give the "
@@ -259,12 +258,13 @@ def nominal_input(x: Array | None, x_set: Set) -> tuple[Array, Set]:
 
 
 def check_region(x_set: Set) -> None:
-    """Raises TypeError unless it is a set."""
+    """Raises TypeError unless it is a set, ValueError if it is known to be empty."""
     if not is_set(x_set):
         raise TypeError(
             f"x_set is a {type(x_set).__name__}: give a bnncert.Box or a bnncert.LpBall (for an "
             "input x and a radius eps: bnncert.ball(x, eps))."
         )
+    check_set(x_set, "x_set")
 
 
 def checked_logits(apply: Apply, params: Params, x: Array) -> Float[Array, " classes"]:

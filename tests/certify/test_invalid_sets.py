@@ -241,7 +241,7 @@ LIKELIHOODS = {
 def test_likelihoods_of_an_empty_set_are_no_better_and_leave_the_others_alone(name):
     mixed = name != "certified"
     loglik = LIKELIHOODS[name] if mixed else likelihood.certified_categorical(mlp, clip=CLIP)
-    y = jnp.zeros(CLASSES) if name == "gaussian" else 0
+    y = jnp.zeros(CLASSES) if name == "gaussian" else jnp.asarray(0)
 
     @jax.jit
     @partial(jax.vmap, in_axes=(0, 0, None, None))
@@ -353,7 +353,7 @@ AROUND = {
     "square": lambda x, clip: attack.square(KEY, mlp, SAMPLES, x, 0, 0.1, clip=clip),
     "strongest": lambda x, clip: attack.strongest(KEY, mlp, SAMPLES, x, 0, 0.1, clip=clip),
     "likelihood": lambda x, clip: likelihood.robust_categorical(mlp, clip=clip)(
-        KEY, PARAMS, x, 0, bc.Threat(0.1, 0.5, 0.0)
+        KEY, PARAMS, x, jnp.asarray(0), bc.Threat(jnp.asarray(0.1), jnp.asarray(0.5), jnp.zeros(()))
     ),
 }
 
@@ -375,5 +375,6 @@ def test_numbers_may_be_known_in_part():
     assert decide(0.01) and not decide(-0.01)
     at = jax.jit(lambda x: certify.decision(mlp, SAMPLES, Box(X - 0.01, X + 0.01), x=x).robust)
     assert at(X) and not at(X + 0.02)
+    known = X * NAN
     with pytest.raises(ValueError, match="NaN"):
-        jax.jit(lambda upper: bc.ibp(mlp)(PARAMS, Box(X * NAN, upper)))(X)
+        jax.jit(lambda upper: bc.ibp(mlp)(PARAMS, Box(known, upper)))(X)
