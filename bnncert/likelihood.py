@@ -141,7 +141,8 @@ def robust_categorical(
     Returns:
         `loglik(key, params, x, y, threat)` in nats, with `threat.eps` of shape () or (K,). lam = 1
         gives the ordinary log-likelihood, lam = 0 that of the worst case alone. lam, power and eps
-        are not differentiated: they are scheduled, not learned.
+        are not differentiated: they are scheduled, not learned. Where the ball is traced and empty
+        (x outside `clip`, a negative radius) the worst case has log-probability -inf.
 
     Raises:
         ValueError, UnsupportedPrimitiveError: as `bnncert.bound`.
@@ -218,8 +219,11 @@ def attacked_categorical(apply: Apply, attack: Attack) -> Composed:
         fixed = jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf[None], params))
 
         def worst(eps: Array) -> Array:
-            found = attack(key, apply, fixed, x, y, eps).x
-            return apply(params, jax.lax.stop_gradient(found))
+            found = jax.lax.stop_gradient(attack(key, apply, fixed, x, y, eps).x)
+            empty = jnp.any(jnp.isnan(found))  # no point lies in an empty set
+            logits = apply(params, jnp.where(empty, x, found))
+            impossible = jnp.where(jnp.arange(logits.shape[-1]) == y, -jnp.inf, 0.0)
+            return jnp.where(empty, impossible, logits)
 
         return jnp.concatenate([apply(params, x), _per_radius(worst, threat).reshape(-1)])
 
@@ -298,8 +302,9 @@ def log_power_mean(
     near = excess > -0.5
     # Each branch sees harmless values where the other is taken: no NaN reaches a gradient.
     by_log1p = jnp.log1p(jnp.where(near, excess, 0.0))
-    by_sum = jax.nn.logsumexp(jnp.where(near, 0.0, scaled), b=weights)
-    mean = jnp.where(near, by_log1p, by_sum) / safe
+    gone = jnp.max(jnp.where(weights > 0, logs, -jnp.inf)) == -jnp.inf  # a mean of zeros
+    by_sum = jax.nn.logsumexp(jnp.where(near | gone, 0.0, scaled), b=weights)
+    mean = jnp.where(near, by_log1p, jnp.where(gone, -jnp.inf, by_sum)) / safe
     return top + jnp.where(power > 0, mean, geometric)
 
 
@@ -310,6 +315,7 @@ def _mixture(clean: Array, worsts: Array, threat: Threat) -> Array:
             raise ValueError(f"threat.{name} = {value}: it must be in [0, 1].")
     lam, power = jax.lax.stop_gradient((jnp.asarray(threat.lam), jnp.asarray(threat.power)))
     count = worsts.shape[0]
+    worsts = jnp.where(lam < 1, worsts, clean)  # -inf does not count either
     weights = jnp.concatenate([lam[None], jnp.full((count,), (1 - lam) / count)])
     logs = jnp.concatenate([clean[None], worsts])
     return log_power_mean(logs, weights, power)

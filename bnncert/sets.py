@@ -10,8 +10,15 @@ A linear function a.x is bounded over them by its dual norm: with 1/p + 1/q = 1,
 
 They are pytrees: `jit`, `vmap` and `grad` take and return them. Values are checked where they are
 used (`bnncert.bound`), not here: a transformation may put other things in their fields.
+
+A set is empty where lower > upper, where a radius is negative, or where any of its numbers is NaN
+or infinite. About all points of an empty set anything can be said, and nothing is meant by it:
+where the numbers are known (`check_set`) it is an error, and where they are traced it certifies
+nothing (`settled`). One thing is done at the cost of a few operations: bounds are computed over
+some point instead, and dropped.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Float, Num
+from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 
 @jax.tree_util.register_dataclass
@@ -37,13 +44,20 @@ class Box:
 
     @property
     def center(self) -> Array:
-        """The middle; exact where `lower == upper`."""
-        return 0.5 * (jnp.asarray(self.lower) + self.upper)
+        """The middle; exact where `lower == upper`, finite where they are."""
+        lower, upper = jnp.asarray(self.lower), jnp.asarray(self.upper)
+        total = lower + upper
+        # Halves of small numbers may be lost, sums of large ones overflow.
+        return jnp.where(jnp.abs(total) < jnp.inf, 0.5 * total, 0.5 * lower + 0.5 * upper)
 
     @property
     def radius(self) -> Array:
-        """Half the width."""
-        return 0.5 * (jnp.asarray(self.upper) - self.lower)
+        """Half the width, to the farther end; `center` -+ `radius` hold both."""
+        center, upper = self.center, jnp.asarray(self.upper)
+        reach = jnp.maximum(upper - center, center - self.lower)
+        # Backends take what is below the smallest normal number for 0; the box is no point.
+        lost = (reach == 0) & (upper > self.lower)
+        return jnp.where(lost, jnp.finfo(reach.dtype).tiny, reach)
 
 
 @jax.tree_util.register_dataclass
@@ -83,13 +97,15 @@ def ball(
         x: center, any shape.
         eps: radius in the units of `x` (for images: pixels in [0, 1]).
         p: inf for a `Box`; 1 or 2 for an `LpBall`.
-        clip: `(low, high)`: intersect with this range of values; only for p = inf.
+        clip: `(low, high)`: intersect with this range of values; only for p = inf. x lies in it.
 
     Returns:
-        A `Box` (p = inf) or an `LpBall`.
+        A `Box` (p = inf) or an `LpBall`. Where x is traced and leaves the range, or where `eps` is
+        traced and no radius, an empty one: it certifies nothing.
 
     Raises:
-        ValueError: for another p, for `clip` with an `LpBall`, for a negative or NaN `eps`.
+        ValueError: for another p, for `clip` with an `LpBall`, for a negative or NaN `eps`, for an
+            x that is not finite or not in `clip`.
         TypeError: for an `x` of integers.
 
     Example:
@@ -105,25 +121,29 @@ def ball(
             "scale them first: x.astype(jnp.float32) / 255."
         )
     check_radius(eps)
-    if p == jnp.inf:
-        reach = jnp.asarray(eps, x.dtype)
-        lower, upper = x - reach, x + reach
-        if clip is not None:
-            low, high = check_clip(clip)
-            # x itself stays in the set even where it lies outside the range.
-            lower, upper = (
-                jnp.maximum(lower, jnp.minimum(low, x)),
-                jnp.minimum(upper, jnp.maximum(high, x)),
-            )
-        return Box(lower, upper)
-    if p not in (1, 2):
+    check_center(x, clip)
+    if p not in (1, 2, jnp.inf):
         raise ValueError(f"p = {p}: choose 1, 2 or jnp.inf.")
-    if clip is not None:
+    if p != jnp.inf and clip is not None:
         raise ValueError(
             f"clip = {clip} with p = {p}: an L{p} ball is not clipped; use p = jnp.inf, or "
             "clip=None."
         )
-    return LpBall(x, jnp.asarray(eps, x.dtype), int(p))
+    reach = _reach(eps, x.dtype)
+    usable = None if is_concrete(eps) else (eps >= 0) & (eps < jnp.inf)
+    if p != jnp.inf:
+        return LpBall(x, reach if usable is None else jnp.where(usable, reach, -1.0), int(p))
+    lower, upper = x - reach, x + reach
+    low, high = -1.0, 1.0
+    if clip is not None:
+        low, high = (jnp.asarray(end, x.dtype) for end in clip)
+        lower, upper = jnp.maximum(lower, low), jnp.minimum(upper, high)
+        if not is_concrete(x):
+            inside = (low <= x) & (x <= high)
+            usable = inside if usable is None else inside & usable
+    if usable is not None:  # empty by finite ends: nothing infinite enters a computation
+        lower, upper = jnp.where(usable, lower, high), jnp.where(usable, upper, low)
+    return Box(lower, upper)
 
 
 def check_radius(eps: Any, name: str = "eps") -> None:
@@ -142,6 +162,25 @@ def check_clip(clip: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
+def check_center(x: Any, clip: tuple[float, float] | None, name: str = "x") -> None:
+    """Raises ValueError if a center is known and not finite, or outside `clip`; tracers pass."""
+    ends = None if clip is None else check_clip(clip)
+    if not is_concrete(x):
+        return
+    values = np.asarray(x)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} holds NaN or infinite values: no ball has such a center.")
+    if ends is None or not all(map(is_concrete, ends)):
+        return
+    low, high = (np.asarray(end).astype(values.dtype) for end in ends)
+    outside = (values < low) | (values > high)
+    if outside.any():
+        raise ValueError(
+            f"{name} holds {values[outside][0]}, outside clip = {clip}: give both in the same "
+            "units (an image in 0..255: divide it by 255), or a clip that holds the input."
+        )
+
+
 def is_concrete(value: Any) -> bool:
     """Whether the numbers of `value` are known now (it is no tracer)."""
     return not isinstance(value, Tracer)
@@ -153,6 +192,7 @@ def check_set(region: Set, where: str = "a set") -> None:
     Raises:
         TypeError: fields that are not floating-point.
         ValueError: shapes that differ, lower > upper, NaN or infinite values, a bad radius or p.
+            What is traced passes: see `settled`.
     """
     for name, value in vars(region).items():
         if name != "p" and not jnp.issubdtype(jnp.result_type(value), jnp.floating):
@@ -179,16 +219,72 @@ def check_set(region: Set, where: str = "a set") -> None:
             f"{where}: Box.lower has shape {jnp.shape(region.lower)} but Box.upper "
             f"{jnp.shape(region.upper)}; give both the shape of the input."
         )
-    if is_concrete(region.lower) and is_concrete(region.upper):
-        lower, upper = np.asarray(region.lower), np.asarray(region.upper)
-        if not (np.isfinite(lower).all() and np.isfinite(upper).all()):
-            raise ValueError(f"{where}: a Box with NaN or infinite sides; give finite ones.")
+    ends = [np.asarray(end) for end in (region.lower, region.upper) if is_concrete(end)]
+    if not all(np.isfinite(end).all() for end in ends):
+        raise ValueError(f"{where}: a Box with NaN or infinite sides; give finite ones.")
+    if len(ends) == 2:
+        lower, upper = ends
         if (lower > upper).any():
             i = tuple(int(k) for k in np.argwhere(lower > upper)[0])
             raise ValueError(
                 f"{where}: Box with lower > upper at {i}: {lower[i]} > {upper[i]}; swap them, or "
                 "use bnncert.ball(x, eps)."
             )
+
+
+def is_valid(region: Set) -> Bool[Array, ""]:
+    """Whether a set of one example is not empty, and finite."""
+    if isinstance(region, LpBall):
+        finite = jnp.all(jnp.abs(region.center) < jnp.inf)
+        return finite & (region.eps >= 0) & (region.eps < jnp.inf)
+    lower, upper = jnp.asarray(region.lower), jnp.asarray(region.upper)
+    return jnp.all((lower <= upper) & (lower > -jnp.inf) & (upper < jnp.inf))
+
+
+def holds(region: Set, x: Array) -> Bool[Array, ""]:
+    """Whether a set holds a point (a ball: but for the rounding of its distance)."""
+    if isinstance(region, LpBall):
+        away = (x - region.center).ravel()
+        distance = jnp.sum(jnp.abs(away)) if region.p == 1 else dual_norm(away, 2)
+        return distance <= region.eps * (1 + 1e-5)
+    return jnp.all((x >= region.lower) & (x <= region.upper))
+
+
+def empty_unless(condition: Bool[Array, ""], region: Set) -> Set:
+    """The set, or an empty one."""
+    if isinstance(region, LpBall):
+        return LpBall(region.center, jnp.where(condition, region.eps, -1.0), region.p)
+    return Box(jnp.where(condition, region.lower, 1.0), jnp.where(condition, region.upper, -1.0))
+
+
+def settled(regions: Sequence[Set]) -> tuple[tuple[Set, ...], Bool[Array, ""] | None]:
+    """Sets to compute with, and whether what is computed over them may be said.
+
+    Args:
+        regions: as `check_set` passed them.
+
+    Returns:
+        The sets, with one point in place of each that is traced and empty: no NaN arises, nor in
+        derivatives. And whether none was; None where all numbers were known, and checked.
+    """
+    found, valid = [], None
+    for region in regions:
+        traced = not all(map(is_concrete, jax.tree.leaves(region)))
+        if traced:
+            here = is_valid(region)
+            valid = here if valid is None else valid & here
+            region = _point_unless(here, region)
+        found.append(_off_subnormal(region))
+    return tuple(found), valid
+
+
+def unbounded_unless(valid: Bool[Array, ""] | None, box: Box) -> Box:
+    """The bounds, or none: what `settled` says of them is applied."""
+    if valid is None:
+        return box
+    lower, upper = jnp.asarray(box.lower), jnp.asarray(box.upper)
+    least, most = _extremes(lower.dtype)
+    return Box(jnp.where(valid, lower, least), jnp.where(valid, upper, most))
 
 
 def dual_norm(a: Array, p: int) -> Array:
@@ -200,3 +296,67 @@ def dual_norm(a: Array, p: int) -> Array:
     scale = jnp.where(usual, largest, 1)  # squares of it neither underflow nor overflow
     square = jnp.sum((a / scale) ** 2)
     return jnp.where(usual, scale * jnp.sqrt(jnp.where(usual, square, 1.0)), largest)
+
+
+def _extremes(dtype: Any) -> tuple[Any, Any]:
+    """What is no bound, in any dtype of an output."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return -jnp.inf, jnp.inf
+    if jnp.issubdtype(dtype, jnp.bool):
+        return False, True
+    return jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
+
+
+def _point_unless(valid: Array, region: Set) -> Set:
+    """The set, or a finite point, in the middle of the numbers that it has."""
+    middle = region.center
+    middle = jnp.where(jnp.abs(middle) < jnp.inf, middle, jnp.zeros_like(middle))
+    if isinstance(region, LpBall):
+        center = jnp.where(valid, region.center, middle)
+        return LpBall(center, jnp.where(valid, region.eps, 0.0), region.p)
+    return Box(jnp.where(valid, region.lower, middle), jnp.where(valid, region.upper, middle))
+
+
+def _reach(eps: Any, dtype: Any) -> Array:
+    """A radius in the dtype of its center: not 0 unless it is 0."""
+    tiny = jnp.finfo(dtype).tiny
+    if is_concrete(eps):
+        known = np.asarray(eps)
+        return jnp.asarray(np.where((known > 0) & (known < float(tiny)), tiny, known), dtype)
+    eps = jnp.asarray(eps, jnp.result_type(eps, dtype))
+    lost = ((eps > 0) & (eps < tiny)) | _is_subnormal(eps)
+    return jnp.where(lost, tiny, eps).astype(dtype)
+
+
+def _off_subnormal(region: Set) -> Set:
+    """Subnormal ends and radii moved outward: backends take them for 0, and the set for a point.
+
+    Those of float16 are numbers like any others: products of it are computed in float32.
+    """
+    if jnp.result_type(region.center) == jnp.float16:
+        return region
+    if isinstance(region, LpBall):
+        eps = jnp.asarray(region.eps)
+        tiny = jnp.finfo(eps.dtype).tiny
+        return LpBall(region.center, jnp.where(_is_subnormal(eps), tiny, eps), region.p)
+    lower, upper = jnp.asarray(region.lower), jnp.asarray(region.upper)
+    tiny = jnp.finfo(lower.dtype).tiny
+    wide = _bits(lower) != _bits(upper)
+    below = jnp.where(jnp.signbit(lower), -tiny, 0.0)
+    above = jnp.where(jnp.signbit(upper), -0.0, tiny)
+    return Box(
+        jnp.where(wide & _is_subnormal(lower), below, lower),
+        jnp.where(wide & _is_subnormal(upper), above, upper),
+    )
+
+
+def _is_subnormal(value: Array) -> Array:
+    """By the bits: compared as numbers, subnormal ones are equal to 0."""
+    info = jnp.finfo(value.dtype)
+    magnitude = _bits(value) & (2 ** (info.bits - 1) - 1)
+    return (magnitude > 0) & (magnitude < 2**info.nmant)
+
+
+def _bits(value: Array) -> Array:
+    kind = jnp.dtype(f"uint{jnp.finfo(value.dtype).bits}")
+    return jax.lax.bitcast_convert_type(jax.lax.stop_gradient(value), kind)

@@ -30,7 +30,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from bnncert.attack.geometry import GEOMETRIES, Geometry, check_arguments, starting_points
+from bnncert.attack.geometry import (
+    GEOMETRIES,
+    Geometry,
+    check_arguments,
+    starting_points,
+    usable,
+)
 from bnncert.attack.losses import dlr, log_odds, targeted_dlr
 from bnncert.attack.predictive import (
     AttackResult,
@@ -78,7 +84,7 @@ def apgd(
         loss: "ce" or "dlr" (`bnncert.attack.losses`).
         steps: gradient steps, >= 1; the schedule wants 20 or more.
         restarts: starting points, >= 1.
-        clip: `(low, high)`, the range of the input's values; an x outside it stays a candidate.
+        clip: `(low, high)`, the range of the input's values, in which x lies.
         p: inf or 2.
         batch_size: samples evaluated at once, as in `pgd`.
 
@@ -99,7 +105,9 @@ def apgd(
         ([0.25, 0.75], True, -0.25)
     """
     x = jnp.asarray(x)
-    check_arguments(samples, x, y, eps, p, steps=steps, restarts=restarts, batch_size=batch_size)
+    counts = {"steps": steps, "restarts": restarts, "batch_size": batch_size}
+    check_arguments(samples, x, y, eps, p, clip, **counts)
+    none = none_yet(x, y, usable(x, eps, clip, p))
     if loss not in LOSSES:
         raise ValueError(f"loss = {loss!r}: choose one of {', '.join(LOSSES)}.")
 
@@ -116,7 +124,7 @@ def apgd(
     geometry = GEOMETRIES[p]
     starts = starting_points(key, geometry, x, eps, clip, restarts)
     targets = jnp.zeros(restarts, int)
-    return _search(evaluate, geometry, (x, eps, clip), starts, targets, y, steps)
+    return _search(evaluate, geometry, (x, eps, clip), starts, targets, none, y, steps)
 
 
 def targeted_apgd(
@@ -147,7 +155,7 @@ def targeted_apgd(
             by default. The worst over targets is kept: more of them only add candidates.
         steps: gradient steps for each target, >= 1.
         restarts: starting points for each target, >= 1.
-        clip: `(low, high)`, the range of the input's values; an x outside it stays a candidate.
+        clip: `(low, high)`, the range of the input's values, in which x lies.
         p: inf or 2.
         batch_size: samples evaluated at once, as in `pgd`.
 
@@ -160,7 +168,9 @@ def targeted_apgd(
     Cost: num_targets times that of `apgd` with "dlr".
     """
     x = jnp.asarray(x)
-    check_arguments(samples, x, y, eps, p, steps=steps, restarts=restarts, batch_size=batch_size)
+    counts = {"steps": steps, "restarts": restarts, "batch_size": batch_size}
+    check_arguments(samples, x, y, eps, p, clip, **counts)
+    none = none_yet(x, y, usable(x, eps, clip, p))
     log_probs = log_predictive(apply, samples, x, y, batch_size)
     rivals = log_probs.size - 1
     count = min(9, rivals) if num_targets is None else num_targets
@@ -179,7 +189,7 @@ def targeted_apgd(
     # Target by target, each from all starts.
     repeated = jnp.tile(starts, (count,) + (1,) * x.ndim)
     targets = jnp.repeat(likely, restarts)
-    return _search(evaluate, geometry, (x, eps, clip), repeated, targets, y, steps)
+    return _search(evaluate, geometry, (x, eps, clip), repeated, targets, none, y, steps)
 
 
 class _Evaluated(NamedTuple):
@@ -220,6 +230,7 @@ def _search(
     region: tuple[Array, Array, tuple[float, float] | None],
     starts: Array,
     targets: Array,
+    none: AttackResult,
     y: ArrayLike,
     steps: int,
 ) -> AttackResult:
@@ -260,13 +271,13 @@ def _search(
 
     def run(worst: AttackResult, begin: tuple[Array, Array]) -> tuple[AttackResult, None]:
         start, target = begin
-        none = _Point(start, jnp.zeros_like(start), jnp.asarray(-jnp.inf, start.dtype))
+        nowhere = _Point(start, jnp.zeros_like(start), jnp.asarray(-jnp.inf, start.dtype))
         no, zero = jnp.asarray(False), jnp.asarray(0)
-        state = _State(none, start, none, 2 * eps, zero, no, none.value, worst)
+        state = _State(nowhere, start, nowhere, 2 * eps, zero, no, nowhere.value, worst)
         every = (jnp.broadcast_to(target, (steps + 1,)), *schedule)
         return jax.lax.scan(step, state, every)[0].worst, None
 
-    return jax.lax.scan(run, none_yet(starts[0], y), (starts, targets))[0]
+    return jax.lax.scan(run, none, (starts, targets))[0]
 
 
 def _choose(first: Array, a: _Point, b: _Point) -> _Point:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from bnncert.attack.auto import apgd, targeted_apgd
-from bnncert.attack.geometry import check_arguments
+from bnncert.attack.geometry import check_arguments, usable
 from bnncert.attack.gradient import pgd
 from bnncert.attack.predictive import AttackResult, log_predictive, none_yet, result_at, worse
 from bnncert.attack.query import square
@@ -65,7 +65,7 @@ def strongest(
         queries: of Square, for each restart; 0 leaves it out. It is left out for p = 2.
         surrogate: other networks, stacked, to find points with: for instance the mean weights,
             stacked by one.
-        clip: `(low, high)`, the range of the input's values; an x outside it stays a candidate.
+        clip: `(low, high)`, the range of the input's values, in which x lies.
         p: inf or 2.
         batch_size: samples evaluated at once, as in `pgd`.
 
@@ -161,7 +161,9 @@ def battery(
     if surrogate is not None:
         other = apgd(next(keys), apply, surrogate, x, y, eps, loss="ce", **usual).x
         candidates = jnp.stack([jnp.asarray(x), other])
-        found["transfer"] = transfer(apply, samples, candidates, y, batch_size=batch_size)
+        carried = transfer(apply, samples, candidates, y, batch_size=batch_size)
+        none = none_yet(candidates[0], y, usable(candidates[0], eps, clip, p))
+        found["transfer"] = worse(carried, none)
     return found
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 from optax import projections
 
-from bnncert.sets import ball, check_clip, check_radius
+from bnncert.sets import ball, check_center, check_clip, check_radius, is_concrete, is_valid
 from bnncert.types import Key, Samples
 
 
@@ -35,9 +35,8 @@ def _project_l2(x: Array, eps: Array, clip: tuple[float, float] | None, point: A
     point = x + eps * unit
     if clip is None:
         return point
-    low, high = check_clip(clip)
     # x is in this range, so moving towards the range moves towards x: the ball is not left
-    return projections.projection_box(point, jnp.minimum(low, x), jnp.maximum(high, x))
+    return projections.projection_box(point, *check_clip(clip))
 
 
 def _normalize(direction: Array) -> Array:
@@ -69,8 +68,27 @@ def starting_points(
     return jax.vmap(lambda k: project(x + eps * geometry.draw(k, x)))(keys).at[0].set(x)
 
 
+def usable(
+    x: Array, eps: ArrayLike, clip: tuple[float, float] | None, p: float | int
+) -> Array | None:
+    """Whether the set that an attack searches has points; None where that is known, and checked."""
+    if is_concrete(x) and is_concrete(eps):
+        return None
+    valid = is_valid(ball(x, eps, p=p, clip=clip if p == jnp.inf else None))
+    if clip is None or p == jnp.inf:
+        return valid
+    low, high = clip
+    return valid & jnp.all((jnp.asarray(low, x.dtype) <= x) & (x <= jnp.asarray(high, x.dtype)))
+
+
 def check_arguments(
-    samples: Samples, x: Array, y: ArrayLike, eps: ArrayLike, p: float | int, **counts: int | None
+    samples: Samples,
+    x: Array,
+    y: ArrayLike,
+    eps: ArrayLike,
+    p: float | int,
+    clip: tuple[float, float] | None = None,
+    **counts: int | None,
 ) -> None:
     """Checks the arguments at the public edge, values where they are known."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -84,6 +102,7 @@ def check_arguments(
         if shape := jnp.shape(value):
             raise ValueError(f"{name} has shape {shape}: give one example, jax.vmap a batch.")
     check_radius(eps)
+    check_center(x, clip)
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value}: it must be at least 1.")

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from bnncert.attack.geometry import GEOMETRIES, check_arguments, starting_points
+from bnncert.attack.geometry import GEOMETRIES, check_arguments, starting_points, usable
 from bnncert.attack.predictive import Ascent, AttackResult, ascent, none_yet, result_at, worse
 from bnncert.sets import check_radius
 from bnncert.types import Apply, Key, Samples
@@ -59,18 +59,19 @@ def pgd(
         steps: gradient steps, >= 1.
         step_size: length of a step in the norm p, in the units of x; 2.5 eps / steps by default.
         restarts: starting points, >= 1.
-        clip: `(low, high)`, the range of the input's values; an x outside it stays a candidate.
+        clip: `(low, high)`, the range of the input's values, in which x lies.
         p: inf (steps along the gradient's sign) or 2 (along the gradient).
         batch_size: samples evaluated at once, one by default; dense layers gain from more. On CPU
             convolutions do not (`vmap` over kernels makes grouped ones), and inside a loop XLA
             runs them fast only in the layout NHWC with kernels HWIO, forwards and backwards.
 
     Returns:
-        An `AttackResult`.
+        An `AttackResult`; where the set is traced and empty, `broken` is True.
 
     Raises:
         TypeError: for an integer x or a y that is no integer.
-        ValueError: for a bad radius, count, p or clip, samples that are not stacked, a label that
+        ValueError: for a bad radius, count, p or clip, an x that is known not to be finite or not
+            to lie in clip, samples that are not stacked, a label that
             names no class.
 
     Cost: restarts (steps + 1) S forward and backward passes. Memory, times the batch under `vmap`:
@@ -85,7 +86,9 @@ def pgd(
         ([0.25, 0.75], True, -0.25)
     """
     x = jnp.asarray(x)
-    check_arguments(samples, x, y, eps, p, steps=steps, restarts=restarts, batch_size=batch_size)
+    counts = {"steps": steps, "restarts": restarts, "batch_size": batch_size}
+    check_arguments(samples, x, y, eps, p, clip, **counts)
+    none = none_yet(x, y, usable(x, eps, clip, p))
     eps = jnp.asarray(eps, x.dtype)
     step_size = 2.5 * eps / steps if step_size is None else step_size
     check_radius(step_size, "step_size")
@@ -96,7 +99,7 @@ def pgd(
     def move(x: Array, direction: Array) -> Array:
         return project((x + step_size * geometry.steepest(direction)).astype(x.dtype))
 
-    return _search(lambda x: ascent(apply, samples, x, y, batch_size), move, starts, y, steps)
+    return _search(lambda x: ascent(apply, samples, x, y, batch_size), move, starts, none, y, steps)
 
 
 def fgsm(
@@ -117,7 +120,7 @@ def fgsm(
         x: one input; for images, pixels in [0, 1].
         y: its true class.
         eps: radius in the units of x.
-        clip: `(low, high)`, the range of the input's values.
+        clip: as for `pgd`.
         batch_size: samples evaluated at once, as in `pgd`.
 
     Returns:
@@ -138,6 +141,7 @@ def _search(
     evaluate: Callable[[Array], Ascent],
     move: Callable[[Array, Array], Array],
     starts: Array,
+    none: AttackResult,
     y: ArrayLike,
     steps: int,
 ) -> AttackResult:
@@ -159,4 +163,4 @@ def _search(
         (_, worst), _ = jax.lax.scan(iterate, (start, worst), length=steps + 1)
         return worst, None
 
-    return jax.lax.scan(descend, none_yet(starts[0], y), starts)[0]
+    return jax.lax.scan(descend, none, starts)[0]

@@ -23,6 +23,7 @@ NeurIPS 2020, equation 4 (attacks on the predictive).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +40,10 @@ Loss = Callable[[Array], Array]
 
 class AttackResult(NamedTuple):
     """The worst point an attack found: an estimate of robustness from above, never a proof.
+
+    Where the set is traced and empty (a negative radius, an x that is not finite or not in clip)
+    there is no point, and nothing that looks as if an attack was withstood: x is NaN, predicted -1,
+    broken True and margin -inf.
 
     Attributes:
         x: the point, of the input's shape, in the ball and in clip.
@@ -144,9 +149,14 @@ def result_at(x: Array, log_probs: Array, y: ArrayLike) -> AttackResult:
     return AttackResult(x, predicted, broken, margin)
 
 
-def none_yet(x: Array, y: ArrayLike) -> AttackResult:
-    """What an attack has found before it looked: anything is worse."""
-    return AttackResult(x, jnp.asarray(y, int), jnp.asarray(False), jnp.asarray(jnp.inf, x.dtype))
+def none_yet(x: Array, y: ArrayLike, valid: Array | None = None) -> AttackResult:
+    """What an attack has found before it looked: anything is worse; in an empty set nothing is."""
+    worst = jnp.asarray(jnp.inf, x.dtype)
+    none = AttackResult(x, jnp.asarray(y, int), jnp.asarray(False), worst)
+    if valid is None:
+        return none
+    empty = AttackResult(jnp.full_like(x, jnp.nan), jnp.asarray(-1), jnp.asarray(True), -worst)
+    return jax.tree.map(partial(jnp.where, valid), none, empty)
 
 
 def worse(new: AttackResult, old: AttackResult) -> AttackResult:

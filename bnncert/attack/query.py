@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from bnncert.attack.geometry import GEOMETRIES, check_arguments
+from bnncert.attack.geometry import GEOMETRIES, check_arguments, usable
 from bnncert.attack.predictive import AttackResult, log_predictive, none_yet, result_at, worse
 from bnncert.types import Apply, Key, Samples
 
@@ -58,7 +58,7 @@ def square(
         channels: the axis of channels of an x of three axes; None: x is no image, whatever its
             shape.
         restarts: independent searches, >= 1.
-        clip: `(low, high)`, the range of the input's values; an x outside it stays a candidate.
+        clip: `(low, high)`, the range of the input's values, in which x lies.
         batch_size: samples evaluated at once, as in `pgd`.
 
     Returns:
@@ -71,7 +71,8 @@ def square(
     """
     x = jnp.asarray(x)
     counts = {"queries": queries, "restarts": restarts, "batch_size": batch_size}
-    check_arguments(samples, x, y, eps, jnp.inf, **counts)
+    check_arguments(samples, x, y, eps, jnp.inf, clip, **counts)
+    none = none_yet(x, y, usable(x, eps, clip, jnp.inf))
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction = {fraction}: it must be in (0, 1].")
     image = channels is not None and x.ndim in (2, 3)
@@ -113,7 +114,7 @@ def square(
         return jax.lax.scan(query, start, (jnp.arange(queries), sizes))[0][3], None
 
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(restarts))
-    return jax.lax.scan(search, none_yet(x, y), keys)[0]
+    return jax.lax.scan(search, none, keys)[0]
 
 
 def _window(place: Key, signs: Key, size: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:

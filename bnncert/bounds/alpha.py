@@ -22,7 +22,7 @@ from jaxtyping import Array
 
 from bnncert.bounds.backward import Step, concretize, linear_row, map_rows
 from bnncert.bounds.graph import Graph
-from bnncert.bounds.interval import bounded_nodes, intersect, output_nodes
+from bnncert.bounds.interval import bounded_nodes, drop_nan, intersect, output_nodes
 from bnncert.bounds.merging import affine_prefix
 from bnncert.bounds.relax import free_choice, is_relaxed
 from bnncert.bounds.relaxations import Choice
@@ -156,7 +156,7 @@ def fraction_bounds(sweep: Sweeper, boxes: Sequence[Box], fractions: Fractions) 
         else:
             box = map_rows(one, node, batch_size, fractions[index])
         ends = (end.reshape(node.shape).astype(node.dtype) for end in (box.lower, box.upper))
-        swept = Box(*ends)
+        swept = drop_nan(Box(*ends))
         if index in outputs:
             outputs[index] = swept
         return intersect(swept, boxes[index])

@@ -44,7 +44,7 @@ from bnncert.bounds.sweeps import (
     relaxed_steps,
     sweeper,
 )
-from bnncert.sets import Box
+from bnncert.sets import Box, unbounded_unless
 
 METHODS = ("ibp", "forward", "crown-ibp", "crown", "alpha-crown")
 LINEAR_METHODS = ("crown-ibp", "crown")
@@ -116,11 +116,13 @@ def bound(
         None. It returns f's outputs with a `Box` for each leaf (`Box(v, v)` where no set reaches
         it). It is pure: `jit`, `vmap` and `grad` apply. At a set that is one point both ends are f
         there, up to the rounding of sums in another order; with "outward" they enclose it. An end
-        is infinite where nothing is known: beside an overflow, or where f has no value.
+        is infinite where nothing is known: beside an overflow, or where f has no value; and both
+        are where a set is traced and empty (lower > upper, a negative radius, NaN or infinite
+        numbers).
 
     Raises:
         ValueError: unknown method, rounding or slope; when called: no set among the arguments,
-            lower > upper, NaN or negative radii; a sum too long for the unit roundoff.
+            an empty one whose numbers are known; a sum too long for the unit roundoff.
         TypeError: when called: a set of integers.
         UnsupportedPrimitiveError: when called: an operation without a sound rule, or whose rounding
             is not known; names it, and the line of f that calls it.
@@ -193,7 +195,8 @@ def linear_bounds(
         `A` has the structure of the arguments `(args, kwargs)`, arrays of shape (*output, *set)
         where these hold sets and None elsewhere. Weights that a chord eliminated appear in `b`,
         with A = 0. Where a side has no finite function (beside an overflow, or a logarithm of
-        numbers that may be negative), A = 0 and b is infinite. With "nearest" the inequalities are
+        numbers that may be negative), A = 0 and b is infinite; likewise where
+        a set is traced and empty. With "nearest" the inequalities are
         those of real arithmetic, and hold up to the rounding of A and b.
 
     Raises:
@@ -217,7 +220,8 @@ def linear_bounds(
         graph = trace(f, args, kwargs, arithmetic and tracking(arithmetic))
         options = Options(batch_size, lower_slope, arithmetic=arithmetic)
         _, variants = linear_outputs(graph, method, options)
-        return jax.tree.unflatten(graph.out_tree, variants[0])
+        outputs = (_constant_unless(graph.valid, o) for o in variants[0])
+        return jax.tree.unflatten(graph.out_tree, outputs)
 
     return linear
 
@@ -247,7 +251,8 @@ def _bounded(
     def bounded(*args: Any, **kwargs: Any) -> PyTree:
         graph = trace(f, args, kwargs, arithmetic and tracking(arithmetic))
         boxes = _method_boxes(graph, method, options, steps)
-        return jax.tree.unflatten(graph.out_tree, [_output(o, boxes) for o in graph.outputs])
+        outputs = [unbounded_unless(graph.valid, _output(o, boxes)) for o in graph.outputs]
+        return jax.tree.unflatten(graph.out_tree, outputs)
 
     return bounded
 
@@ -274,6 +279,17 @@ def _output(output: Any, boxes: list[Box]) -> Box:
     if box is None:
         raise unknown_constant(output, "an output")
     return box
+
+
+def _constant_unless(valid: Array | None, bounds: LinearBounds) -> LinearBounds:
+    """The linear bounds, or infinite constants where a set is empty."""
+    if valid is None:
+        return bounds
+    b = unbounded_unless(valid, Box(bounds.lower.b, bounds.upper.b))
+    lower, upper = (
+        jax.tree.map(lambda a: jnp.where(valid, a, jnp.zeros_like(a)), side.A) for side in bounds
+    )
+    return LinearBounds(Affine(lower, b.lower), Affine(upper, b.upper))
 
 
 def _linear_output(graph: Graph, output: Any, steps: Steps, batch_size: int) -> LinearBounds:

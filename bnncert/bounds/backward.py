@@ -25,10 +25,10 @@ from jaxtyping import Array
 
 from bnncert.bounds.convolution import canonical
 from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.interval import drop_nan
 from bnncert.bounds.relaxations import Lines, Planes
 from bnncert.bounds.rules import affine_rule
 from bnncert.bounds.rules.affine import has_constant
-from bnncert.bounds.rules.extremes import proper
 from bnncert.sets import Box, LpBall, Set, dual_norm
 
 
@@ -129,7 +129,7 @@ def row_bounds(
     box = map_rows(one, node, batch_size)
     # A set of another dtype (the function casts) must not pass it on.
     lower, upper = (end.reshape(node.shape).astype(node.dtype) for end in (box.lower, box.upper))
-    return Box(lower, upper)
+    return drop_nan(Box(lower, upper))
 
 
 def map_rows(one: Callable[..., Any], node: Node, batch_size: int, *each: Any) -> Any:
@@ -166,7 +166,7 @@ def concretize(row: Row, sets: Sequence[Set]) -> Box:
         if above is not below:
             _, high = _extremes(above, sets[index])
         lower, upper = lower + low, upper + high
-    return proper(lower, upper)
+    return drop_nan(Box(jnp.asarray(lower), jnp.asarray(upper)))  # of an overflow in a plane
 
 
 def affine_steps(graph: Graph) -> dict[int, Step]:

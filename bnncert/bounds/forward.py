@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from bnncert.bounds.arithmetic import Arithmetic, gamma, own_unit
@@ -33,7 +34,6 @@ from bnncert.bounds.relax import is_relaxed, relax
 from bnncert.bounds.relaxations import Choice
 from bnncert.bounds.rounding import network_error, outward_planes, outward_set, side_error
 from bnncert.bounds.rules.affine import SIGNED, linear, magnitude
-from bnncert.bounds.rules.extremes import proper
 from bnncert.sets import Box, LpBall, Set, dual_norm
 
 
@@ -98,7 +98,7 @@ def forward_bounds(
                 side = _apart(side, last * _size(side, inexact.reach))
             swept = _concretize(side, sets)
             cast = jax.tree.map(lambda end, dtype=node.dtype: end.astype(dtype), swept)
-            found[index] = intersect(found[index], cast)
+            found[index] = intersect(found[index], drop_nan(cast))
     return found
 
 
@@ -196,8 +196,9 @@ def _through(
     inexact: Inexact | None,
 ) -> Between:
     """Passes an affine function of values given by their sides."""
-    points = [Box(o.lower.b, o.lower.b) for o in operands]
-    graph = trace(f, tuple(jax.tree.map(jnp.zeros_like, points)), {}) if points else None
+    zeros = [np.zeros(o.lower.b.shape, o.lower.b.dtype) for o in operands]
+    points = tuple(Box(z, z) for z in zeros)
+    graph = trace(f, points, {}) if points else None
     output: Operand = graph.outputs[0] if graph else f()
     if graph is None or not isinstance(output, Ref):
         value = jnp.broadcast_to(jnp.asarray(output), node.shape)
@@ -218,7 +219,7 @@ def _concretize(between: Between, sets: Sequence[Set]) -> Box:
         low, _ = _extremes(between.lower.A[start : start + size], region)
         _, high = _extremes(between.upper.A[start : start + size], region)
         lower, upper, start = lower + low, upper + high, start + size
-    return proper(lower, upper)
+    return drop_nan(Box(lower, upper))
 
 
 def _extremes(A: Array, region: Set) -> tuple[Array, Array]:

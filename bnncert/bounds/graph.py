@@ -59,7 +59,7 @@ from bnncert.bounds.parameters import refusal
 from bnncert.bounds.primitives import is_jax_own
 from bnncert.bounds.recognition import Recognised, find_runs, is_logaddexp, recognise
 from bnncert.bounds.rewriting import REWRITES
-from bnncert.sets import Box, Set, check_set, is_set
+from bnncert.sets import Box, Set, check_set, is_set, settled
 
 __all__ = ["Graph", "Node", "Tracking", "UnsupportedPrimitiveError", "trace", "unsupported"]
 
@@ -138,7 +138,7 @@ def trace(
         fargs, fkwargs = jax.tree.unflatten(in_tree, filled)
         return f(*fargs, **fkwargs)
 
-    inputs = tuple(leaves[i] for i in where)
+    inputs, valid = settled([leaves[i] for i in where])
     avals = [_aval(region) for region in inputs]
     closed, out_shape = jax.make_jaxpr(on_sets, return_shape=True)(*avals)
     nodes = [_input_node(aval, i) for i, aval in zip(where, avals, strict=True)]
@@ -147,7 +147,7 @@ def trace(
     outputs = _walk(closed.jaxpr, closed.consts, refs, nodes, _Place("", alone, tracking))
     live, outputs = prune(fused(nodes), outputs, len(inputs))
     out_tree = jax.tree.structure(out_shape)
-    graph = Graph(live, inputs, outputs, in_tree, tuple(where), out_tree, users(live))
+    graph = Graph(live, inputs, valid, outputs, in_tree, tuple(where), out_tree, users(live))
     if tracking is None:
         return graph
     return graph._replace(histories=tracking.histories(graph, [None] * len(inputs)))
@@ -261,7 +261,7 @@ def _enclosed(
     try:
         results = _step(eqn, filled, nodes, here)
         live, outputs = prune(fused(nodes), results, len(inputs))
-        graph = Graph(live, inputs, outputs, None, (), None, users(live))
+        graph = Graph(live, inputs, None, outputs, None, (), None, users(live))
         graph = graph._replace(histories=tracking.histories(graph, starts))
         boxes = tracking.boxes(graph)
     except UnsupportedPrimitiveError:

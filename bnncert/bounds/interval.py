@@ -87,9 +87,13 @@ def frontier(graph: Graph, boxes: list[Box]) -> list[Set]:
 
 def hull(region: Set) -> Box:
     """The smallest box around a set."""
-    if isinstance(region, LpBall):
-        return Box(region.center - region.eps, region.center + region.eps)
-    return region
+    if not isinstance(region, LpBall):
+        return region
+    center, eps = jnp.asarray(region.center), jnp.asarray(region.eps)
+    kind = jnp.finfo(center.dtype)
+    # What rounding takes off the ends; nothing of a point.
+    reach = eps + jnp.where(eps > 0, 2 * kind.eps * (jnp.abs(center) + eps) + kind.tiny, 0)
+    return Box(center - reach, center + reach)
 
 
 def intersect(a: Box, b: Box) -> Box:
@@ -113,6 +117,6 @@ def nominal(graph: Graph) -> list[Array]:
 
 
 def drop_nan(box: Box) -> Box:
-    """No bound where overflow left none: NaN becomes an infinite end."""
-    lower = jnp.where(jnp.isnan(box.lower), -jnp.inf, box.lower)
-    return Box(lower, jnp.where(jnp.isnan(box.upper), jnp.inf, box.upper))
+    """No bound where overflow left none: NaN, or an end beyond all numbers, becomes an open end."""
+    lower = jnp.where(box.lower < jnp.inf, box.lower, -jnp.inf)
+    return Box(lower, jnp.where(box.upper > -jnp.inf, box.upper, jnp.inf))

@@ -19,7 +19,7 @@ from bnncert.bounds.backward import Coefficients, Offset, Row, concretize
 from bnncert.bounds.graph import trace
 from bnncert.bounds.interval import intersect
 from bnncert.bounds.sweeps import Options
-from bnncert.sets import Box, is_set
+from bnncert.sets import Box, is_set, unbounded_unless
 from bnncert.types import Samples
 
 
@@ -64,14 +64,14 @@ def mean_bound(
     def bounded(samples: Samples, *args: Any) -> PyTree:
         num_samples = _num_samples(samples)
         first = jax.tree.map(lambda leaf: leaf[0], samples)
-        out_tree = trace(f, (first, *args), {}).out_tree
+        whole = trace(f, (first, *args), {})
 
         def one(params: Any) -> tuple[list[list[LinearBounds]], list[Box]]:
             graph = trace(f, (params, *args), {})
             separate, variants = linear_outputs(graph, method, options)
             for planes in variants:
                 separate = [
-                    intersect(box, concretized(p, (params, *args)))
+                    intersect(box, concretized(p, graph.inputs))
                     for box, p in zip(separate, planes, strict=True)
                 ]
             return variants, separate
@@ -84,10 +84,11 @@ def mean_bound(
         variants, found = jax.tree.map(lambda leaf: leaf / num_samples, total)
         for planes in variants:
             found = [
-                intersect(box, concretized(p, (first, *args)))
+                intersect(box, concretized(p, whole.inputs))
                 for box, p in zip(found, planes, strict=True)
             ]
-        return jax.tree.unflatten(out_tree, found)
+        found = (unbounded_unless(whole.valid, box) for box in found)
+        return jax.tree.unflatten(whole.out_tree, found)
 
     return bounded
 
@@ -97,7 +98,7 @@ def concretized(bounds: LinearBounds, args: tuple) -> Box:
 
     Args:
         bounds: of one output leaf, as `linear_bounds` returns them.
-        args: what `linear_bounds(f)` was called with.
+        args: what `linear_bounds(f)` was called with, or the sets among them.
     """
     sets = [leaf for leaf in jax.tree.leaves(args, is_leaf=is_set) if is_set(leaf)]
     below, above = (jax.tree.leaves(side.A) for side in bounds)

@@ -57,7 +57,8 @@ class Graph(NamedTuple):
 
     Attributes:
         nodes: in the order of execution; the first `len(inputs)` are the sets.
-        inputs: the sets among the arguments, in the order of their leaves.
+        inputs: the sets among the arguments, in the order of their leaves; as `sets.settled`.
+        valid: whether they certify anything, as `sets.settled`.
         outputs: a `Ref` for each output leaf; or an array that no set reaches, `Rounded` where the
             function computes it in rounded arithmetic.
         in_tree: structure of the arguments `(args, kwargs)`, sets as leaves.
@@ -70,6 +71,7 @@ class Graph(NamedTuple):
 
     nodes: tuple[Node, ...]
     inputs: tuple[Set, ...]
+    valid: Array | None
     outputs: tuple[Any, ...]
     in_tree: Any
     set_leaves: tuple[int, ...]

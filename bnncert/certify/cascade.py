@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from bnncert.bounds.api import METHODS
 from bnncert.certify.joint import joint_decision
 from bnncert.certify.predictive import Decision, decision
-from bnncert.sets import Box, Set, is_set
+from bnncert.sets import Box, Set, holds, is_concrete, is_set, is_valid
 from bnncert.types import Apply, Samples
 
 STAGES = (*METHODS, "joint")
@@ -68,7 +68,8 @@ def cascade(
         A `Cascade`.
 
     Raises:
-        ValueError: an unknown method, or one named twice; as `decision`.
+        ValueError: an unknown method, or one named twice; an empty set, or an x outside its set; as
+            `decision`.
         TypeError: x_sets is not a set.
 
     Cost: one compile a method, and each point by each method until one proves it. Memory: that of
@@ -90,6 +91,7 @@ def cascade(
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}: at least one point at once.")
     inputs = x_sets.center if x is None else x
+    _check_points(x_sets, inputs)
     number = jnp.shape(inputs)[0]
     open_points = np.arange(number)
     stage = np.zeros(number, int)
@@ -115,6 +117,17 @@ def cascade(
     probability = Box(fields.pop("lower"), fields.pop("upper"))
     arithmetic = said.pop() if len(said) == 1 else "real"
     return Cascade(Decision(**fields, probability=probability, arithmetic=arithmetic), stage)
+
+
+def _check_points(x_sets: Set, inputs: Array) -> None:
+    """Raises ValueError at a set that is empty or does not hold its input: `jit` would not."""
+    valid, inside = jax.vmap(lambda s, x: (is_valid(s), holds(s, x)))(x_sets, inputs)
+    for passed, what in ((valid, "is empty or not finite"), (inside, "does not hold its x")):
+        if is_concrete(passed) and not np.all(passed):
+            raise ValueError(
+                f"x_sets: set {np.argmin(passed)} {what}; make them by bnncert.ball(x, eps), with "
+                "eps >= 0 and an x that lies in clip (pixels in 0..255: divide them by 255)."
+            )
 
 
 def stage_of(apply: Apply, method: str, rounding: str = "outward") -> Callable[..., Decision]:

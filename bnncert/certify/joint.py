@@ -35,7 +35,7 @@ from jaxtyping import Array, Float
 
 from bnncert.bounds import mean_bound
 from bnncert.bounds.margins import margin_bounds
-from bnncert.certify.predictive import Decision, decision
+from bnncert.certify.predictive import Decision, check_region, decision, nominal_input
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Samples
 
@@ -79,6 +79,9 @@ def joint_decision(
         >>> int(found.predicted), bool(found.robust), f"{float(found.margins[1]):.2f}"
         (0, True, '0.61')
     """
+    check_region(x_set)
+    if x is not None:
+        x, x_set = nominal_input(x, x_set)
     alone = decision(apply, samples, x_set, x=x, method=method, rounding="nearest")
     c = alone.predicted
     box_of = margin_bounds(apply, method)

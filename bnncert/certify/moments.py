@@ -21,6 +21,7 @@ Networks via Dynamic Programming", ICML 2023 (the problem, and bounds by linear 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ from bnncert.certify.predictive import check_region
 from bnncert.certify.propagation import PRODUCTS, Value, propagate, settled, unit_error
 from bnncert.posterior import MeanField
 from bnncert.posterior.leaves import check_structure
-from bnncert.sets import Box, Set
+from bnncert.sets import Box, Set, unbounded_unless
 from bnncert.types import Apply, Params, Posterior
 
 
@@ -66,6 +67,7 @@ def expectation(apply: Apply, posterior: Posterior, x_set: Set) -> Expectation:
     Returns:
         An `Expectation`, in real arithmetic. The class that the predictive chooses stays the same
         over the set where its `probabilities.lower` is above the others' `probabilities.upper`.
+        Where the set is traced and empty nothing is said: (-inf, inf), inf and [0, 1].
 
     Raises:
         TypeError: another posterior; x_set is not a set.
@@ -102,7 +104,15 @@ def expectation(apply: Apply, posterior: Posterior, x_set: Set) -> Expectation:
         raise ValueError(f"apply must return a vector of outputs; its value has shape {shape}")
     scales = [jnp.asarray(s) for s in priors.named(posterior.scale).values() if s is not None]
     values = propagate(graph, scales)
-    return _at_the_output(graph, values, output.index)
+    found = _at_the_output(graph, values, output.index)
+    if graph.valid is None:
+        return found
+    one = jnp.ones_like(found.deviation)
+    return Expectation(
+        unbounded_unless(graph.valid, found.outputs),
+        jnp.where(graph.valid, found.deviation, jnp.inf),
+        jax.tree.map(partial(jnp.where, graph.valid), found.probabilities, Box(0 * one, one)),
+    )
 
 
 def _points(posterior: MeanField) -> Params:

@@ -35,10 +35,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from bnncert.bounds.margins import all_margin_bounds, margin_bounds
-from bnncert.sets import Box, LpBall, Set, is_concrete, is_set
+from bnncert.sets import Box, Set, check_set, empty_unless, holds, is_concrete, is_set
 from bnncert.types import Apply, Params, Samples
 
 
@@ -92,12 +93,14 @@ def decision(
         batch_size: samples at once; one by default, which suits convolutions on a CPU.
 
     Returns:
-        A `Decision`.
+        A `Decision`. Where a set is traced and empty, or does not hold a traced x, nothing is
+        proved: `robust` is False.
 
     Raises:
         TypeError: x_set is not a set.
-        ValueError: no samples, or leaves that disagree on their number; x outside the set; outputs
-            that are not logits (C,) of at least two classes; as `bnncert.bound`.
+        ValueError: no samples, or leaves that disagree on their number; an x outside the set, where
+            both are known; outputs that are not logits (C,) of at least two classes; as
+            `bnncert.bound`.
 
     Cost: S evaluations and S bounds of the C margins. Memory: `batch_size` times one bound (under
     `vmap` times its batch), and S C numbers.
@@ -111,7 +114,7 @@ def decision(
         (0, True)
     """
     _check(samples, x_set, batch_size)
-    nominal = nominal_input(x, x_set)
+    nominal, x_set = nominal_input(x, x_set)
     average = _sweep(
         lambda w: jax.nn.softmax(checked_logits(apply, w, nominal)), samples, batch_size
     ).mean(0)
@@ -153,7 +156,8 @@ def predictive(
         batch_size: samples at once; one by default.
 
     Returns:
-        A `Box` of shape (C,) that holds pi(x') for all x' in the set.
+        A `Box` of shape (C,) that holds pi(x') for all x' in the set; [0, 1] where the set is
+        traced and empty.
 
     Raises:
         TypeError, ValueError: as `decision`.
@@ -228,22 +232,39 @@ def rounding_slack(rounding: str, probabilities: Array, count: int) -> float:
     return 0.0 if rounding == "nearest" else (400 + 8 * classes + 4 * count) * unit
 
 
-def nominal_input(x: Array | None, x_set: Set) -> Array:
-    """Where the predicted class is read off: the set's center, or x if it is inside.
+def nominal_input(x: Array | None, x_set: Set) -> tuple[Array, Set]:
+    """Where the predicted class is read off, and the set: an empty one if it does not hold x.
+
+    Args:
+        x: None for the set's center.
+        x_set: the set.
 
     Raises:
-        ValueError: x has another shape, or lies outside.
+        ValueError: x has another shape, or is known to lie outside.
     """
-    return x_set.center if x is None else _inside(jnp.asarray(x), x_set)
+    if x is None:
+        return x_set.center, x_set
+    x, shape = jnp.asarray(x), jnp.shape(x_set.center)
+    if x.shape != shape:
+        raise ValueError(f"x has shape {x.shape}, but the set {shape}.")
+    if all(map(is_concrete, (x, *jax.tree.leaves(x_set)))):
+        if not np.all(jax.device_get(holds(x_set, x))):
+            raise ValueError(
+                "x lies outside the set: the decision there says nothing about the set. Give the "
+                "input that the set was made of, or leave x out."
+            )
+        return x, x_set
+    return x, empty_unless(holds(x_set, x), x_set)
 
 
 def check_region(x_set: Set) -> None:
-    """Raises TypeError unless it is a set."""
+    """Raises TypeError unless it is a set, ValueError if it is known to be empty."""
     if not is_set(x_set):
         raise TypeError(
             f"x_set is a {type(x_set).__name__}: give a bnncert.Box or a bnncert.LpBall (for an "
             "input x and a radius eps: bnncert.ball(x, eps))."
         )
+    check_set(x_set, "x_set")
 
 
 def checked_logits(apply: Apply, params: Params, x: Array) -> Float[Array, " classes"]:
@@ -272,17 +293,3 @@ def _mean(boxes: Box, slack: float) -> Box:
     """Of probabilities over samples; none is negative."""
     lower, upper = boxes.lower.mean(0) - 0.5 * slack, boxes.upper.mean(0) + 0.5 * slack
     return Box(jnp.maximum(lower, 0.0), upper)
-
-
-def _inside(x: Array, x_set: Set) -> Array:
-    shape = jnp.shape(x_set.center)
-    if x.shape != shape:
-        raise ValueError(f"x has shape {x.shape}, but the set {shape}.")
-    if isinstance(x_set, LpBall):
-        distance = jnp.linalg.norm((x - x_set.center).ravel(), x_set.p)
-        inside = distance <= x_set.eps * (1 + 1e-5)
-    else:
-        inside = jnp.all((x >= x_set.lower) & (x <= x_set.upper))
-    if is_concrete(inside) and not bool(inside):
-        raise ValueError("x lies outside the set: the decision there says nothing about the set.")
-    return x

@@ -89,12 +89,12 @@ def radius(
         batch_size: as for `bnncert.certify.decision`.
 
     Returns:
-        A `CertifiedRadius`.
+        A `CertifiedRadius`: 0, and not robust, where x is traced and not finite or not in `clip`.
 
     Raises:
         TypeError: an integer x.
         ValueError: a largest radius that is not positive and finite, steps out of 1..20; as
-            `bnncert.certify.decision`.
+            `bnncert.ball` and `bnncert.certify.decision`.
 
     Cost: steps times `bnncert.certify.decision`, compiled once. Memory: as one.
 
@@ -199,7 +199,7 @@ def attacked_radius(
         options: of the attack.
 
     Returns:
-        An `AttackedRadius`.
+        An `AttackedRadius`: 0 and broken, where x is traced and not finite or not in `clip`.
 
     Raises:
         TypeError, ValueError: as the attack; a bad largest radius or number of steps.
@@ -233,7 +233,10 @@ def attacked_radius(
     start = jnp.zeros((), x.dtype), jnp.asarray(largest, x.dtype), x, clean.broken
     _, _, nearest, broken = jax.lax.fori_loop(0, steps + 1, step, start)
     nearest = jnp.where(clean.broken, x, nearest)
+    # No point lies in an empty ball: what is said of it is the least there is to say.
+    nearest = jnp.where(jnp.isnan(nearest), x, nearest)
     distance = jnp.linalg.norm((nearest - x).ravel(), p)
+    distance = jnp.where(jnp.isnan(distance), 0.0, distance)
     return AttackedRadius(jnp.where(broken, distance, jnp.inf), nearest, broken)
 
 

@@ -38,7 +38,7 @@ from bnncert.certify.claims import Constraints, Data, Task, claim_at
 from bnncert.certify.predictive import check_region
 from bnncert.posterior import MeanField
 from bnncert.posterior.leaves import check_structure, flatten, unflatten
-from bnncert.sets import Box, Set, check_set
+from bnncert.sets import Box, Set
 from bnncert.types import Apply, Key, Params, Posterior
 
 
@@ -258,7 +258,6 @@ def _mean_field(posterior: Posterior) -> MeanField:
 def _check(posterior: MeanField, x_set: Any, **counts: int) -> tuple[str, ...]:
     """Names of the random leaves, after the checks at the public edge."""
     check_region(x_set)
-    check_set(x_set, "x_set")
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} = {value}: it must be at least 1.")

@@ -89,7 +89,8 @@ def statistical(
         batch_size: draws at once, as for `decision`.
 
     Returns:
-        A `Decision` whose margins and probability have the slack taken off.
+        A `Decision` whose margins and probability have the slack taken off. As that of `decision`,
+        it is not robust where a set is traced and empty, or does not hold a traced x.
 
     Raises:
         TypeError: a posterior of members, or no posterior; x_set is not a set.
@@ -121,7 +122,7 @@ def statistical(
         if value < 1:
             raise ValueError(f"{name} = {value}: it must be at least 1.")
     pilot, main = jax.random.split(key)
-    nominal = nominal_input(x, x_set)
+    nominal, x_set = nominal_input(x, x_set)
     average = over_draws(
         lambda w: jax.nn.softmax(checked_logits(apply, w, nominal)),
         posterior,

@@ -25,12 +25,6 @@ EXACT_FUNCTIONS = frozenset(
 _HUMPED = ("silu", "mish", "gelu", "gelu_tanh")
 
 
-def proper(lower: Array, upper: Array) -> Box:
-    """No bound where overflow left none: at a NaN, and at an infinity on the other side."""
-    lost, above = jnp.isnan(lower) | (lower == jnp.inf), jnp.isnan(upper) | (upper == -jnp.inf)
-    return Box(jnp.where(lost, -jnp.inf, lower), jnp.where(above, jnp.inf, upper))
-
-
 def least(dtype: jnp.dtype) -> float:
     """What an underflow is off by: float16's subnormal numbers are not taken for 0.
 
