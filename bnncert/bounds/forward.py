@@ -28,7 +28,7 @@ from jaxtyping import Array
 from bnncert.bounds.arithmetic import Arithmetic, gamma, own_unit
 from bnncert.bounds.arithmetic import magnitude as magnitude_of
 from bnncert.bounds.graph import Graph, Node, trace
-from bnncert.bounds.interval import bounded_nodes, intersect
+from bnncert.bounds.interval import bounded_nodes, drop_nan, intersect
 from bnncert.bounds.operands import Operand, Ref
 from bnncert.bounds.relax import is_relaxed, relax
 from bnncert.bounds.relaxations import Choice

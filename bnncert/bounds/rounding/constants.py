@@ -43,7 +43,7 @@ def constant_error(node: Node, sizes: Sequence[Array]) -> Array | None:
         return None
     errors = [None if c is None else c.error for c in node.computed]
     error = jnp.broadcast_to(_change(node, errors, sizes), node.shape)
-    terms = max(math.prod(jnp.shape(v)) for v in (*sizes, *filter(_is_known, errors)))
+    terms = max(math.prod(v.shape) for v in (*sizes, *errors) if v is not None)
     return error * (1 + 4 * gamma(terms + 8, own_unit(node)))
 
 
