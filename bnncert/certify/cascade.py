@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from bnncert.bounds.api import METHODS
 from bnncert.certify.joint import joint_decision
-from bnncert.certify.predictive import Decision, decision
-from bnncert.sets import Box, Set, is_set
+from bnncert.certify.predictive import Decision, decision, num_samples
+from bnncert.sets import Box, Set, check_set, is_concrete, is_set
 from bnncert.types import Apply, Samples
 
 STAGES = (*METHODS, "joint")
@@ -68,8 +68,9 @@ def cascade(
         A `Cascade`.
 
     Raises:
-        ValueError: an unknown method, or one named twice; as `decision`.
-        TypeError: x_sets is not a set.
+        ValueError: an unknown method, or one named twice; no point, sets that are not a batch of
+            those that apply takes, x or wanted for another number of points; as `decision`.
+        TypeError: x_sets is not a set; traced values (under `jit`); as `decision`.
 
     Cost: one compile a method, and each point by each method until one proves it. Memory: that of
     `batch_size` decisions. Not to be jitted: what is computed depends on what was proved.
@@ -89,8 +90,8 @@ def cascade(
         raise ValueError(f"methods = {tuple(methods)}: name each once, of {', '.join(STAGES)}.")
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}: at least one point at once.")
+    number = _number_of_points(apply, samples, x_sets, x, wanted)
     inputs = x_sets.center if x is None else x
-    number = jnp.shape(inputs)[0]
     open_points = np.arange(number)
     stage = np.zeros(number, int)
     best: dict[str, np.ndarray] = {}
@@ -126,6 +127,48 @@ def stage_of(apply: Apply, method: str, rounding: str = "outward") -> Callable[.
         return decision(apply, samples, x_set, x=x, method=method, rounding=rounding)
 
     return certify
+
+
+def _number_of_points(
+    apply: Apply, samples: Samples, x_sets: Set, x: Array | None, wanted: Any
+) -> int:
+    """Checks that all there is belongs to one batch of sets, and counts these."""
+    num_samples(samples)
+    given = {"x_sets": x_sets, "samples": samples, "x": x, "wanted": wanted}
+    traced = [k for k, v in given.items() if not all(map(is_concrete, jax.tree.leaves(v)))]
+    if traced:
+        raise TypeError(
+            f"{' and '.join(traced)}: traced values, under jit or vmap, but what a cascade "
+            "computes depends on what was proved. Call it outside; what can be jitted is "
+            "bnncert.certify.decision."
+        )
+    way = "give a batch, e.g. jax.vmap(lambda x: bnncert.ball(x, eps))(xs) with xs of (N, ...)"
+    kind = type(x_sets).__name__
+    shapes = {f"{kind}.{k}": jnp.shape(v) for k, v in vars(x_sets).items() if k != "p"}
+    for name, shape in shapes.items():
+        if not shape:
+            raise ValueError(f"x_sets: {name} has shape (), no axis of points: {way}.")
+    numbers = {shape[0] for shape in shapes.values()}
+    if len(numbers) > 1 or numbers == {0}:
+        raise ValueError(f"x_sets: {shapes}: no point, or not as many in each: {way}.")
+    number = numbers.pop()
+    check_set(jax.tree.map(lambda leaf: leaf[0], x_sets), "the first of x_sets")
+    for name, value in (("x", x), ("wanted", wanted)):
+        if value is not None and jnp.shape(value)[:1] != (number,):
+            raise ValueError(
+                f"{name} has shape {jnp.shape(value)}, but there are {number} sets: one for each."
+            )
+    first, center = jax.eval_shape(
+        lambda s, region: (jax.tree.map(lambda leaf: leaf[0], s), region.center[0]), samples, x_sets
+    )
+    try:
+        jax.eval_shape(apply, first, center)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"x_sets make one point of shape {center.shape}, which apply does not take: {error}. "
+            f"If this is a single set, {way}; for one point there is bnncert.certify.decision."
+        ) from error
+    return number
 
 
 def _keep(

@@ -38,6 +38,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bnncert.bounds.margins import all_margin_bounds, margin_bounds
+from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import Box, LpBall, Set, is_concrete, is_set
 from bnncert.types import Apply, Params, Samples
 
@@ -95,9 +96,10 @@ def decision(
         A `Decision`.
 
     Raises:
-        TypeError: x_set is not a set.
+        TypeError: x_set is not a set; samples are a posterior, not weights.
         ValueError: no samples, or leaves that disagree on their number; x outside the set; outputs
-            that are not logits (C,) of at least two classes; as `bnncert.bound`.
+            that are not logits (C,) of at least two classes; with "outward", outputs of a dtype so
+            coarse that nothing can be certified; as `bnncert.bound`.
 
     Cost: S evaluations and S bounds of the C margins. Memory: `batch_size` times one bound (under
     `vmap` times its batch), and S C numbers.
@@ -182,8 +184,10 @@ def num_samples(samples: Samples) -> int:
     """The number S of stacked weights.
 
     Raises:
+        TypeError: a posterior in their place.
         ValueError: there are none, or the leaves disagree.
     """
+    check_stacked(samples)
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(samples)}
     if len(sizes) != 1 or sizes in ({()}, {(0,)}):
         raise ValueError(
@@ -222,10 +226,24 @@ def rounding_slack(rounding: str, probabilities: Array, count: int) -> float:
         rounding: "outward" or "nearest" (0).
         probabilities: an array of their dtype whose first axis counts the classes.
         count: networks averaged.
+
+    Raises:
+        ValueError: it would be 1 or more, which no difference of two probabilities exceeds.
     """
+    if rounding == "nearest":
+        return 0.0
     unit = 0.5 * float(jnp.finfo(probabilities.dtype).eps)
     classes = probabilities.shape[0]
-    return 0.0 if rounding == "nearest" else (400 + 8 * classes + 4 * count) * unit
+    slack = (400 + 8 * classes + 4 * count) * unit
+    if slack >= 1:
+        raise ValueError(
+            f"outputs of dtype {probabilities.dtype}: with {classes} classes and {count} networks "
+            f"rounding may move a probability by more than {slack:.2f}, so that nothing can "
+            "certify a decision. Return float32 outputs (the last layer in float32, or "
+            'apply(params, x).astype(jnp.float32)), or ask for rounding="nearest", which speaks '
+            "of real arithmetic."
+        )
+    return slack
 
 
 def nominal_input(x: Array | None, x_set: Set) -> Array:
