@@ -23,6 +23,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 from bnncert.bounds.equations import CALLS, bind, called, multiplies, source_of
 from bnncert.bounds.fusion import fused
 from bnncert.bounds.operands import Operand, Ref
+from bnncert.bounds.randomness import advised, refuse_random_masks
 from bnncert.bounds.recognition import Recognised, find_runs, is_logaddexp, recognise
 from bnncert.bounds.rewriting import REWRITES
 from bnncert.sets import Set, check_set, is_set
@@ -106,7 +107,7 @@ def trace(f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any]) -> Grap
     """Lists the operations of `f(*args, **kwargs)` that the sets among its arguments reach.
 
     Raises:
-        ValueError: no set among the arguments, or an invalid one.
+        ValueError: no set among the arguments, or an invalid one; dropout that was left on.
         UnsupportedPrimitiveError: a loop or a branch over bounded values.
     """
     leaves, in_tree = jax.tree.flatten((args, kwargs), is_leaf=is_set)
@@ -128,7 +129,9 @@ def trace(f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any]) -> Grap
 
     inputs = tuple(leaves[i] for i in where)
     avals = [_aval(region) for region in inputs]
-    closed, out_shape = jax.make_jaxpr(on_sets, return_shape=True)(*avals)
+    with advised():
+        closed, out_shape = jax.make_jaxpr(on_sets, return_shape=True)(*avals)
+    refuse_random_masks(closed.jaxpr)
     nodes = [_input_node(aval, i) for i, aval in zip(where, avals, strict=True)]
     refs = [Ref(i) for i in range(len(nodes))]
     outputs = _walk(closed.jaxpr, closed.consts, refs, nodes)
