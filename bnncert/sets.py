@@ -152,7 +152,8 @@ def check_set(region: Set, where: str = "a set") -> None:
 
     Raises:
         TypeError: fields that are not floating-point.
-        ValueError: shapes or dtypes that differ, lower > upper, NaN or infinite values, a bad radius or p.
+        ValueError: shapes or dtypes that differ, lower > upper, NaN or infinite values, a bad
+            radius or p.
     """
     for name, value in vars(region).items():
         if name != "p" and not jnp.issubdtype(jnp.result_type(value), jnp.floating):

@@ -41,6 +41,7 @@ from bnncert.attack.predictive import (
     result_at,
     worse,
 )
+from bnncert.outputs import logits_of, look_at_ending
 from bnncert.types import Apply, Key, Samples
 
 LOSSES = ("ce", "dlr")
@@ -56,6 +57,7 @@ def apgd(
     y: Int[ArrayLike, ""],
     eps: Float[ArrayLike, ""],
     *,
+    outputs: str = "logits",
     loss: str = "dlr",
     steps: int = 50,
     restarts: int = 1,
@@ -75,6 +77,7 @@ def apgd(
         x: one input; for images, pixels in [0, 1].
         y: its true class.
         eps: radius in the units of x.
+        outputs: as for `pgd`.
         loss: "ce" or "dlr" (`bnncert.attack.losses`).
         steps: gradient steps, >= 1; the schedule wants 20 or more.
         restarts: starting points, >= 1.
@@ -103,6 +106,9 @@ def apgd(
     if loss not in LOSSES:
         raise ValueError(f"loss = {loss!r}: choose one of {', '.join(LOSSES)}.")
 
+    look_at_ending(apply, outputs, samples, x)
+    apply = logits_of(apply, outputs)
+
     def evaluate(point: Array, unused: Array) -> _Evaluated:
         if loss == "ce":
             here = ascent(apply, samples, point, y, batch_size)
@@ -127,6 +133,7 @@ def targeted_apgd(
     y: Int[ArrayLike, ""],
     eps: Float[ArrayLike, ""],
     *,
+    outputs: str = "logits",
     num_targets: int | None = None,
     steps: int = 50,
     restarts: int = 1,
@@ -143,6 +150,7 @@ def targeted_apgd(
         x: one input; for images, pixels in [0, 1].
         y: its true class.
         eps: radius in the units of x.
+        outputs: as for `pgd`.
         num_targets: how many of the C - 1 other classes, the most probable at x first; at most 9
             by default. The worst over targets is kept: more of them only add candidates.
         steps: gradient steps for each target, >= 1.
@@ -161,6 +169,8 @@ def targeted_apgd(
     """
     x = jnp.asarray(x)
     check_arguments(samples, x, y, eps, p, steps=steps, restarts=restarts, batch_size=batch_size)
+    look_at_ending(apply, outputs, samples, x)
+    apply = logits_of(apply, outputs)
     log_probs = log_predictive(apply, samples, x, y, batch_size)
     rivals = log_probs.size - 1
     count = min(9, rivals) if num_targets is None else num_targets

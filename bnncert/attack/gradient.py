@@ -23,6 +23,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from bnncert.attack.geometry import GEOMETRIES, check_arguments, starting_points
 from bnncert.attack.predictive import Ascent, AttackResult, ascent, none_yet, result_at, worse
+from bnncert.outputs import logits_of, look_at_ending
 from bnncert.sets import check_radius
 from bnncert.types import Apply, Key, Samples
 
@@ -35,6 +36,7 @@ def pgd(
     y: Int[ArrayLike, ""],
     eps: Float[ArrayLike, ""],
     *,
+    outputs: str = "logits",
     steps: int = 20,
     step_size: Float[ArrayLike, ""] | None = None,
     restarts: int = 1,
@@ -56,6 +58,10 @@ def pgd(
         x: one input; for images, pixels in [0, 1].
         y: its true class.
         eps: radius in the units of x.
+        outputs: what apply returns: "logits", one of two classes z being (0, z), or
+            "probabilities", as for `bnncert.certify.decision`; what is attacked of these are their
+            logarithms, whose gradient is lost where a probability rounds to 0: of two networks of
+            the same predictor, the one that returns logits is attacked as well or better.
         steps: gradient steps, >= 1.
         step_size: length of a step in the norm p, in the units of x; 2.5 eps / steps by default.
         restarts: starting points, >= 1.
@@ -86,6 +92,8 @@ def pgd(
     """
     x = jnp.asarray(x)
     check_arguments(samples, x, y, eps, p, steps=steps, restarts=restarts, batch_size=batch_size)
+    look_at_ending(apply, outputs, samples, x)
+    apply = logits_of(apply, outputs)
     eps = jnp.asarray(eps, x.dtype)
     step_size = 2.5 * eps / steps if step_size is None else step_size
     check_radius(step_size, "step_size")
@@ -106,6 +114,7 @@ def fgsm(
     y: Int[ArrayLike, ""],
     eps: Float[ArrayLike, ""],
     *,
+    outputs: str = "logits",
     clip: tuple[float, float] | None = None,
     batch_size: int | None = None,
 ) -> AttackResult:
@@ -117,6 +126,7 @@ def fgsm(
         x: one input; for images, pixels in [0, 1].
         y: its true class.
         eps: radius in the units of x.
+        outputs: as for `pgd`.
         clip: `(low, high)`, the range of the input's values.
         batch_size: samples evaluated at once, as in `pgd`.
 
@@ -130,8 +140,9 @@ def fgsm(
     """
     unused = jax.random.key(0)  # a single start is x itself
     return pgd(
-        unused, apply, samples, x, y, eps, steps=1, step_size=eps, clip=clip, batch_size=batch_size
-    )
+        unused, apply, samples, x, y, eps, outputs=outputs, steps=1, step_size=eps, clip=clip,
+        batch_size=batch_size,
+    )  # fmt: skip
 
 
 def _search(

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from bnncert.bounds.api import METHODS
 from bnncert.certify.joint import joint_decision
 from bnncert.certify.predictive import Decision, decision, num_samples
+from bnncert.outputs import classifier, normalised
 from bnncert.sets import Box, Set, check_set, is_concrete, is_set
 from bnncert.types import Apply, Samples
 
@@ -43,6 +44,7 @@ def cascade(
     x_sets: Set,
     *,
     x: Array | None = None,
+    outputs: str = "logits",
     methods: Sequence[str] = ("ibp", "crown-ibp", "crown"),
     wanted: Bool[np.ndarray, " points"] | None = None,
     rounding: str = "outward",
@@ -57,6 +59,7 @@ def cascade(
         x_sets: a `Box` or an `LpBall` whose leaves have a leading axis N, e.g.
             `jax.vmap(lambda x: ball(x, eps))(xs)`.
         x: the nominal inputs, shape (N, ...); the sets' centers by default.
+        outputs: "logits" or "probabilities", as for `decision`; "joint" takes logits.
         methods: of the bounds, cheap ones first: those of `bnncert.bound`, and "joint".
         wanted: points to certify at all, e.g. those that are classified correctly, which only the
             first method then sees; all by default.
@@ -88,10 +91,14 @@ def cascade(
     unknown = [m for m in methods if m not in STAGES]
     if unknown or not methods or len(set(methods)) < len(methods):
         raise ValueError(f"methods = {tuple(methods)}: name each once, of {', '.join(STAGES)}.")
+    if "joint" in methods and outputs == "probabilities":
+        raise ValueError(f'methods = {tuple(methods)}: "joint" takes logits, not probabilities.')
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}: at least one point at once.")
     number = _number_of_points(apply, samples, x_sets, x, wanted)
     inputs = x_sets.center if x is None else x
+    one_point = jax.tree.map(lambda leaf: leaf[0], (samples, inputs))
+    normalised(classifier(apply, outputs)(*one_point), outputs)  # later all is traced
     open_points = np.arange(number)
     stage = np.zeros(number, int)
     best: dict[str, np.ndarray] = {}
@@ -99,7 +106,7 @@ def cascade(
     for place, method in enumerate(methods):
         if not len(open_points):
             break
-        one = jax.jit(jax.vmap(stage_of(apply, method, rounding), (None, 0, 0)))
+        one = jax.jit(jax.vmap(stage_of(apply, method, rounding, outputs), (None, 0, 0)))
         with tqdm(total=len(open_points), desc=method, unit="point", disable=not progress) as bar:
             for start in range(0, len(open_points), batch_size):
                 rows = open_points[start : start + batch_size]
@@ -118,13 +125,17 @@ def cascade(
     return Cascade(Decision(**fields, probability=probability, arithmetic=arithmetic), stage)
 
 
-def stage_of(apply: Apply, method: str, rounding: str = "outward") -> Callable[..., Decision]:
+def stage_of(
+    apply: Apply, method: str, rounding: str = "outward", outputs: str = "logits"
+) -> Callable[..., Decision]:
     """`(samples, x_set, x) -> Decision` by one method of a cascade, for one point."""
 
     def certify(samples: Any, x_set: Set, x: Array) -> Decision:
         if method == "joint":
-            return joint_decision(apply, samples, x_set, x=x)
-        return decision(apply, samples, x_set, x=x, method=method, rounding=rounding)
+            return joint_decision(apply, samples, x_set, x=x, outputs=outputs)
+        return decision(
+            apply, samples, x_set, x=x, outputs=outputs, method=method, rounding=rounding
+        )
 
     return certify
 

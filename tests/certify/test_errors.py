@@ -53,9 +53,9 @@ def test_a_cascade_under_jit_says_what_to_jit_instead():
 @pytest.mark.parametrize("method", ["ibp", "crown"])
 def test_a_box_of_two_dtypes_is_an_error_everywhere(method):
     two = Box(X, X.astype(jnp.bfloat16))
-    with pytest.raises(ValueError, match="float32.*bfloat16.*one dtype"):
+    with pytest.raises(ValueError, match=r"float32.*bfloat16.*one dtype"):
         bc.bound(apply, method)(W[0], two)
-    with pytest.raises(ValueError, match="float32.*bfloat16.*one dtype"):
+    with pytest.raises(ValueError, match=r"float32.*bfloat16.*one dtype"):
         jax.jit(lambda s: certify.decision(apply, W, s, method=method))(two)
 
 
@@ -98,7 +98,7 @@ def test_the_way_out_of_a_coarse_arithmetic_is_one():
 def test_half_precision_is_refused_from_as_many_samples_as_make_it_vacuous():
     enough = jnp.zeros((2048, 4, 1), jnp.float16)
     one = ball(jnp.zeros(1, jnp.float16), 0.1)
-    with pytest.raises(ValueError, match="float16.*4 classes.*2048"):
+    with pytest.raises(ValueError, match=r"float16.*4 classes.*2048"):
         certify.decision(apply, enough, one, method="ibp")
     certify.decision(apply, enough[:2], one, method="ibp")
 
