@@ -9,8 +9,9 @@ posterior of a normalised model. The minimum is bounded below by bound propagati
 
     p_worst(eps) = 1 / (1 + sum_{j != y} exp ub_j),   ub_j >= max_{x'} f_j(w, x') - f_y(w, x')
 
-with the *margin* f_j - f_y bounded as one function (the last affine layer merged in). A two-point
-p_eps (weight lam at 0) and K drawn radii are both
+with the *margin* f_j - f_y bounded as one function (the last affine layer merged in); where outputs
+are probabilities already, p_y itself is bounded. A two-point p_eps (weight lam at 0) and K drawn
+radii are both
 
     p_rob = M_power( p_clean, p_worst(eps_1), ..., p_worst(eps_K);  weights lam, (1 - lam)/K, ... )
 
@@ -40,7 +41,8 @@ from jaxtyping import Array, Float
 
 from bnncert.bounds import bound
 from bnncert.bounds.margins import margin_bounds
-from bnncert.sets import Box, ball, check_radius, is_concrete
+from bnncert.outputs import classifier, log, log_probabilities, logits_of, watched
+from bnncert.sets import Box, Set, ball, check_radius, is_concrete
 from bnncert.types import Apply, Key, Params, Threat
 
 Outputs = Callable[[Key, Params, Array, Array, Threat], Array]
@@ -111,23 +113,34 @@ def continuous_threat(
     return Threat(eps, jnp.zeros(()), jnp.asarray(power, eps.dtype))
 
 
-def clean_categorical(apply: Apply) -> Composed:
+def clean_categorical(apply: Apply, *, outputs: str = "logits") -> Composed:
     """The ordinary log-likelihood `log softmax_y f(w, x)`, as if lam = 1; the threat is not used.
 
     Args:
         apply: `(params, x) -> logits (C,)` for one example.
+        outputs: what apply returns: "logits", one of two classes z being (0, z), or
+            "probabilities" (`bnncert.outputs`), whose logarithm is cut off at the smallest normal
+            number, -87 nats in float32, here and in what is bounded.
 
     Returns:
         `loglik(key, params, x, y, threat)` in nats.
+
+    Raises:
+        ValueError: unknown outputs; when called: outputs of another shape.
     """
+    network = watched(apply, outputs)
     return Composed(
-        lambda key, params, x, y, threat: apply(params, x),
-        lambda logits, y, threat: jax.nn.log_softmax(logits)[y],
+        lambda key, params, x, y, threat: network(params, x),
+        lambda values, y, threat: log_probabilities(values, outputs)[y],
     )
 
 
 def robust_categorical(
-    apply: Apply, *, method: str = "ibp", clip: tuple[float, float] | None = None
+    apply: Apply,
+    *,
+    outputs: str = "logits",
+    method: str = "ibp",
+    clip: tuple[float, float] | None = None,
 ) -> Composed:
     """The certified robust log-likelihood of classification.
 
@@ -135,6 +148,7 @@ def robust_categorical(
 
     Args:
         apply: `(params, x) -> logits (C,)` for one example.
+        outputs: as for `clean_categorical`. Logits are bounded more tightly.
         method: of the bounds, as for `bnncert.bound`.
         clip: `(low, high)`: the adversary stays in this range of values.
 
@@ -150,33 +164,39 @@ def robust_categorical(
     Cost: one clean evaluation and K bounds (`bnncert.bound`; "ibp" of a network in which affine
     operations do not follow one another: 2 to 3 evaluations each, and its margins).
     """
-    bounded = margin_bounds(apply, method)
+    network = watched(apply, outputs)
+    bounded = _worst(classifier(apply, outputs), outputs, method)
 
-    def outputs(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
+    def read(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
         del key
-        logits = apply(params, x)
+        values = network(params, x)
 
         def worst(eps: Array) -> Array:
-            return bounded(params, ball(x, jax.lax.stop_gradient(eps), clip=clip), y).upper
+            return bounded(params, ball(x, jax.lax.stop_gradient(eps), clip=clip), y)
 
-        return jnp.concatenate([logits, _per_radius(worst, threat).reshape(-1)])
+        return jnp.concatenate([values, _per_radius(worst, threat).reshape(-1)])
 
-    def log_prob(outputs: Array, y: Array, threat: Threat) -> Array:
-        # Logits, and the margins at each radius: row y of these is exactly 0.
-        rows = outputs.reshape(1 + jnp.size(threat.eps), -1)
-        worsts = -jax.nn.logsumexp(rows[1:], axis=1)
-        return _mixture(jax.nn.log_softmax(rows[0])[y], worsts, threat)
+    def log_prob(values: Array, y: Array, threat: Threat) -> Array:
+        # Outputs of the network, and at each radius what `_worst` says.
+        rows = values.reshape(1 + jnp.size(threat.eps), -1)
+        worsts = jax.vmap(lambda row: _log_worst(row, y, outputs))(rows[1:])
+        return _mixture(log_probabilities(rows[0], outputs)[y], worsts, threat)
 
-    return Composed(outputs, log_prob)
+    return Composed(read, log_prob)
 
 
 def certified_categorical(
-    apply: Apply, *, method: str = "ibp", clip: tuple[float, float] | None = None
+    apply: Apply,
+    *,
+    outputs: str = "logits",
+    method: str = "ibp",
+    clip: tuple[float, float] | None = None,
 ) -> Composed:
     """A lower bound on the log-likelihood of the worst case, `log min_{x'} softmax_y f(w, x')`.
 
     Args:
         apply: `(params, x) -> logits (C,)` for one example.
+        outputs: as for `clean_categorical`. Logits are bounded more tightly.
         method: of the bounds, as for `bnncert.bound`.
         clip: `(low, high)`: the adversary stays in this range of values.
 
@@ -186,52 +206,56 @@ def certified_categorical(
     Raises:
         ValueError, UnsupportedPrimitiveError: as `bnncert.bound`; several radii, when called.
     """
-    bounded = margin_bounds(apply, method)
+    bounded = _worst(watched(apply, outputs), outputs, method)
 
-    def outputs(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
+    def read(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
         del key
         if jnp.ndim(threat.eps) > 0:
             raise ValueError(
                 f"threat.eps has shape {jnp.shape(threat.eps)}: this is the worst case at one "
                 "radius; for K of them use robust_categorical."
             )
-        return bounded(params, ball(x, jax.lax.stop_gradient(threat.eps), clip=clip), y).upper
+        return bounded(params, ball(x, jax.lax.stop_gradient(threat.eps), clip=clip), y)
 
-    # Row y is exactly 0: the 1 of the formula.
-    return Composed(outputs, lambda margins, y, threat: -jax.nn.logsumexp(margins))
+    return Composed(read, lambda worst, y, threat: _log_worst(worst, y, outputs))
 
 
-def attacked_categorical(apply: Apply, attack: Attack) -> Composed:
+def attacked_categorical(apply: Apply, attack: Attack, *, outputs: str = "logits") -> Composed:
     """The robust log-likelihood with the worst case *found* by an attack: adversarial training.
 
     An upper bound on the true worst case: nothing is certified.
 
     Args:
         apply: `(params, x) -> logits (C,)` for one example.
-        attack: e.g. `partial(bnncert.attack.pgd, steps=7, clip=(0.0, 1.0))`.
+        attack: e.g. `partial(bnncert.attack.pgd, steps=7, clip=(0.0, 1.0))`; it is given logits of
+            the same predictor, whatever the outputs.
+        outputs: as for `clean_categorical`.
 
     Returns:
         `loglik(key, params, x, y, threat)` in nats, as `robust_categorical`; gradients reach the
         weights at the attacked input, not through the attack.
     """
+    network, attacked = watched(apply, outputs), logits_of(apply, outputs)
 
-    def outputs(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
+    def read(key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
         fixed = jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf[None], params))
 
         def worst(eps: Array) -> Array:
-            found = jax.lax.stop_gradient(attack(key, apply, fixed, x, y, eps).x)
+            found = jax.lax.stop_gradient(attack(key, attacked, fixed, x, y, eps).x)
             empty = jnp.any(jnp.isnan(found))  # no point lies in an empty set
-            logits = apply(params, jnp.where(empty, x, found))
-            impossible = jnp.where(jnp.arange(logits.shape[-1]) == y, -jnp.inf, 0.0)
-            return jnp.where(empty, impossible, logits)
+            values = network(params, jnp.where(empty, x, found))
+            least = 0.0 if outputs == "probabilities" else -jnp.inf
+            impossible = jnp.where(jnp.arange(values.shape[-1]) == y, least, 0.0)
+            return jnp.where(empty, impossible, values)
 
-        return jnp.concatenate([apply(params, x), _per_radius(worst, threat).reshape(-1)])
+        return jnp.concatenate([network(params, x), _per_radius(worst, threat).reshape(-1)])
 
-    def log_prob(outputs: Array, y: Array, threat: Threat) -> Array:
-        each = jax.nn.log_softmax(outputs.reshape(1 + jnp.size(threat.eps), -1))[:, y]
+    def log_prob(values: Array, y: Array, threat: Threat) -> Array:
+        rows = values.reshape(1 + jnp.size(threat.eps), -1)
+        each = log_probabilities(rows, outputs)[:, y]
         return _mixture(each[0], each[1:], threat)
 
-    return Composed(outputs, log_prob)
+    return Composed(read, log_prob)
 
 
 def robust_gaussian(
@@ -306,6 +330,23 @@ def log_power_mean(
     by_sum = jax.nn.logsumexp(jnp.where(near | gone, 0.0, scaled), b=weights)
     mean = jnp.where(near, by_log1p, jnp.where(gone, -jnp.inf, by_sum)) / safe
     return top + jnp.where(power > 0, mean, geometric)
+
+
+def _worst(network: Apply, outputs: str, method: str) -> Callable[[Params, Set, Array], Array]:
+    """`(params, region, y)` -> (C,) of which `_log_worst` gives log min p_y.
+
+    Upper bounds on the margins f_j - f_y of logits, or lower bounds on probabilities.
+    """
+    if outputs == "logits":
+        margins = margin_bounds(network, method)
+        return lambda params, region, y: margins(params, region, y).upper
+    bounded = bound(network, method)
+    return lambda params, region, y: bounded(params, region).lower
+
+
+def _log_worst(values: Array, y: Array, outputs: str) -> Array:
+    # Margins: row y is exactly 0, the 1 of the formula.
+    return -jax.nn.logsumexp(values) if outputs == "logits" else log(values)[y]
 
 
 def _mixture(clean: Array, worsts: Array, threat: Threat) -> Array:

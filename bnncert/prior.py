@@ -21,6 +21,13 @@ from bnncert.types import Key, Params
 
 Prior = Any  # a pytree of `dist.Distribution | None`
 
+_STATISTICS = "batch_stats"  # Flax Linen's collection
+# By name: the frameworks need not be installed.
+_STATES = {
+    "flax": {"BatchStat", "Cache", "Intermediate", "RngState"},
+    "equinox": {"State", "StateIndex"},
+}
+
 
 def is_leaf(node: Any) -> bool:
     """Whether a node of a prior is a leaf of it: a distribution, or None."""
@@ -35,11 +42,17 @@ def normal(
 ) -> Prior:
     """Independent N(0, scale^2) over every weight of the leaves that `where` picks.
 
+    Deterministic in any case are leaves that are no weights: those that hold no floats (counters,
+    random keys), and a framework's running statistics and other state, such as those of batch-norm:
+    Flax Linen's collection `batch_stats`, Flax NNX's variables of type `BatchStat` (`Cache`,
+    `Intermediate`, `RngState`), Equinox's `State`. Statistics that are none of these, plain arrays
+    in a dictionary say, are named by `where`.
+
     Args:
         params: the network's params; only names, shapes and dtypes are read.
         scale: standard deviation of every weight, > 0.
-        where: takes a leaf's name ("dense/kernel") and says whether it is random; all are if it is
-            None. Leaves that do not hold floats are deterministic in any case.
+        where: takes a weight's name ("dense/kernel") and says whether it is random; all are if it
+            is None.
 
     Returns:
         A prior with the structure of `params`.
@@ -55,7 +68,11 @@ def normal(
     if is_concrete(scale) and not 0 < scale < jnp.inf:
         raise ValueError(f"the prior's scale must be positive and finite, got {scale}")
 
-    def leaf(path: tuple[Any, ...], value: Any) -> dist.Distribution | None:
+    def leaf(path: tuple[Any, ...], value: Any) -> Any:
+        if _is_state(value):
+            return jax.tree.map(lambda _: None, value)
+        if _STATISTICS in _name(path).split("/"):
+            return None
         if value is None or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
             return None
         if where is not None and not where(_name(path)):
@@ -63,7 +80,9 @@ def normal(
         loc = jnp.zeros(jnp.shape(value), jnp.result_type(value))
         return dist.Normal(loc, jnp.asarray(scale, loc.dtype)).to_event(loc.ndim)
 
-    prior = jax.tree_util.tree_map_with_path(leaf, params, is_leaf=is_leaf)
+    prior = jax.tree_util.tree_map_with_path(
+        leaf, params, is_leaf=lambda node: is_leaf(node) or _is_state(node)
+    )
     if not sites(prior):
         raise ValueError(f"no leaf is random: `where` picks no float leaf of {list(named(params))}")
     return prior
@@ -240,3 +259,12 @@ def normal_parameters(prior: Prior) -> tuple[dict[str, Array], dict[str, Array]]
 
 def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _is_state(node: Any) -> bool:
+    """Whether a node is a framework's container of what is no weight, or a kind of one."""
+    kinds = type(node).__mro__
+    own = getattr(node, "type", None)  # NNX before 0.12 keeps the variable's type so in its states
+    if isinstance(own, type):
+        kinds += own.__mro__
+    return any(t.__name__ in _STATES.get(t.__module__.split(".")[0], ()) for t in kinds)

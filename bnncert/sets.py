@@ -191,8 +191,8 @@ def check_set(region: Set, where: str = "a set") -> None:
 
     Raises:
         TypeError: fields that are not floating-point.
-        ValueError: shapes that differ, lower > upper, NaN or infinite values, a bad radius or p.
-            What is traced passes: see `settled`.
+        ValueError: shapes or dtypes that differ, lower > upper, NaN or infinite values, a bad
+            radius or p. What is traced passes: see `settled`.
     """
     for name, value in vars(region).items():
         if name != "p" and not jnp.issubdtype(jnp.result_type(value), jnp.floating):
@@ -218,6 +218,12 @@ def check_set(region: Set, where: str = "a set") -> None:
         raise ValueError(
             f"{where}: Box.lower has shape {jnp.shape(region.lower)} but Box.upper "
             f"{jnp.shape(region.upper)}; give both the shape of the input."
+        )
+    kinds = [jnp.result_type(v) for v in vars(region).values() if not isinstance(v, float)]
+    if len(set(kinds)) > 1:
+        raise ValueError(
+            f"{where}: Box.lower has dtype {kinds[0]} but Box.upper {kinds[1]}; give both one "
+            "dtype, that of the network's inputs."
         )
     ends = [np.asarray(end) for end in (region.lower, region.upper) if is_concrete(end)]
     if not all(np.isfinite(end).all() for end in ends):

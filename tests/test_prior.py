@@ -1,10 +1,12 @@
 """Priors as pytrees of NumPyro distributions."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
+from flax import linen, nnx
 from jax.scipy import stats
 
 from bnncert import prior as priors
@@ -132,3 +134,65 @@ def test_a_prior_without_a_random_leaf_is_an_error(params):
 def test_two_leaves_of_one_name_are_an_error():
     with pytest.raises(ValueError, match="two leaves are named 'a/b'"):
         priors.normal({"a": {"b": jnp.zeros(1)}, "a/b": jnp.zeros(1)})
+
+
+# --- what is no weight ----------------------------------------------------------------------------
+
+X = jnp.array([0.3, -0.2])
+KEY = jax.random.key(0)
+
+
+class Linen(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(1)(linen.BatchNorm(use_running_average=True)(linen.Dense(4)(x)))
+
+
+class Own(nnx.BatchStat):
+    """Statistics of a layer of the user's own."""
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.dense, self.norm = nnx.Linear(2, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+        self.dropout, self.own = nnx.Dropout(0.5, rngs=rngs), Own(jnp.ones(4))
+
+
+def equinox():
+    made = eqx.nn.make_with_state(eqx.nn.BatchNorm)
+    norm, state = made(2, "batch", mode="batch")
+    return {"net": eqx.filter(norm, eqx.is_inexact_array), "state": state}
+
+
+WITH_STATE = {
+    "linen": (lambda: Linen().init(KEY, X), 6),
+    "linen, inside another": (lambda: {"encoder": Linen().init(KEY, X)}, 6),
+    "nnx": (lambda: nnx.split(Nnx(nnx.Rngs(0)))[1], 4),
+    "nnx, a pytree of its own": (lambda: nnx.state(nnx.BatchNorm(4, rngs=nnx.Rngs(0))), 2),
+    "equinox": (equinox, 2),
+    "equinox, without its state apart": (
+        lambda: eqx.filter(eqx.nn.BatchNorm(2, "batch", mode="batch"), eqx.is_array), 2
+    ),
+    "keys and counters": (
+        lambda: {"w": X, "key": KEY, "old": jax.random.PRNGKey(0), "n": jnp.int32(3)}, 1
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_STATE)
+def test_running_statistics_counters_and_keys_are_deterministic(name):
+    make, count = WITH_STATE[name]
+    params = make()
+    prior = priors.normal(params, 0.1)
+    assert len(priors.names(prior)) == count, priors.names(prior)
+    priors.check(prior, params)
+    draw = priors.named(priors.sample(KEY, prior, params))
+    for leaf, before in priors.named(params).items():
+        if leaf not in priors.names(prior) and before is not None:
+            assert draw[leaf] is before
+
+
+def test_statistics_of_ones_own_are_chosen_by_path():
+    params = {"w": X, "running": {"mean": X}}
+    prior = priors.normal(params, where=lambda name: not name.startswith("running/"))
+    assert priors.names(prior) == ("w",)

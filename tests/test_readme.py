@@ -82,6 +82,10 @@ def test_your_own_model_is_bounded_and_trained(code: str) -> None:
     decision = names["decision"]
     if decision.robust:
         assert (jnp.argmax(logits, 1) == decision.predicted).all()
+    # "No weights either": what is random is the parameters of layers, and no statistic.
+    random = [name.split("/") for name in bc.prior.names(names["prior"])]
+    assert len(random) == (3 if "outer" in code else 6)
+    assert not any({"batch_stats", "mean", "var", "state"} & set(name) for name in random)
     # "For bc.infer.svi.build, as above."
     likelihood = bc.likelihood.robust_categorical(apply)
     algorithm = bc.infer.svi.build(

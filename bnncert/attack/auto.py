@@ -47,6 +47,7 @@ from bnncert.attack.predictive import (
     result_at,
     worse,
 )
+from bnncert.outputs import logits_of, look_at_ending
 from bnncert.types import Apply, Key, Samples
 
 LOSSES = ("ce", "dlr")
@@ -62,6 +63,7 @@ def apgd(
     y: Int[ArrayLike, ""],
     eps: Float[ArrayLike, ""],
     *,
+    outputs: str = "logits",
     loss: str = "dlr",
     steps: int = 50,
     restarts: int = 1,
@@ -81,6 +83,7 @@ def apgd(
         x: one input; for images, pixels in [0, 1].
         y: its true class.
         eps: radius in the units of x.
+        outputs: as for `pgd`.
         loss: "ce" or "dlr" (`bnncert.attack.losses`).
         steps: gradient steps, >= 1; the schedule wants 20 or more.
         restarts: starting points, >= 1.
@@ -111,6 +114,9 @@ def apgd(
     if loss not in LOSSES:
         raise ValueError(f"loss = {loss!r}: choose one of {', '.join(LOSSES)}.")
 
+    look_at_ending(apply, outputs, samples, x)
+    apply = logits_of(apply, outputs)
+
     def evaluate(point: Array, unused: Array) -> _Evaluated:
         if loss == "ce":
             here = ascent(apply, samples, point, y, batch_size)
@@ -135,6 +141,7 @@ def targeted_apgd(
     y: Int[ArrayLike, ""],
     eps: Float[ArrayLike, ""],
     *,
+    outputs: str = "logits",
     num_targets: int | None = None,
     steps: int = 50,
     restarts: int = 1,
@@ -151,6 +158,7 @@ def targeted_apgd(
         x: one input; for images, pixels in [0, 1].
         y: its true class.
         eps: radius in the units of x.
+        outputs: as for `pgd`.
         num_targets: how many of the C - 1 other classes, the most probable at x first; at most 9
             by default. The worst over targets is kept: more of them only add candidates.
         steps: gradient steps for each target, >= 1.
@@ -170,6 +178,8 @@ def targeted_apgd(
     x = jnp.asarray(x)
     counts = {"steps": steps, "restarts": restarts, "batch_size": batch_size}
     check_arguments(samples, x, y, eps, p, clip, **counts)
+    look_at_ending(apply, outputs, samples, x)
+    apply = logits_of(apply, outputs)
     none = none_yet(x, y, usable(x, eps, clip, p))
     log_probs = log_predictive(apply, samples, x, y, batch_size)
     rivals = log_probs.size - 1

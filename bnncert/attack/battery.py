@@ -30,6 +30,7 @@ from bnncert.attack.geometry import check_arguments, usable
 from bnncert.attack.gradient import pgd
 from bnncert.attack.predictive import AttackResult, log_predictive, none_yet, result_at, worse
 from bnncert.attack.query import square
+from bnncert.outputs import logits_of, look_at_ending
 from bnncert.types import Apply, Key, Samples
 
 
@@ -41,6 +42,7 @@ def strongest(
     y: Int[ArrayLike, ""],
     eps: Float[ArrayLike, ""],
     *,
+    outputs: str = "logits",
     steps: int = 20,
     restarts: int = 1,
     num_targets: int | None = None,
@@ -59,6 +61,7 @@ def strongest(
         x: one input; for images, pixels in [0, 1].
         y: its true class.
         eps: radius in the units of x.
+        outputs: as for `pgd`.
         steps: of PGD and of each APGD, >= 1.
         restarts: of each attack, >= 1.
         num_targets: of the targeted attack, at most 9 by default.
@@ -92,6 +95,7 @@ def strongest(
         x,
         y,
         eps,
+        outputs=outputs,
         steps=steps,
         restarts=restarts,
         num_targets=num_targets,
@@ -112,6 +116,7 @@ def battery(
     y: Int[ArrayLike, ""],
     eps: Float[ArrayLike, ""],
     *,
+    outputs: str = "logits",
     steps: int = 20,
     restarts: int = 1,
     num_targets: int | None = None,
@@ -130,6 +135,7 @@ def battery(
         x: see there.
         y: see there.
         eps: see there.
+        outputs: see there.
         steps: see there.
         restarts: see there.
         num_targets: see there.
@@ -147,6 +153,10 @@ def battery(
     """
     if queries < 0:
         raise ValueError(f"queries = {queries}: it must be at least 0, which leaves Square out.")
+    x = jnp.asarray(x)
+    check_arguments(samples, x, y, eps, p)
+    look_at_ending(apply, outputs, samples, x)
+    apply = logits_of(apply, outputs)
     target = apply, samples, x, y, eps
     within = {"clip": clip, "batch_size": batch_size}
     usual = {"steps": steps, "restarts": restarts, "p": p, **within}
@@ -173,6 +183,7 @@ def transfer(
     candidates: Float[Array, "candidates ..."],
     y: Int[ArrayLike, ""],
     *,
+    outputs: str = "logits",
     batch_size: int | None = None,
 ) -> AttackResult:
     """Of points found elsewhere, the one at which this predictive does worst.
@@ -185,6 +196,7 @@ def transfer(
         samples: the S networks deployed, stacked.
         candidates: the points, stacked.
         y: the true class.
+        outputs: as for `pgd`.
         batch_size: samples evaluated at once, as in `pgd`.
 
     Returns:
@@ -208,6 +220,9 @@ def transfer(
     if candidates.ndim < 1 or not len(candidates):
         raise ValueError(f"candidates have shape {candidates.shape}: give one point or more.")
     check_arguments(samples, candidates, y, 0.0, jnp.inf, batch_size=batch_size)
+
+    look_at_ending(apply, outputs, samples, candidates[0])
+    apply = logits_of(apply, outputs)
 
     def add(worst: AttackResult, point: Array) -> tuple[AttackResult, None]:
         log_probs = log_predictive(apply, samples, point, y, batch_size)

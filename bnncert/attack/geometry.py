@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 from optax import projections
 
+from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import ball, check_center, check_clip, check_radius, is_concrete, is_valid
 from bnncert.types import Key, Samples
 
@@ -91,6 +92,7 @@ def check_arguments(
     **counts: int | None,
 ) -> None:
     """Checks the arguments at the public edge, values where they are known."""
+    check_stacked(samples)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"x has dtype {x.dtype}: an attack moves floating-point values. For images, scale "

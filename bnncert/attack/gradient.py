@@ -23,6 +23,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from bnncert.attack.geometry import GEOMETRIES, check_arguments, starting_points, usable
 from bnncert.attack.predictive import Ascent, AttackResult, ascent, none_yet, result_at, worse
+from bnncert.outputs import logits_of, look_at_ending
 from bnncert.sets import check_radius
 from bnncert.types import Apply, Key, Samples
 
@@ -35,6 +36,7 @@ def pgd(
     y: Int[ArrayLike, ""],
     eps: Float[ArrayLike, ""],
     *,
+    outputs: str = "logits",
     steps: int = 20,
     step_size: Float[ArrayLike, ""] | None = None,
     restarts: int = 1,
@@ -56,6 +58,10 @@ def pgd(
         x: one input; for images, pixels in [0, 1].
         y: its true class.
         eps: radius in the units of x.
+        outputs: what apply returns: "logits", one of two classes z being (0, z), or
+            "probabilities", as for `bnncert.certify.decision`; what is attacked of these are their
+            logarithms, whose gradient is lost where a probability rounds to 0: of two networks of
+            the same predictor, the one that returns logits is attacked as well or better.
         steps: gradient steps, >= 1.
         step_size: length of a step in the norm p, in the units of x; 2.5 eps / steps by default.
         restarts: starting points, >= 1.
@@ -88,6 +94,8 @@ def pgd(
     x = jnp.asarray(x)
     counts = {"steps": steps, "restarts": restarts, "batch_size": batch_size}
     check_arguments(samples, x, y, eps, p, clip, **counts)
+    look_at_ending(apply, outputs, samples, x)
+    apply = logits_of(apply, outputs)
     none = none_yet(x, y, usable(x, eps, clip, p))
     eps = jnp.asarray(eps, x.dtype)
     step_size = 2.5 * eps / steps if step_size is None else step_size
@@ -109,6 +117,7 @@ def fgsm(
     y: Int[ArrayLike, ""],
     eps: Float[ArrayLike, ""],
     *,
+    outputs: str = "logits",
     clip: tuple[float, float] | None = None,
     batch_size: int | None = None,
 ) -> AttackResult:
@@ -120,6 +129,7 @@ def fgsm(
         x: one input; for images, pixels in [0, 1].
         y: its true class.
         eps: radius in the units of x.
+        outputs: as for `pgd`.
         clip: as for `pgd`.
         batch_size: samples evaluated at once, as in `pgd`.
 
@@ -133,8 +143,9 @@ def fgsm(
     """
     unused = jax.random.key(0)  # a single start is x itself
     return pgd(
-        unused, apply, samples, x, y, eps, steps=1, step_size=eps, clip=clip, batch_size=batch_size
-    )
+        unused, apply, samples, x, y, eps, outputs=outputs, steps=1, step_size=eps, clip=clip,
+        batch_size=batch_size,
+    )  # fmt: skip
 
 
 def _search(

@@ -23,6 +23,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from bnncert.attack.geometry import GEOMETRIES, check_arguments, usable
 from bnncert.attack.predictive import AttackResult, log_predictive, none_yet, result_at, worse
+from bnncert.outputs import logits_of, look_at_ending
 from bnncert.types import Apply, Key, Samples
 
 _HALVINGS = np.array([10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000]) / 10_000
@@ -36,6 +37,7 @@ def square(
     y: Int[ArrayLike, ""],
     eps: Float[ArrayLike, ""],
     *,
+    outputs: str = "logits",
     queries: int = 500,
     fraction: float = 0.8,
     channels: int | None = -1,
@@ -53,6 +55,7 @@ def square(
             channels, it is an image.
         y: its true class.
         eps: radius in the units of x.
+        outputs: as for `pgd`.
         queries: evaluations of the predictive for each restart, the clean input's included, >= 1.
         fraction: of the pixels that the first windows cover, in (0, 1].
         channels: the axis of channels of an x of three axes; None: x is no image, whatever its
@@ -75,6 +78,8 @@ def square(
     none = none_yet(x, y, usable(x, eps, clip, jnp.inf))
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction = {fraction}: it must be in (0, 1].")
+    look_at_ending(apply, outputs, samples, x)
+    apply = logits_of(apply, outputs)
     image = channels is not None and x.ndim in (2, 3)
     if x.ndim == 3 and channels is not None and not -3 <= channels < 3:
         raise ValueError(f"channels = {channels}: an axis of x, in -3..2, or None.")

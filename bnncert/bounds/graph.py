@@ -57,6 +57,7 @@ from bnncert.bounds.nodes import (
 from bnncert.bounds.operands import Operand, Ref
 from bnncert.bounds.parameters import refusal
 from bnncert.bounds.primitives import is_jax_own
+from bnncert.bounds.randomness import advised, refuse_random_masks
 from bnncert.bounds.recognition import Recognised, find_runs, is_logaddexp, recognise
 from bnncert.bounds.rewriting import REWRITES
 from bnncert.sets import Box, Set, check_set, is_set, settled
@@ -118,7 +119,7 @@ def trace(
         tracking: for rounded arithmetic; None: what is computed of constants is exact.
 
     Raises:
-        ValueError: no set among the arguments, or an invalid one.
+        ValueError: no set among the arguments, or an invalid one; dropout that was left on.
         UnsupportedPrimitiveError: a loop or a branch over bounded values.
     """
     leaves, in_tree = jax.tree.flatten((args, kwargs), is_leaf=is_set)
@@ -140,7 +141,9 @@ def trace(
 
     inputs, valid = settled([leaves[i] for i in where])
     avals = [_aval(region) for region in inputs]
-    closed, out_shape = jax.make_jaxpr(on_sets, return_shape=True)(*avals)
+    with advised():
+        closed, out_shape = jax.make_jaxpr(on_sets, return_shape=True)(*avals)
+    refuse_random_masks(closed.jaxpr)
     nodes = [_input_node(aval, i) for i, aval in zip(where, avals, strict=True)]
     refs = [Ref(i) for i in range(len(nodes))]
     alone = [1] * len(closed.jaxpr.outvars)

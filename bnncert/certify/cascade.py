@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 
 from bnncert.bounds.api import METHODS
 from bnncert.certify.joint import joint_decision
-from bnncert.certify.predictive import Decision, decision
-from bnncert.sets import Box, Set, holds, is_concrete, is_set, is_valid
+from bnncert.certify.predictive import Decision, decision, num_samples
+from bnncert.outputs import classifier, normalised
+from bnncert.sets import Box, Set, check_set, holds, is_concrete, is_set, is_valid
 from bnncert.types import Apply, Samples
 
 STAGES = (*METHODS, "joint")
@@ -43,6 +44,7 @@ def cascade(
     x_sets: Set,
     *,
     x: Array | None = None,
+    outputs: str = "logits",
     methods: Sequence[str] = ("ibp", "crown-ibp", "crown"),
     wanted: Bool[np.ndarray, " points"] | None = None,
     rounding: str = "outward",
@@ -57,6 +59,7 @@ def cascade(
         x_sets: a `Box` or an `LpBall` whose leaves have a leading axis N, e.g.
             `jax.vmap(lambda x: ball(x, eps))(xs)`.
         x: the nominal inputs, shape (N, ...); the sets' centers by default.
+        outputs: "logits" or "probabilities", as for `decision`; "joint" takes logits.
         methods: of the bounds, cheap ones first: those of `bnncert.bound`, and "joint".
         wanted: points to certify at all, e.g. those that are classified correctly, which only the
             first method then sees; all by default.
@@ -68,9 +71,10 @@ def cascade(
         A `Cascade`.
 
     Raises:
-        ValueError: an unknown method, or one named twice; an empty set, or an x outside its set; as
-            `decision`.
-        TypeError: x_sets is not a set.
+        ValueError: an unknown method, or one named twice; no point, sets that are not a batch of
+            those that apply takes, x or wanted for another number of points; an empty set, or an x
+            outside its set; as `decision`.
+        TypeError: x_sets is not a set; traced values (under `jit`); as `decision`.
 
     Cost: one compile a method, and each point by each method until one proves it. Memory: that of
     `batch_size` decisions. Not to be jitted: what is computed depends on what was proved.
@@ -88,11 +92,15 @@ def cascade(
     unknown = [m for m in methods if m not in STAGES]
     if unknown or not methods or len(set(methods)) < len(methods):
         raise ValueError(f"methods = {tuple(methods)}: name each once, of {', '.join(STAGES)}.")
+    if "joint" in methods and outputs == "probabilities":
+        raise ValueError(f'methods = {tuple(methods)}: "joint" takes logits, not probabilities.')
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}: at least one point at once.")
+    number = _number_of_points(apply, samples, x_sets, x, wanted)
     inputs = x_sets.center if x is None else x
     _check_points(x_sets, inputs)
-    number = jnp.shape(inputs)[0]
+    one_point = jax.tree.map(lambda leaf: leaf[0], (samples, inputs))
+    normalised(classifier(apply, outputs)(*one_point), outputs)  # later all is traced
     open_points = np.arange(number)
     stage = np.zeros(number, int)
     best: dict[str, np.ndarray] = {}
@@ -100,7 +108,7 @@ def cascade(
     for place, method in enumerate(methods):
         if not len(open_points):
             break
-        one = jax.jit(jax.vmap(stage_of(apply, method, rounding), (None, 0, 0)))
+        one = jax.jit(jax.vmap(stage_of(apply, method, rounding, outputs), (None, 0, 0)))
         with tqdm(total=len(open_points), desc=method, unit="point", disable=not progress) as bar:
             for start in range(0, len(open_points), batch_size):
                 rows = open_points[start : start + batch_size]
@@ -130,15 +138,61 @@ def _check_points(x_sets: Set, inputs: Array) -> None:
             )
 
 
-def stage_of(apply: Apply, method: str, rounding: str = "outward") -> Callable[..., Decision]:
+def stage_of(
+    apply: Apply, method: str, rounding: str = "outward", outputs: str = "logits"
+) -> Callable[..., Decision]:
     """`(samples, x_set, x) -> Decision` by one method of a cascade, for one point."""
 
     def certify(samples: Any, x_set: Set, x: Array) -> Decision:
         if method == "joint":
-            return joint_decision(apply, samples, x_set, x=x)
-        return decision(apply, samples, x_set, x=x, method=method, rounding=rounding)
+            return joint_decision(apply, samples, x_set, x=x, outputs=outputs)
+        return decision(
+            apply, samples, x_set, x=x, outputs=outputs, method=method, rounding=rounding
+        )
 
     return certify
+
+
+def _number_of_points(
+    apply: Apply, samples: Samples, x_sets: Set, x: Array | None, wanted: Any
+) -> int:
+    """Checks that all there is belongs to one batch of sets, and counts these."""
+    num_samples(samples)
+    given = {"x_sets": x_sets, "samples": samples, "x": x, "wanted": wanted}
+    traced = [k for k, v in given.items() if not all(map(is_concrete, jax.tree.leaves(v)))]
+    if traced:
+        raise TypeError(
+            f"{' and '.join(traced)}: traced values, under jit or vmap, but what a cascade "
+            "computes depends on what was proved. Call it outside; what can be jitted is "
+            "bnncert.certify.decision."
+        )
+    way = "give a batch, e.g. jax.vmap(lambda x: bnncert.ball(x, eps))(xs) with xs of (N, ...)"
+    kind = type(x_sets).__name__
+    shapes = {f"{kind}.{k}": jnp.shape(v) for k, v in vars(x_sets).items() if k != "p"}
+    for name, shape in shapes.items():
+        if not shape:
+            raise ValueError(f"x_sets: {name} has shape (), no axis of points: {way}.")
+    numbers = {shape[0] for shape in shapes.values()}
+    if len(numbers) > 1 or numbers == {0}:
+        raise ValueError(f"x_sets: {shapes}: no point, or not as many in each: {way}.")
+    number = numbers.pop()
+    check_set(jax.tree.map(lambda leaf: leaf[0], x_sets), "the first of x_sets")
+    for name, value in (("x", x), ("wanted", wanted)):
+        if value is not None and jnp.shape(value)[:1] != (number,):
+            raise ValueError(
+                f"{name} has shape {jnp.shape(value)}, but there are {number} sets: one for each."
+            )
+    first, center = jax.eval_shape(
+        lambda s, region: (jax.tree.map(lambda leaf: leaf[0], s), region.center[0]), samples, x_sets
+    )
+    try:
+        jax.eval_shape(apply, first, center)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"x_sets make one point of shape {center.shape}, which apply does not take: {error}. "
+            f"If this is a single set, {way}; for one point there is bnncert.certify.decision."
+        ) from error
+    return number
 
 
 def _keep(

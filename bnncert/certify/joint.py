@@ -36,6 +36,7 @@ from jaxtyping import Array, Float
 from bnncert.bounds import mean_bound
 from bnncert.bounds.margins import margin_bounds
 from bnncert.certify.predictive import Decision, check_region, decision, nominal_input
+from bnncert.outputs import classifier
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Samples
 
@@ -49,6 +50,7 @@ def joint_decision(
     x_set: Set,
     *,
     x: Float[Array, "..."] | None = None,
+    outputs: str = "logits",
     method: str = "crown",
     lower_slope: str = "zero",
 ) -> Decision:
@@ -59,6 +61,7 @@ def joint_decision(
         samples: the deployed weights, stacked: every leaf has a leading axis S.
         x_set: a `Box` or an `LpBall` of inputs, for one example; `jax.vmap` for a batch.
         x: as for `bnncert.certify.decision`.
+        outputs: "logits" alone: what is relaxed here is a softmax of them.
         method: "crown" or "crown-ibp"; by the latter margins are only as good as their IBP box.
         lower_slope: under a ReLU that crosses, of the joint bounds.
 
@@ -67,7 +70,8 @@ def joint_decision(
         method with `rounding="nearest"`.
 
     Raises:
-        TypeError, ValueError: as `bnncert.certify.decision` and `bnncert.bounds.mean_bound`.
+        TypeError, ValueError: as `bnncert.certify.decision` and `bnncert.bounds.mean_bound`; for
+            probabilities.
 
     Cost: `decision`, and three times as much again. Memory: one sample's linear bounds, and S C
     numbers.
@@ -79,11 +83,16 @@ def joint_decision(
         >>> int(found.predicted), bool(found.robust), f"{float(found.margins[1]):.2f}"
         (0, True, '0.61')
     """
+    if outputs == "probabilities":
+        raise ValueError(
+            'outputs="probabilities": joint bounds are of a softmax of logits. Return what comes '
+            "before it, or use bnncert.certify.decision."
+        )
     check_region(x_set)
     if x is not None:
         x, x_set = nominal_input(x, x_set)
     alone = decision(apply, samples, x_set, x=x, method=method, rounding="nearest")
-    c = alone.predicted
+    apply, c = classifier(apply, outputs), alone.predicted
     box_of = margin_bounds(apply, method)
     boxes = jax.lax.map(lambda params: box_of(params, x_set, c), samples)
     mean = mean_bound(partial(difference_below, apply), method, lower_slope=lower_slope)

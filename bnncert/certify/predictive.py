@@ -24,13 +24,15 @@ way by (400 + 8 C + 4 S) u in all, a probability by half of it: `rounding_slack`
 is then that the float32 predictor, evaluated in any order, chooses the class
 (`bnncert.bounds.arithmetic`).
 
+Outputs that are probabilities already (`bnncert.outputs`) are bounded as they are, p_c - p_j as one
+function of the input; of them the predictor computes the mean alone, and gives way by no more.
+
 Source: Wicker et al., AISTATS 2021, section 6 (the predictive); differences of probabilities in
 place of a confidence above 1/2, which certifies far less on hard data.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
@@ -38,7 +40,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from bnncert.bounds import bound
 from bnncert.bounds.margins import all_margin_bounds, margin_bounds
+from bnncert.outputs import classifier, look_at_ending, normalised, probabilities
+from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import Box, Set, check_set, empty_unless, holds, is_concrete, is_set
 from bnncert.types import Apply, Params, Samples
 
@@ -75,6 +80,7 @@ def decision(
     x_set: Set,
     *,
     x: Float[Array, "..."] | None = None,
+    outputs: str = "logits",
     method: str = "crown-ibp",
     rounding: str = "outward",
     batch_size: int | None = None,
@@ -82,11 +88,14 @@ def decision(
     """Certifies the decision of the posterior predictive over a set of inputs.
 
     Args:
-        apply: `(params, x) -> logits (C,)` for one example.
+        apply: `(params, x) -> logits (C,)` for one example; one logit for two classes.
         samples: the deployed weights, stacked: every leaf has a leading axis S.
         x_set: a `Box` or an `LpBall` of inputs, for one example; `jax.vmap` for a batch.
         x: the nominal input, where the predicted class is read off; it must lie in the set. The
             set's center by default (that of a *clipped* ball is not the image it was made of).
+        outputs: what apply returns: "logits", of which the predictor averages the softmax, one
+            logit z for two classes being (0, z); or "probabilities", in [0, 1] and of sum 1 on the
+            whole set, which it averages as they are, one q being (1 - q, q).
         method: of the bounds, as for `bnncert.bound`.
         rounding: "outward" covers the rounding of network, predictor and bounds; "nearest" speaks
             of real arithmetic, and knows every operation (as for `bnncert.bound`).
@@ -97,10 +106,11 @@ def decision(
         proved: `robust` is False.
 
     Raises:
-        TypeError: x_set is not a set.
+        TypeError: x_set is not a set; samples are a posterior, not weights.
         ValueError: no samples, or leaves that disagree on their number; an x outside the set, where
-            both are known; outputs that are not logits (C,) of at least two classes; as
-            `bnncert.bound`.
+            both are known; outputs that are not as said (of such that are traced nothing is
+            certified); with "outward", outputs of a dtype so coarse that nothing can be certified;
+            as `bnncert.bound`.
 
     Cost: S evaluations and S bounds of the C margins. Memory: `batch_size` times one bound (under
     `vmap` times its batch), and S C numbers.
@@ -115,23 +125,21 @@ def decision(
     """
     _check(samples, x_set, batch_size)
     nominal, x_set = nominal_input(x, x_set)
-    average = _sweep(
-        lambda w: jax.nn.softmax(checked_logits(apply, w, nominal)), samples, batch_size
-    ).mean(0)
+    look_at_ending(apply, outputs, samples, nominal)
+    network = classifier(apply, outputs)
+    each = _sweep(lambda w: network(w, nominal), samples, batch_size)
+    valid = normalised(each, outputs)
+    average = probabilities(each, outputs).mean(0)
     predicted = jnp.argmax(average)
     classes = average.shape[0]
 
-    bounded = margin_bounds(apply, method, rounding=rounding)
-
-    def certify(params: Params) -> tuple[Array, Box]:
-        box = bounded(params, x_set, predicted)
-        return least_differences(box), probability_box(box)
-
-    differences, probabilities = _sweep(certify, samples, batch_size)
+    bounded = class_bounds(network, outputs, method, rounding)
+    differences, around = _sweep(lambda w: bounded(w, x_set, predicted), samples, batch_size)
     slack = rounding_slack(rounding, average, num_samples(samples))
-    lower = jnp.where(jnp.arange(classes) == predicted, 0.0, differences.mean(0) - slack)
+    least = jnp.where(valid, differences.mean(0) - slack, -1.0)
+    lower = jnp.where(jnp.arange(classes) == predicted, 0.0, least)
     robust = jnp.all((lower > 0) | (jnp.arange(classes) == predicted))
-    probability = _mean(probabilities, slack)
+    probability = _mean(around, slack, valid)
     arithmetic = "real" if rounding == "nearest" else str(average.dtype)
     return Decision(predicted, robust, lower, probability, jnp.ones(()), arithmetic)
 
@@ -141,6 +149,7 @@ def predictive(
     samples: Samples,
     x_set: Set,
     *,
+    outputs: str = "logits",
     method: str = "crown-ibp",
     rounding: str = "outward",
     batch_size: int | None = None,
@@ -151,6 +160,7 @@ def predictive(
         apply: `(params, x) -> logits (C,)` for one example.
         samples: the deployed weights, stacked: every leaf has a leading axis S.
         x_set: a `Box` or an `LpBall` of inputs, for one example; `jax.vmap` for a batch.
+        outputs: "logits" or "probabilities", as for `decision`.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.bound`.
         batch_size: samples at once; one by default.
@@ -162,7 +172,7 @@ def predictive(
     Raises:
         TypeError, ValueError: as `decision`.
 
-    Cost: S bounds of C (C - 1) / 2 margins; `decision` bounds C.
+    Cost: S bounds of C (C - 1) / 2 margins; `decision` bounds C. Of probabilities: S bounds of C.
 
     Example:
         >>> import jax.numpy as jnp
@@ -173,21 +183,29 @@ def predictive(
     """
     _check(samples, x_set, batch_size)
 
-    bounded = all_margin_bounds(partial(checked_logits, apply), method, rounding=rounding)
+    look_at_ending(apply, outputs, samples, x_set.center)
+    network, valid = classifier(apply, outputs), jnp.asarray(True)
+    if outputs == "probabilities":
+        each = _sweep(lambda w: network(w, x_set.center), samples, batch_size)
+        valid, bounded = normalised(each, outputs), bound(network, method, rounding=rounding)
+    else:
+        margins = all_margin_bounds(network, method, rounding=rounding)
 
-    def certify(params: Params) -> Box:
-        return jax.vmap(probability_box)(bounded(params, x_set))
+        def bounded(params: Params, region: Set) -> Box:
+            return jax.vmap(probability_box)(margins(params, region))
 
-    boxes = _sweep(certify, samples, batch_size)
-    return _mean(boxes, rounding_slack(rounding, boxes.lower[0], num_samples(samples)))
+    boxes = _sweep(lambda w: bounded(w, x_set), samples, batch_size)
+    return _mean(boxes, rounding_slack(rounding, boxes.lower[0], num_samples(samples)), valid)
 
 
 def num_samples(samples: Samples) -> int:
     """The number S of stacked weights.
 
     Raises:
+        TypeError: a posterior in their place.
         ValueError: there are none, or the leaves disagree.
     """
+    check_stacked(samples)
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(samples)}
     if len(sizes) != 1 or sizes in ({()}, {(0,)}):
         raise ValueError(
@@ -195,6 +213,51 @@ def num_samples(samples: Samples) -> int:
             "stacked weights (for one network: jax.tree.map(lambda leaf: leaf[None], params))."
         )
     return sizes.pop()[0]
+
+
+def class_bounds(
+    network: Apply, outputs: str, method: str, rounding: str
+) -> Callable[[Params, Set, Array], tuple[Float[Array, " classes"], Box]]:
+    """Bounds on what one network says of a class over a set.
+
+    Args:
+        network: as `bnncert.outputs.classifier` returns it.
+        outputs: of `decision`.
+        method: as for `bnncert.bound`.
+        rounding: as for `bnncert.bound`.
+
+    Returns:
+        `(params, x_set, c) -> (least p_c - p_j for each j, a Box around p_c)`, inside [-1, 1] and
+        [0, 1].
+    """
+    if outputs == "logits":
+        margins = margin_bounds(network, method, rounding=rounding)
+
+        def found(params: Params, region: Set, c: Array) -> tuple[Array, Box]:
+            box = margins(params, region, c)
+            return least_differences(box), probability_box(box)
+    else:
+
+        def rows(params: Params, x: Array, c: Array) -> Array:
+            p = network(params, x)
+            unit = jnp.eye(p.size, dtype=p.dtype)
+            return jnp.concatenate([unit[c] - unit, unit[c][None]]) @ p
+
+        rows_bounded = bound(rows, method, rounding=rounding)
+
+        def found(params: Params, region: Set, c: Array) -> tuple[Array, Box]:
+            box = rows_bounded(params, region, c)
+            # Where a bound overflowed, what probabilities are in any case.
+            lower = jnp.where(jnp.isnan(box.lower), -1.0, box.lower)
+            upper = jnp.where(jnp.isnan(box.upper), 1.0, box.upper)
+            return lower[:-1], Box(lower[-1], upper[-1])
+
+    def bounded(params: Params, region: Set, c: Array) -> tuple[Array, Box]:
+        least, around = found(params, region, c)
+        # Computed ends may leave these intervals by a rounding error; the true ones do not.
+        return jnp.clip(least, -1.0, 1.0), jax.tree.map(lambda end: jnp.clip(end, 0.0, 1.0), around)
+
+    return bounded
 
 
 def least_differences(margins: Box) -> Float[Array, " classes"]:
@@ -226,10 +289,24 @@ def rounding_slack(rounding: str, probabilities: Array, count: int) -> float:
         rounding: "outward" or "nearest" (0).
         probabilities: an array of their dtype whose first axis counts the classes.
         count: networks averaged.
+
+    Raises:
+        ValueError: it would be 1 or more, which no difference of two probabilities exceeds.
     """
+    if rounding == "nearest":
+        return 0.0
     unit = 0.5 * float(jnp.finfo(probabilities.dtype).eps)
     classes = probabilities.shape[0]
-    return 0.0 if rounding == "nearest" else (400 + 8 * classes + 4 * count) * unit
+    slack = (400 + 8 * classes + 4 * count) * unit
+    if slack >= 1:
+        raise ValueError(
+            f"outputs of dtype {probabilities.dtype}: with {classes} classes and {count} networks "
+            f"rounding may move a probability by more than {slack:.2f}, so that nothing can "
+            "certify a decision. Return float32 outputs (the last layer in float32, or "
+            'apply(params, x).astype(jnp.float32)), or ask for rounding="nearest", which speaks '
+            "of real arithmetic."
+        )
+    return slack
 
 
 def nominal_input(x: Array | None, x_set: Set) -> tuple[Array, Set]:
@@ -267,17 +344,6 @@ def check_region(x_set: Set) -> None:
     check_set(x_set, "x_set")
 
 
-def checked_logits(apply: Apply, params: Params, x: Array) -> Float[Array, " classes"]:
-    """`apply(params, x)`; raises ValueError unless it has shape (C,), C >= 2."""
-    logits = apply(params, x)
-    if logits.ndim != 1 or logits.shape[0] < 2:
-        raise ValueError(
-            f"apply returned shape {logits.shape} for one example; it must return logits (C,) of "
-            "C >= 2 classes. x is one example, without a batch axis."
-        )
-    return logits
-
-
 def _check(samples: Samples, x_set: Set, batch_size: int | None) -> None:
     num_samples(samples)
     check_region(x_set)
@@ -289,7 +355,9 @@ def _sweep(one: Callable[[Params], Any], samples: Samples, batch_size: int | Non
     return jax.lax.map(one, samples, batch_size=batch_size)
 
 
-def _mean(boxes: Box, slack: float) -> Box:
-    """Of probabilities over samples; none is negative."""
+def _mean(boxes: Box, slack: float, valid: Any) -> Box:
+    """Of probabilities over samples; none is negative, and nothing is known where not valid."""
     lower, upper = boxes.lower.mean(0) - 0.5 * slack, boxes.upper.mean(0) + 0.5 * slack
-    return Box(jnp.maximum(lower, 0.0), upper)
+    return Box(
+        jnp.where(valid, jnp.maximum(lower, 0.0), -jnp.inf), jnp.where(valid, upper, jnp.inf)
+    )

@@ -27,6 +27,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from bnncert.attack import AttackResult, pgd, transfer
 from bnncert.certify.predictive import Decision, decision
 from bnncert.certify.sampling import statistical
+from bnncert.outputs import logits_of, look_at_ending
+from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import Set, ball, check_radius
 from bnncert.types import Apply, Key, Posterior, Samples
 
@@ -70,6 +72,7 @@ def radius(
     steps: int = 8,
     p: float | int = jnp.inf,
     clip: tuple[float, float] | None = None,
+    outputs: str = "logits",
     method: str = "crown-ibp",
     rounding: str = "outward",
     batch_size: int | None = None,
@@ -84,6 +87,7 @@ def radius(
         steps: of the bisection; the radius is a multiple of largest / 2^steps.
         p: of the norm: inf, 2 or 1.
         clip: the range of inputs, for p = inf.
+        outputs: "logits" or "probabilities", as for `bnncert.certify.decision`.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.certify.decision`.
         batch_size: as for `bnncert.certify.decision`.
@@ -107,8 +111,9 @@ def radius(
 
     def certify(region: Set) -> Decision:
         return decision(
-            apply, samples, region, x=x, method=method, rounding=rounding, batch_size=batch_size
-        )
+            apply, samples, region, x=x, outputs=outputs, method=method, rounding=rounding,
+            batch_size=batch_size,
+        )  # fmt: skip
 
     return _bisected(certify, x, largest, steps, p, clip)
 
@@ -138,7 +143,7 @@ def statistical_radius(
         steps: as for `radius`; the slack grows with the logarithm of 2^steps.
         p: as for `radius`.
         clip: as for `radius`.
-        options: of `bnncert.certify.statistical`: delta, num_points, method and others.
+        options: of `bnncert.certify.statistical`: delta, num_points, outputs and others.
 
     Returns:
         A `CertifiedRadius`.
@@ -180,6 +185,7 @@ def attacked_radius(
     steps: int = 8,
     p: float | int = jnp.inf,
     clip: tuple[float, float] | None = None,
+    outputs: str = "logits",
     attack: Callable[..., AttackResult] = pgd,
     **options: Any,
 ) -> AttackedRadius:
@@ -195,6 +201,8 @@ def attacked_radius(
         steps: of the bisection.
         p: of the norm, as for the attack.
         clip: the range of inputs.
+        outputs: "logits" or "probabilities", as for `radius`; the attack is given logits of the
+            same predictor.
         attack: called as `attack(key, apply, samples, x, y, eps, p=, clip=, **options)`.
         options: of the attack.
 
@@ -215,6 +223,9 @@ def attacked_radius(
     """
     _check(largest, steps)
     x = jnp.asarray(x)
+    check_stacked(samples)
+    look_at_ending(apply, outputs, samples, x)
+    apply = logits_of(apply, outputs)
     clean = transfer(apply, samples, x[None], y)
 
     def step(i: Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, ...]:

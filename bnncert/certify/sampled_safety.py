@@ -26,8 +26,9 @@ from jaxtyping import Array, Int
 from bnncert.bounds import bound
 from bnncert.bounds.margins import margin_bounds
 from bnncert.certify import confidence
-from bnncert.certify.predictive import check_region, checked_logits
+from bnncert.certify.predictive import check_region
 from bnncert.certify.sampling import check_posterior, over_draws
+from bnncert.outputs import classifier
 from bnncert.posterior.leaves import draw_keys
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Key, Params, Posterior
@@ -138,6 +139,7 @@ def proves_class(
     x_set: Set,
     label: Int[Array, ""] | int,
     *,
+    outputs: str = "logits",
     method: str = "crown-ibp",
     rounding: str = "outward",
 ) -> Callable[[Params], Array]:
@@ -147,6 +149,8 @@ def proves_class(
         apply: `(params, x) -> logits (C,)` for one example.
         x_set: a `Box` or an `LpBall` of inputs, for one example.
         label: the class.
+        outputs: what apply returns, "logits" or "probabilities": of one number, which class it
+            speaks for (`bnncert.certify.decision`); of C, the largest is chosen of either.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.bound`.
 
@@ -159,10 +163,11 @@ def proves_class(
     Cost: a call bounds C margins.
     """
     check_region(x_set)
-    bounded = margin_bounds(apply, method, rounding=rounding)
+    network = classifier(apply, outputs)
+    bounded = margin_bounds(network, method, rounding=rounding)
 
     def predicate(params: Params) -> Array:
-        classes = jax.eval_shape(lambda s: checked_logits(apply, params, s.center), x_set).shape[0]
+        classes = jax.eval_shape(lambda s: network(params, s.center), x_set).shape[0]
         margins = bounded(params, x_set, jnp.asarray(label))
         return jnp.all((margins.upper < 0) | (jnp.arange(classes) == label))
 

@@ -33,17 +33,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bnncert.bounds.margins import margin_bounds
 from bnncert.certify import confidence
 from bnncert.certify.predictive import (
     Decision,
     check_region,
-    checked_logits,
-    least_differences,
+    class_bounds,
     nominal_input,
-    probability_box,
     rounding_slack,
 )
+from bnncert.outputs import classifier, look_at_ending, normalised, probabilities
 from bnncert.posterior import Mixture, Samples
 from bnncert.posterior.leaves import draw_keys
 from bnncert.sets import Box, Set
@@ -62,6 +60,7 @@ def statistical(
     num_points: int = 1,
     num_stages: int = 1,
     num_pilot: int = 100,
+    outputs: str = "logits",
     method: str = "crown-ibp",
     rounding: str = "outward",
     inequality: str = "best",
@@ -83,6 +82,8 @@ def statistical(
         num_stages: how many certificates are tried on a point, whose best is kept: of a cascade, or
             the radii that a bisection chooses from (`bnncert.certify.statistical_radius`).
         num_pilot: further draws, which choose the class.
+        outputs: "logits" or "probabilities", as for `decision`; that draws are normalised is looked
+            at in the further ones.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `decision`.
         inequality: "best", "hoeffding" or "bernstein".
@@ -123,22 +124,18 @@ def statistical(
             raise ValueError(f"{name} = {value}: it must be at least 1.")
     pilot, main = jax.random.split(key)
     nominal, x_set = nominal_input(x, x_set)
-    average = over_draws(
-        lambda w: jax.nn.softmax(checked_logits(apply, w, nominal)),
-        posterior,
-        draw_keys(pilot, num_pilot),
-        batch_size,
-    ).mean(0)
+    look_at_ending(apply, outputs, jax.eval_shape(lambda: posterior.sample(key, 1)), nominal)
+    network = classifier(apply, outputs)
+    further = draw_keys(pilot, num_pilot)
+    each = over_draws(lambda w: network(w, nominal), posterior, further, batch_size)
+    valid = normalised(each, outputs)
+    average = probabilities(each, outputs).mean(0)
     predicted, classes = jnp.argmax(average), average.shape[0]
-    bounded = margin_bounds(apply, method, rounding=rounding)
+    bounded = class_bounds(network, outputs, method, rounding)
 
     def certify(params: Params) -> tuple[Array, Array, Array]:
-        margins = bounded(params, x_set, predicted)
-        around = probability_box(margins)
-        # Computed ends may leave the interval that the inequalities know by a rounding error; the
-        # true ones do not.
-        least = jnp.clip(least_differences(margins), -1.0, 1.0)
-        return least, jnp.clip(around.lower, 0.0, 1.0), jnp.clip(around.upper, 0.0, 1.0)
+        least, around = bounded(params, x_set, predicted)
+        return least, around.lower, around.upper
 
     draws = over_draws(certify, posterior, draw_keys(main, num_samples), batch_size)
     share = delta / (num_points * num_stages * (classes + 1))
@@ -149,11 +146,11 @@ def statistical(
     ]
     error = rounding_slack(rounding, average, num_samples)
     itself = jnp.arange(classes) == predicted
-    margins = jnp.where(itself, 0.0, draws[0].mean(0) - slacks[0] - error)
-    probability = Box(
-        jnp.maximum(draws[1].mean(0) - slacks[1] - 0.5 * error, 0.0),
-        draws[2].mean(0) + slacks[2] + 0.5 * error,
-    )
+    least = jnp.where(valid, draws[0].mean(0) - slacks[0] - error, -1.0)
+    margins = jnp.where(itself, 0.0, least)
+    lower = jnp.maximum(draws[1].mean(0) - slacks[1] - 0.5 * error, 0.0)
+    upper = draws[2].mean(0) + slacks[2] + 0.5 * error
+    probability = Box(jnp.where(valid, lower, -jnp.inf), jnp.where(valid, upper, jnp.inf))
     arithmetic = "real" if rounding == "nearest" else str(average.dtype)
     robust = jnp.all((margins > 0) | itself)
     return Decision(predicted, robust, margins, probability, jnp.asarray(stated(delta)), arithmetic)

@@ -44,6 +44,7 @@ from jaxtyping import Array, Float
 
 from bnncert.bounds import bound
 from bnncert.certify.predictive import check_region, num_samples, predictive
+from bnncert.outputs import tolerance
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Params, Samples
 
@@ -82,6 +83,7 @@ def uncertainty(
     samples: Samples,
     x_set: Set,
     *,
+    outputs: str = "logits",
     method: str = "crown-ibp",
     rounding: str = "outward",
     batch_size: int | None = None,
@@ -92,6 +94,7 @@ def uncertainty(
         apply: `(params, x) -> logits (C,)` for one example.
         samples: the deployed weights, stacked: every leaf has a leading axis S.
         x_set: a `Box` or an `LpBall` of inputs, for one example; `jax.vmap` for a batch.
+        outputs: "logits" or "probabilities", as for `bnncert.certify.decision`.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.certify.decision`.
         batch_size: as for `bnncert.certify.decision`.
@@ -112,12 +115,15 @@ def uncertainty(
         >>> f"{float(found.confidence.upper):.3f}", f"{float(found.entropy.lower):.3f}"
         ('0.550', '0.683')
     """
-    box = _on_the_simplex(
-        predictive(apply, samples, x_set, method=method, rounding=rounding, batch_size=batch_size)
-    )
+    options = {"method": method, "rounding": rounding, "batch_size": batch_size}
+    box = predictive(apply, samples, x_set, outputs=outputs, **options)
+    classes, dtype = box.lower.size, box.lower.dtype
+    # By how much what apply returns may fail to add up to 1.
+    given = tolerance(classes, dtype) if outputs == "probabilities" else 0.0
+    box = _on_the_simplex(box, given)
     # The maximum over the classes: of some class it is at least 1 / C.
-    least = jnp.maximum(box.lower.max(), (1 - _unit(box) * 8) / box.lower.size)
-    return Uncertainty(box, Box(least, box.upper.max()), _entropy(box))
+    least = jnp.maximum(box.lower.max(), (1 - given - _unit(box) * 8) / classes)
+    return Uncertainty(box, Box(least, box.upper.max()), _entropy(box, given))
 
 
 def mean_and_variance(
@@ -179,18 +185,18 @@ def mean_and_variance(
     return Moments(mean, Box(jnp.maximum(least, 0.0), most * (1 + share) + tiny))
 
 
-def _on_the_simplex(box: Box) -> Box:
-    """The box without what cannot add up to 1."""
-    error = _error(box)
+def _on_the_simplex(box: Box, given: float = 0.0) -> Box:
+    """The box without what cannot add up to 1, but for an error that is given."""
+    error = _error(box) + given
     below, above = box.lower.sum() - box.lower, box.upper.sum() - box.upper
     lower = jnp.maximum(box.lower, jnp.minimum(1 - above - error, box.upper))
     upper = jnp.minimum(box.upper, jnp.maximum(1 - below + error, box.lower))
     return Box(jnp.clip(lower, 0.0, 1.0), jnp.clip(upper, 0.0, 1.0))
 
 
-def _entropy(box: Box) -> Box:
-    """Over the box and the simplex, in nats."""
-    error, dtype = _error(box), box.lower.dtype
+def _entropy(box: Box, given: float = 0.0) -> Box:
+    """Over the box and the simplex, in nats; an error of the sums to 1 may be given."""
+    error, dtype = _error(box) + given, box.lower.dtype
 
     def dual(mu: Array) -> Array:
         ends = (_h(v) - mu * v for v in (box.lower, box.upper))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bnncert import prior as priors
-from bnncert.types import Key, Params
+from bnncert.types import Key, Params, Posterior
 
 
 def flatten(params: Params, names: Sequence[str]) -> Float[Array, " size"]:
@@ -41,6 +41,22 @@ def unflatten(
 def draw_keys(key: Key, n: int) -> Array:
     """One key a draw; the first m of n are the m of the same key, unlike those of a split."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
+
+
+def check_stacked(samples: Any) -> None:
+    """Raise if a posterior stands where stacked weights are wanted.
+
+    Raises:
+        TypeError: naming it, and how to get weights from it.
+    """
+    if isinstance(samples, Posterior):
+        name = type(samples).__name__
+        way = (
+            "its members: samples.params" if name == "Samples" else "draws: samples.sample(key, n)"
+        )
+        raise TypeError(
+            f"samples is a {name}, a posterior, where stacked weights are wanted: give {way}."
+        )
 
 
 def check_count(n: int) -> None:

@@ -354,7 +354,7 @@ def unchecked():
         ({"y": jnp.zeros(2, int)}, ValueError, r"y has shape \(2,\)"),
         ({"samples": {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}}, ValueError, "must be stacked"),
         ({"samples": {"w": jnp.zeros(())}}, ValueError, "must be stacked"),
-        ({"apply": lambda params, x: params["b"].sum()}, ValueError, r"apply returned shape \(\)"),
+        ({"apply": lambda params, x: mlp(params, x)[None]}, ValueError, r"returned shape \(1, 3\)"),
     ],
 )
 def test_bad_arguments_are_named(samples, unchecked, change, error, message):

@@ -274,16 +274,15 @@ def test_errors_name_the_fault():
 
 
 def test_a_model_that_returns_no_logits_of_one_example_is_not_certified():
-    """A batch axis too many, or a single class, would make every input robust."""
+    """A batch axis too many would make every input robust; one number is of two classes."""
     samples, box = network(jax.random.key(2), 2), ball(XS[0], 10.0)
-    for wrong in (
-        lambda w, x: mlp(w, x)[None],
-        lambda w, x: mlp(w, x)[:1],
-        lambda w, x: mlp(w, x)[0],
-    ):
-        for certify in (decision, predictive):
+    for certify in (decision, predictive):
+        for wrong in (lambda w, x: mlp(w, x)[None], lambda w, x: mlp(w, x)[:0]):
             with pytest.raises(ValueError, match=r"logits \(C,\)"):
                 certify(wrong, samples, box)
+    for one in (lambda w, x: mlp(w, x)[:1], lambda w, x: mlp(w, x)[0]):
+        found = decision(one, samples, box, method="ibp")
+        assert found.margins.shape == (2,) and not found.robust
 
 
 # --- JAX ------------------------------------------------------------------------------------------
