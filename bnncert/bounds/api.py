@@ -20,7 +20,7 @@ Sources: Gowal et al. 2018 (IBP); Zhang et al., ICLR 2020 (CROWN-IBP); Zhang et 
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,8 @@ from bnncert.sets import Box, unbounded_unless
 METHODS = ("ibp", "forward", "crown-ibp", "crown", "alpha-crown")
 LINEAR_METHODS = ("crown-ibp", "crown")
 ROUNDINGS = ("nearest", "outward")
+Rounding: TypeAlias = str | Arithmetic
+"""One of `ROUNDINGS`, or the arithmetic that "outward" stands for."""
 DEFAULT_BATCH_SIZE = 128
 """Rows of a backward pass at once; `vmap` multiplies it by its own batch."""
 
@@ -79,7 +81,7 @@ def bound(
     f: Callable[..., PyTree],
     method: str = "crown-ibp",
     *,
-    rounding: str = "nearest",
+    rounding: Rounding = "nearest",
     batch_size: int = DEFAULT_BATCH_SIZE,
     lower_slope: str = "adaptive",
     steps: int = DEFAULT_STEPS,
@@ -142,20 +144,20 @@ def bound(
         [0.5, 2.0]
     """
     _check("method", method, METHODS)
-    _check("rounding", rounding, ROUNDINGS)
     _check("lower_slope", lower_slope, relaxations.LOWER_SLOPES)
     _check_positive("batch_size", batch_size, "at least one row must be swept at once")
     _check_positive("steps", steps, "alpha-crown takes at least one step")
-    arithmetic = _arithmetic(rounding, unit_roundoff)
+    arithmetic = arithmetic_of(rounding, unit_roundoff)
     options = Options(batch_size, lower_slope, unstable_only, arithmetic)
     return _bounded(f, method, options, steps)
 
 
-def margin_bound(f: Callable[..., PyTree], method: str, rounding: str) -> Callable[..., PyTree]:
+def margin_bound(
+    f: Callable[..., PyTree], method: str, rounding: Rounding
+) -> Callable[..., PyTree]:
     """`bound` of margins f_k - f_c: merged with the last layer whatever that costs."""
     _check("method", method, METHODS)
-    _check("rounding", rounding, ROUNDINGS)
-    arithmetic = _arithmetic(rounding, None)
+    arithmetic = arithmetic_of(rounding, None)
     options = Options(DEFAULT_BATCH_SIZE, arithmetic=arithmetic, margins=True)
     return _bounded(f, method, options, DEFAULT_STEPS)
 
@@ -174,7 +176,7 @@ def linear_bounds(
     f: Callable[..., PyTree],
     method: str = "crown",
     *,
-    rounding: str = "nearest",
+    rounding: Rounding = "nearest",
     batch_size: int = DEFAULT_BATCH_SIZE,
     lower_slope: str = "adaptive",
 ) -> Callable[..., PyTree]:
@@ -210,10 +212,9 @@ def linear_bounds(
         (3.0, 1.0)
     """
     _check("method", method, LINEAR_METHODS)
-    _check("rounding", rounding, ROUNDINGS)
     _check("lower_slope", lower_slope, relaxations.LOWER_SLOPES)
     _check_positive("batch_size", batch_size, "at least one row must be swept at once")
-    arithmetic = _arithmetic(rounding, None)
+    arithmetic = arithmetic_of(rounding, None)
 
     @wraps(f)
     def linear(*args: Any, **kwargs: Any) -> PyTree:
@@ -340,7 +341,15 @@ def _by_argument(graph: Graph, parts: list[Array]) -> PyTree:
     return (*args, kwargs) if kwargs else args
 
 
-def _arithmetic(rounding: str, unit_roundoff: float | None) -> Arithmetic | None:
+def arithmetic_of(rounding: Rounding, unit_roundoff: float | None) -> Arithmetic | None:
+    """The arithmetic that bounds are to hold in; None: real arithmetic.
+
+    Raises:
+        ValueError: an unknown rounding, or a unit roundoff that is none, or goes with "nearest".
+    """
+    if isinstance(rounding, Arithmetic):
+        return rounding
+    _check("rounding", rounding, ROUNDINGS)
     if rounding == "nearest":
         if unit_roundoff is not None:
             raise ValueError(
@@ -353,6 +362,11 @@ def _arithmetic(rounding: str, unit_roundoff: float | None) -> Arithmetic | None
             f"unit_roundoff = {unit_roundoff}: give a number in (0, 0.5), e.g. 2**-24."
         )
     return Arithmetic(unit_roundoff)
+
+
+def resolved(rounding: Rounding, unit_roundoff: float | None) -> Rounding:
+    """A rounding that has the unit roundoff in it, for functions that hand it on."""
+    return arithmetic_of(rounding, unit_roundoff) or "nearest"
 
 
 def _check(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from bnncert.bounds.api import margin_bound
+from bnncert.bounds.api import Rounding, margin_bound
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Params
 
@@ -29,7 +29,7 @@ _MOST_CLASSES_BY_PAIRS = 32
 
 
 def margin_bounds(
-    apply: Apply, method: str = "crown-ibp", *, rounding: str = "nearest"
+    apply: Apply, method: str = "crown-ibp", *, rounding: Rounding = "nearest"
 ) -> Callable[[Params, Set, Int[Array, ""]], Box]:
     """Bounds on the margins f_k - f_c against one class.
 
@@ -64,7 +64,7 @@ def margin_bounds(
 
 
 def all_margin_bounds(
-    apply: Apply, method: str = "crown-ibp", *, rounding: str = "nearest"
+    apply: Apply, method: str = "crown-ibp", *, rounding: Rounding = "nearest"
 ) -> Callable[[Params, Set], Box]:
     """Bounds on the margins against every class.
 
@@ -88,7 +88,7 @@ def all_margin_bounds(
 
 
 def _pairs(
-    apply: Apply, method: str, rounding: str
+    apply: Apply, method: str, rounding: Rounding
 ) -> Callable[[Params, Set], tuple[Array, Array, Int[Array, "classes classes"]]]:
     """Flat lower and upper bounds, and where the margin [c, k] stands among them."""
 

@@ -48,6 +48,7 @@ def cascade(
     methods: Sequence[str] = ("ibp", "crown-ibp", "crown"),
     wanted: Bool[np.ndarray, " points"] | None = None,
     rounding: str = "outward",
+    unit_roundoff: float | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Cascade:
@@ -64,6 +65,7 @@ def cascade(
         wanted: points to certify at all, e.g. those that are classified correctly, which only the
             first method then sees; all by default.
         rounding: as for `decision`; "joint" is always in real arithmetic.
+        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
         batch_size: points at once; the last batch is filled up.
         progress: shows a bar for each method.
 
@@ -108,7 +110,9 @@ def cascade(
     for place, method in enumerate(methods):
         if not len(open_points):
             break
-        one = jax.jit(jax.vmap(stage_of(apply, method, rounding, outputs), (None, 0, 0)))
+        one = jax.jit(
+            jax.vmap(stage_of(apply, method, rounding, outputs, unit_roundoff), (None, 0, 0))
+        )
         with tqdm(total=len(open_points), desc=method, unit="point", disable=not progress) as bar:
             for start in range(0, len(open_points), batch_size):
                 rows = open_points[start : start + batch_size]
@@ -139,7 +143,11 @@ def _check_points(x_sets: Set, inputs: Array) -> None:
 
 
 def stage_of(
-    apply: Apply, method: str, rounding: str = "outward", outputs: str = "logits"
+    apply: Apply,
+    method: str,
+    rounding: str = "outward",
+    outputs: str = "logits",
+    unit_roundoff: float | None = None,
 ) -> Callable[..., Decision]:
     """`(samples, x_set, x) -> Decision` by one method of a cascade, for one point."""
 
@@ -147,8 +155,9 @@ def stage_of(
         if method == "joint":
             return joint_decision(apply, samples, x_set, x=x, outputs=outputs)
         return decision(
-            apply, samples, x_set, x=x, outputs=outputs, method=method, rounding=rounding
-        )
+            apply, samples, x_set, x=x, outputs=outputs, method=method, rounding=rounding,
+            unit_roundoff=unit_roundoff,
+        )  # fmt: skip
 
     return certify
 

@@ -19,6 +19,7 @@ from numpy import ndarray
 from bnncert import prior as priors
 from bnncert.attack import pgd
 from bnncert.bounds import bound
+from bnncert.bounds.api import Rounding
 from bnncert.certify.boxes import Claim
 from bnncert.posterior.leaves import unflatten
 from bnncert.sets import Box, LpBall
@@ -43,7 +44,7 @@ class Task(NamedTuple):
     apply: Apply
     names: tuple[str, ...]
     method: str
-    rounding: str
+    rounding: Rounding
 
 
 class Data(NamedTuple):

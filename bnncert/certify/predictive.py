@@ -41,7 +41,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bnncert.bounds import bound
+from bnncert.bounds.api import Rounding, resolved
+from bnncert.bounds.arithmetic import Arithmetic
 from bnncert.bounds.margins import all_margin_bounds, margin_bounds
+from bnncert.bounds.precision import asked_of
 from bnncert.outputs import classifier, look_at_ending, normalised, probabilities
 from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import Box, Set, check_set, empty_unless, holds, is_concrete, is_set
@@ -62,7 +65,10 @@ class Decision:
         confidence: 1.0: a proof about the deployed samples; 1 - delta where it is a statement about
             a continuous posterior, from draws of it (`bnncert.certify.statistical`).
         arithmetic: what is proved is proved of the predictor in "float32" (or the dtype of its
-            outputs), by `rounding="outward"`; in "real" arithmetic only, by "nearest".
+            outputs), by `rounding="outward"`; in "tensorfloat32" or "bfloat16" where the factors of
+            its matrix products are rounded to that (`bnncert.bounds.precision`); in "unit roundoff
+            u", where that was given; in "real" arithmetic, up to the rounding of the bounds
+            themselves, by "nearest".
     """
 
     # Any, as in `Box`: a batch axis under `vmap`, and transformations put other things here.
@@ -83,6 +89,7 @@ def decision(
     outputs: str = "logits",
     method: str = "crown-ibp",
     rounding: str = "outward",
+    unit_roundoff: float | None = None,
     batch_size: int | None = None,
 ) -> Decision:
     """Certifies the decision of the posterior predictive over a set of inputs.
@@ -99,6 +106,7 @@ def decision(
         method: of the bounds, as for `bnncert.bound`.
         rounding: "outward" covers the rounding of network, predictor and bounds; "nearest" speaks
             of real arithmetic, and knows every operation (as for `bnncert.bound`).
+        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
         batch_size: samples at once; one by default, which suits convolutions on a CPU.
 
     Returns:
@@ -133,15 +141,17 @@ def decision(
     predicted = jnp.argmax(average)
     classes = average.shape[0]
 
-    bounded = class_bounds(network, outputs, method, rounding)
+    arithmetic = resolved(rounding, unit_roundoff)
+    bounded = class_bounds(network, outputs, method, arithmetic)
     differences, around = _sweep(lambda w: bounded(w, x_set, predicted), samples, batch_size)
-    slack = rounding_slack(rounding, average, num_samples(samples))
+    slack = rounding_slack(arithmetic, average, num_samples(samples))
     least = jnp.where(valid, differences.mean(0) - slack, -1.0)
     lower = jnp.where(jnp.arange(classes) == predicted, 0.0, least)
     robust = jnp.all((lower > 0) | (jnp.arange(classes) == predicted))
     probability = _mean(around, slack, valid)
-    arithmetic = "real" if rounding == "nearest" else str(average.dtype)
-    return Decision(predicted, robust, lower, probability, jnp.ones(()), arithmetic)
+    first = jax.tree.map(lambda leaf: leaf[0], samples)
+    name = arithmetic_name(arithmetic, average.dtype, network, first, nominal)
+    return Decision(predicted, robust, lower, probability, jnp.ones(()), name)
 
 
 def predictive(
@@ -152,6 +162,7 @@ def predictive(
     outputs: str = "logits",
     method: str = "crown-ibp",
     rounding: str = "outward",
+    unit_roundoff: float | None = None,
     batch_size: int | None = None,
 ) -> Box:
     """Bounds on every class's posterior predictive probability over a set of inputs.
@@ -163,6 +174,7 @@ def predictive(
         outputs: "logits" or "probabilities", as for `decision`.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.bound`.
+        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
         batch_size: samples at once; one by default.
 
     Returns:
@@ -181,21 +193,22 @@ def predictive(
         >>> [round(float(v), 3) for v in box.lower]
         [0.5, 0.5]
     """
+    arithmetic = resolved(rounding, unit_roundoff)
     _check(samples, x_set, batch_size)
 
     look_at_ending(apply, outputs, samples, x_set.center)
     network, valid = classifier(apply, outputs), jnp.asarray(True)
     if outputs == "probabilities":
         each = _sweep(lambda w: network(w, x_set.center), samples, batch_size)
-        valid, bounded = normalised(each, outputs), bound(network, method, rounding=rounding)
+        valid, bounded = normalised(each, outputs), bound(network, method, rounding=arithmetic)
     else:
-        margins = all_margin_bounds(network, method, rounding=rounding)
+        margins = all_margin_bounds(network, method, rounding=arithmetic)
 
         def bounded(params: Params, region: Set) -> Box:
             return jax.vmap(probability_box)(margins(params, region))
 
     boxes = _sweep(lambda w: bounded(w, x_set), samples, batch_size)
-    return _mean(boxes, rounding_slack(rounding, boxes.lower[0], num_samples(samples)), valid)
+    return _mean(boxes, rounding_slack(arithmetic, boxes.lower[0], num_samples(samples)), valid)
 
 
 def num_samples(samples: Samples) -> int:
@@ -216,7 +229,7 @@ def num_samples(samples: Samples) -> int:
 
 
 def class_bounds(
-    network: Apply, outputs: str, method: str, rounding: str
+    network: Apply, outputs: str, method: str, rounding: Rounding
 ) -> Callable[[Params, Set, Array], tuple[Float[Array, " classes"], Box]]:
     """Bounds on what one network says of a class over a set.
 
@@ -240,8 +253,8 @@ def class_bounds(
 
         def rows(params: Params, x: Array, c: Array) -> Array:
             p = network(params, x)
-            unit = jnp.eye(p.size, dtype=p.dtype)
-            return jnp.concatenate([unit[c] - unit, unit[c][None]]) @ p
+            unit = jnp.eye(p.size, dtype=jnp.int8)  # of integers, the difference is exact
+            return jnp.concatenate([unit[c] - unit, unit[c][None]]).astype(p.dtype) @ p
 
         rows_bounded = bound(rows, method, rounding=rounding)
 
@@ -282,11 +295,11 @@ def probability_box(margins: Box) -> Box:
     return Box(jnp.exp(lower), jnp.exp(upper))
 
 
-def rounding_slack(rounding: str, probabilities: Array, count: int) -> float:
+def rounding_slack(rounding: Rounding, probabilities: Array, count: int) -> float:
     """What a difference of two averaged probabilities gives way by, as the module derives.
 
     Args:
-        rounding: "outward" or "nearest" (0).
+        rounding: "outward" or an arithmetic, or "nearest" (0).
         probabilities: an array of their dtype whose first axis counts the classes.
         count: networks averaged.
 
@@ -296,17 +309,44 @@ def rounding_slack(rounding: str, probabilities: Array, count: int) -> float:
     if rounding == "nearest":
         return 0.0
     unit = 0.5 * float(jnp.finfo(probabilities.dtype).eps)
+    if isinstance(rounding, Arithmetic):
+        unit = max(unit, rounding.unit_roundoff or 0.0)
     classes = probabilities.shape[0]
     slack = (400 + 8 * classes + 4 * count) * unit
     if slack >= 1:
         raise ValueError(
-            f"outputs of dtype {probabilities.dtype}: with {classes} classes and {count} networks "
+            f"outputs of dtype {probabilities.dtype}, unit roundoff {unit:g}: with {classes} "
+            f"classes and {count} networks "
             f"rounding may move a probability by more than {slack:.2f}, so that nothing can "
             "certify a decision. Return float32 outputs (the last layer in float32, or "
             'apply(params, x).astype(jnp.float32)), or ask for rounding="nearest", which speaks '
             "of real arithmetic."
         )
     return slack
+
+
+def arithmetic_name(
+    rounding: Rounding, dtype: jnp.dtype, network: Apply, params: Params, x: Array
+) -> str:
+    """In which arithmetic something is proved of a network: `Decision.arithmetic`.
+
+    Args:
+        rounding: "nearest", "outward" or an arithmetic.
+        dtype: of what the network returns.
+        network: `(params, x) -> outputs`.
+        params: of one network.
+        x: one input.
+
+    Returns:
+        "real"; the dtype; "tensorfloat32" or "bfloat16" where factors of matrix products are
+        rounded to that; or the unit roundoff that was given.
+    """
+    if rounding == "nearest":
+        return "real"
+    if isinstance(rounding, Arithmetic) and rounding.unit_roundoff is not None:
+        return f"unit roundoff {rounding.unit_roundoff:g}"
+    asked = asked_of(network, params, x)
+    return str(dtype) if asked == "float32" else str(asked)
 
 
 def nominal_input(x: Array | None, x_set: Set) -> tuple[Array, Set]:

@@ -75,6 +75,7 @@ def radius(
     outputs: str = "logits",
     method: str = "crown-ibp",
     rounding: str = "outward",
+    unit_roundoff: float | None = None,
     batch_size: int | None = None,
 ) -> CertifiedRadius:
     """The certified radius of the posterior predictive's decision at an input: the exact tier.
@@ -90,6 +91,7 @@ def radius(
         outputs: "logits" or "probabilities", as for `bnncert.certify.decision`.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.certify.decision`.
+        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
         batch_size: as for `bnncert.certify.decision`.
 
     Returns:
@@ -112,6 +114,7 @@ def radius(
     def certify(region: Set) -> Decision:
         return decision(
             apply, samples, region, x=x, outputs=outputs, method=method, rounding=rounding,
+            unit_roundoff=unit_roundoff,
             batch_size=batch_size,
         )  # fmt: skip
 

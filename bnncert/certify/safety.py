@@ -32,10 +32,11 @@ from jaxtyping import ArrayLike, Float
 from numpy import ndarray
 
 from bnncert import prior as priors
+from bnncert.bounds.api import resolved
 from bnncert.certify import mass as masses
 from bnncert.certify.boxes import Claim, Gaussian, Proof, search
 from bnncert.certify.claims import Constraints, Data, Task, claim_at
-from bnncert.certify.predictive import check_region
+from bnncert.certify.predictive import arithmetic_name, check_region
 from bnncert.posterior import MeanField
 from bnncert.posterior.leaves import check_structure, flatten, unflatten
 from bnncert.sets import Box, Set
@@ -140,6 +141,7 @@ def safety(
     *,
     method: str = "crown-ibp",
     rounding: str = "outward",
+    unit_roundoff: float | None = None,
     num_boxes: int = 16,
     rounds: int = 3,
     steps: int = 12,
@@ -158,6 +160,7 @@ def safety(
             its numbers are rounded to the weights' dtype first.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.bound`.
+        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
         num_boxes: parts of the space of weights that are examined, >= 1; with the same key, more
             never leave a wider gap between the bounds.
         rounds: of growing a box, with sides by the bound's derivatives after the first, >= 1.
@@ -194,7 +197,8 @@ def safety(
         jnp.asarray(constraints.matrix, dtype), jnp.asarray(constraints.offset, dtype)
     )
     _check_constraints(apply, posterior.loc, x_set, rows)
-    task = Task(apply, names, method, rounding)
+    exactly = resolved(rounding, unit_roundoff)
+    task = Task(apply, names, method, exactly)
     data = Data(posterior.loc, x_set, rows)
     draws = iter(range(2 * num_boxes + 2))
 
@@ -223,7 +227,7 @@ def safety(
         unsafe_boxes,
         np.stack(inputs) if inputs else np.zeros((0, *shape), dtype),
         np.array([p.witness[1] for p in unsafe], int),
-        "real" if rounding == "nearest" else str(dtype),
+        arithmetic_name(exactly, dtype, apply, posterior.loc, x_set.center),
     )
 
 

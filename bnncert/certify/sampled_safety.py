@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from bnncert.bounds import bound
+from bnncert.bounds.api import resolved
 from bnncert.bounds.margins import margin_bounds
 from bnncert.certify import confidence
 from bnncert.certify.predictive import check_region
@@ -142,6 +143,7 @@ def proves_class(
     outputs: str = "logits",
     method: str = "crown-ibp",
     rounding: str = "outward",
+    unit_roundoff: float | None = None,
 ) -> Callable[[Params], Array]:
     """`params -> bool`: whether one network is proved to choose a class on the whole set, strictly.
 
@@ -153,6 +155,7 @@ def proves_class(
             speaks for (`bnncert.certify.decision`); of C, the largest is chosen of either.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.bound`.
+        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
 
     Returns:
         The predicate, for `sampled_safety`.
@@ -164,7 +167,7 @@ def proves_class(
     """
     check_region(x_set)
     network = classifier(apply, outputs)
-    bounded = margin_bounds(network, method, rounding=rounding)
+    bounded = margin_bounds(network, method, rounding=resolved(rounding, unit_roundoff))
 
     def predicate(params: Params) -> Array:
         classes = jax.eval_shape(lambda s: network(params, s.center), x_set).shape[0]
@@ -175,7 +178,13 @@ def proves_class(
 
 
 def proves_outputs(
-    apply: Apply, x_set: Set, within: Box, *, method: str = "crown-ibp", rounding: str = "outward"
+    apply: Apply,
+    x_set: Set,
+    within: Box,
+    *,
+    method: str = "crown-ibp",
+    rounding: str = "outward",
+    unit_roundoff: float | None = None,
 ) -> Callable[[Params], Array]:
     """`params -> bool`: whether one network's outputs are proved to stay in a box: regression.
 
@@ -185,6 +194,7 @@ def proves_outputs(
         within: the box of safe outputs, which broadcasts with them.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.bound`.
+        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
 
     Returns:
         The predicate, for `sampled_safety`.
@@ -195,7 +205,7 @@ def proves_outputs(
     Cost: a call bounds the outputs.
     """
     check_region(x_set)
-    bounded = bound(apply, method, rounding=rounding)
+    bounded = bound(apply, method, rounding=rounding, unit_roundoff=unit_roundoff)
 
     def predicate(params: Params) -> Array:
         box = bounded(params, x_set)

@@ -86,6 +86,7 @@ def uncertainty(
     outputs: str = "logits",
     method: str = "crown-ibp",
     rounding: str = "outward",
+    unit_roundoff: float | None = None,
     batch_size: int | None = None,
 ) -> Uncertainty:
     """Bounds on the predictive's confidence and entropy over a set of inputs.
@@ -97,6 +98,7 @@ def uncertainty(
         outputs: "logits" or "probabilities", as for `bnncert.certify.decision`.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.certify.decision`.
+        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
         batch_size: as for `bnncert.certify.decision`.
 
     Returns:
@@ -115,8 +117,10 @@ def uncertainty(
         >>> f"{float(found.confidence.upper):.3f}", f"{float(found.entropy.lower):.3f}"
         ('0.550', '0.683')
     """
-    options = {"method": method, "rounding": rounding, "batch_size": batch_size}
-    box = predictive(apply, samples, x_set, outputs=outputs, **options)
+    box = predictive(
+        apply, samples, x_set, outputs=outputs, method=method, rounding=rounding,
+        unit_roundoff=unit_roundoff, batch_size=batch_size,
+    )  # fmt: skip
     classes, dtype = box.lower.size, box.lower.dtype
     # By how much what apply returns may fail to add up to 1.
     given = tolerance(classes, dtype) if outputs == "probabilities" else 0.0
@@ -133,6 +137,7 @@ def mean_and_variance(
     *,
     method: str = "crown-ibp",
     rounding: str = "outward",
+    unit_roundoff: float | None = None,
     batch_size: int | None = None,
 ) -> Moments:
     """Bounds on mean and variance over samples of a regression's outputs over a set of inputs.
@@ -143,6 +148,7 @@ def mean_and_variance(
         x_set: as for `uncertainty`.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.bound`.
+        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
         batch_size: samples at once; one by default.
 
     Returns:
@@ -163,7 +169,7 @@ def mean_and_variance(
     """
     count = num_samples(samples)
     check_region(x_set)
-    bounded = bound(apply, method, rounding=rounding)
+    bounded = bound(apply, method, rounding=rounding, unit_roundoff=unit_roundoff)
 
     def one(params: Params) -> Box:
         return bounded(params, x_set)
