@@ -326,7 +326,7 @@ def rounding_slack(rounding: Rounding, probabilities: Array, count: int) -> floa
 
 
 def arithmetic_name(
-    rounding: Rounding, dtype: jnp.dtype, network: Apply, params: Params, x: Array
+    rounding: Rounding, dtype: jnp.dtype, network: Apply, params: Any, x: Array
 ) -> str:
     """In which arithmetic something is proved of a network: `Decision.arithmetic`.
 
@@ -334,7 +334,7 @@ def arithmetic_name(
         rounding: "nearest", "outward" or an arithmetic.
         dtype: of what the network returns.
         network: `(params, x) -> outputs`.
-        params: of one network.
+        params: of one network, or their shapes and dtypes.
         x: one input.
 
     Returns:

@@ -64,7 +64,7 @@ CERTIFICATES = {
     "decision": lambda u: bc.certify.decision(network, SAMPLES, REGION, unit_roundoff=u).margins,
     "predictive": lambda u: bc.certify.predictive(network, SAMPLES, REGION, unit_roundoff=u).lower,
     "uncertainty": lambda u: (
-        bc.certify.uncertainty(network, SAMPLES, REGION, unit_roundoff=u).probabilities.lower
+        bc.certify.uncertainty(network, SAMPLES, REGION, unit_roundoff=u).confidence.lower
     ),
     "mean_and_variance": lambda u: (
         bc.certify.mean_and_variance(network, SAMPLES, REGION, unit_roundoff=u).mean.lower
