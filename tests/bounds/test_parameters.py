@@ -209,7 +209,7 @@ PRODUCT = (((0,), (0,)), ((), ()))
         (lambda x: lax.exp(x, accuracy=lax.Tolerance(1e-2, 0.0, 0)), "exp", "accuracy"),
         (lambda x: x.astype(jnp.float8_e4m3fn), "convert_element_type", "float16, bfloat16"),
         (lambda x: jnp.real(x.astype(jnp.complex64)), "convert_element_type", "complex64"),
-        (lambda x: x.astype(jnp.int32), "convert_element_type", "int32"),
+        (lambda x: x.astype(jnp.int32), "convert_element_type", "linear"),
         (
             lambda x: lax.dot_general(x, x, PRODUCT, preferred_element_type=jnp.int32),
             "dot_general",
