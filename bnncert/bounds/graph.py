@@ -46,7 +46,7 @@ _IDENTITIES = (
     "sharding_constraint",
 )
 # Elementwise operations whose scalar operands JAX leaves to broadcast by themselves.
-_PROMOTING = ("add", "sub", "mul", "div", "max", "min", "clamp", "logaddexp")
+_PROMOTING = ("add", "sub", "mul", "div", "max", "min", "clamp", "pow", "logaddexp")
 
 
 # A traceback into this file would hide the user's line.
