@@ -226,9 +226,10 @@ def _walk(
             values = list(out) if eqn.primitive.multiple_results else [out]
         env.update(zip(eqn.outvars, values, strict=True))
         run = runs.get(place)
-        if run is not None and isinstance(env[run.operand], Ref):
+        operand = None if run is None else env[run.operand]
+        if run is not None and isinstance(operand, Ref):
             # What it was computed from is dropped, where nothing else needs it.
-            where, operand = source_of(eqn) or source, env[run.operand]
+            where = source_of(eqn) or source
             env[run.result] = _function(nodes, eqn, where, run.recognised, operand)
     return [read(atom) for atom in jaxpr.outvars]
 

@@ -93,7 +93,9 @@ CASES = {
     "scatter-add": [*indexed(lambda at, x, o: at.add(x[1:3] + 1.0, **o))],
     "gather": [
         *indexed(
-            lambda at, x, o: at.get(**{**o, "fill_value": 7.0 if o["mode"] == "fill" else None})
+            lambda at, x, o: at.get(
+                **{**o, "fill_value": 7.0 if o["mode"] in ("fill", "drop") else None}
+            )
         )
     ],
     "cumulative": [
