@@ -22,7 +22,7 @@ BOX = Box(
     np.array([-1.0, 0.5, -0.3, 0.2, 0.1, 1.0]),
     np.array([1.0, 0.6, 0.7, 0.9, 0.5, 1.5]),
 )
-C: Any = np.random.default_rng(0).normal(size=(2, 2, 4, 4))
+C: Any = np.random.default_rng(0).normal(size=(2, 4, 2, 4))
 MODES = ("clip", "fill", "drop", "promise_in_bounds")
 INDICES = ([0, 3], [2, 9], [-1, -9], [4, 4])
 
