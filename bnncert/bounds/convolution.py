@@ -94,7 +94,7 @@ def _replay(jaxpr: core.Jaxpr, consts: Any, args: Any) -> list[Array]:
     for eqn in jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
         if eqn.primitive is conv_general_dilated_p:
-            out = [_convolve(*values, **eqn.params)]
+            out = [_convolve(*map(jnp.asarray, values), **eqn.params)]
         elif any(map(_convolves, _bodies(eqn))):
             closed = eqn.params["jaxpr"]
             out = _replay(closed.jaxpr, closed.consts, values)

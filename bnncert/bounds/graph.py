@@ -74,7 +74,7 @@ _IDENTITIES = (
     "sharding_constraint",
 )
 # Elementwise operations whose scalar operands JAX leaves to broadcast by themselves.
-_PROMOTING = ("add", "sub", "mul", "div", "max", "min", "clamp", "logaddexp")
+_PROMOTING = ("add", "sub", "mul", "div", "max", "min", "clamp", "pow", "logaddexp")
 
 
 # A traceback into this file would hide the user's line.
@@ -201,9 +201,10 @@ def _walk(
             values = _constants(eqn, operands, here)
         env.update(zip(eqn.outvars, values, strict=True))
         run = runs.get(position)
-        if run is not None and isinstance(env[run.operand], Ref):
+        operand = None if run is None else env[run.operand]
+        if run is not None and isinstance(operand, Ref):
             # What it was computed from is dropped, where nothing else needs it.
-            env[run.result] = _function(nodes, eqn, source, run.recognised, env[run.operand])
+            env[run.result] = _function(nodes, eqn, source, run.recognised, operand)
     return [read(atom) for atom in jaxpr.outvars]
 
 

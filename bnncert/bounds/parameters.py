@@ -82,8 +82,13 @@ def _is_default(value: Any, eqn: core.JaxprEqn) -> bool:
 
 
 def _is_bounded_format(value: Any, eqn: core.JaxprEqn) -> bool:
-    """Other formats have no infinity (float8), no order (complex) or round otherwise (integers)."""
+    """Other formats have no infinity (float8) or no order (complex)."""
     return value is None or jnp.dtype(value) in map(jnp.dtype, _FORMATS)
+
+
+def _is_bounded_format_or_jumps(value: Any, eqn: core.JaxprEqn) -> bool:
+    """Integers and truth values are left to the rule, which refuses them where they are needed."""
+    return _is_bounded_format(value, eqn) or not jnp.issubdtype(value, jnp.inexact)
 
 
 def _is_no_narrower(value: Any, eqn: core.JaxprEqn) -> bool:
@@ -120,7 +125,9 @@ _FORMATS = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 ANY = Parameter(_any)
 _ACCURACY = Parameter(_is_default, "Leave `accuracy` out.")
 _MODE = Parameter(_is_mode, 'Give mode "clip", "fill", "drop" or "promise_in_bounds".')
-_DTYPE = Parameter(_is_bounded_format, "Bounded are float16, bfloat16, float32 and float64.")
+_DTYPE = Parameter(
+    _is_bounded_format_or_jumps, "Bounded are float16, bfloat16, float32 and float64."
+)
 _OUT_DTYPE = Parameter(
     _is_no_narrower,
     "Bounded is a result no narrower than the operands: cast it with `astype` afterwards.",

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.interval import input_sets, intersect
@@ -222,7 +222,7 @@ def _reduction(node: Node, box: Box, choice: Choice) -> Planes:
     choice = choice._replace(lower=lower_fraction, upper=upper_fraction)
     rule = REDUCTION_PLANES[node.op]
     if "repeats" in node.params:
-        rule = partial(rule, repeats=last(node.params["repeats"]))
+        rule = partial(rule, repeats=last(jnp.asarray(node.params["repeats"])))
     lower, upper = rule(Box(last(box.lower), last(box.upper)), choice)
     keeps = node.op in ("softmax", "log_softmax")
 
@@ -240,7 +240,7 @@ def _softmax_choice(node: Node, box: Box) -> Choice:
     return Choice(*fractions)
 
 
-def _minimum(x: Box, choice: Choice, repeats: ArrayLike | None = None) -> reductions.Pair:
+def _minimum(x: Box, choice: Choice, repeats: Array | None = None) -> reductions.Pair:
     lower, upper = reductions.maximum(Box(-x.upper, -x.lower), choice, repeats)
     return (lambda v: -upper(-v)), (lambda v: -lower(-v))
 

@@ -19,11 +19,11 @@ class Places(NamedTuple):
     """Where windows look along one axis; shape (places of a window, windows).
 
     Attributes:
-        index: of an entry of the operand.
+        entry: its index in the operand.
         outside: whether it stands for padding or a hole.
     """
 
-    index: np.ndarray
+    entry: np.ndarray
     outside: np.ndarray
 
 
@@ -61,10 +61,10 @@ def empty_window(shape: Sequence[int], params: Mapping[str, Any]) -> tuple[int, 
 
 def stacked(v: Array, where: Sequence[Places]) -> Array:
     """All windows: shape (places of a window, *windows)."""
-    for axis, (index, _) in enumerate(where):
+    for axis, (entry, _) in enumerate(where):
         # The places of the axes before this one lie in front.
-        v = jnp.stack([_entries(v, 2 * axis, row) for row in index], axis)
-    return v.reshape(-1, *(index.shape[1] for index, _ in where))
+        v = jnp.stack([_entries(v, 2 * axis, row) for row in entry], axis)
+    return v.reshape(-1, *(entry.shape[1] for entry, _ in where))
 
 
 def repeats(where: Sequence[Places]) -> np.ndarray | None:

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array
 
 from bnncert.bounds.relaxations import curves
 from bnncert.bounds.relaxations.lines import DEFAULT, Choice, relu
@@ -41,7 +41,7 @@ Pair = tuple[Callable[[Array], Array], Callable[[Array], Array]]
 """A lower and an upper affine function."""
 
 
-def maximum(x: Box, choice: Choice, repeats: ArrayLike | None = None) -> Pair:
+def maximum(x: Box, choice: Choice, repeats: Array | None = None) -> Pair:
     """The largest of the last axis; variant 1: its plainest planes (constant above).
 
     Args:
@@ -61,7 +61,7 @@ def maximum(x: Box, choice: Choice, repeats: ArrayLike | None = None) -> Pair:
     others = jnp.max(jnp.where(top_u > 0, -jnp.inf, each(x.upper)), -1)
     l, u = (jnp.sum(jnp.where(top_u > 0, end, 0), -1) for end in (x.lower, x.upper))
     if repeats is not None:
-        others = jnp.where(jnp.sum(~jnp.asarray(repeats), -1) == 1, l, others)
+        others = jnp.where(jnp.sum(~repeats, -1) == 1, l, others)
     lines = relu(l - others, u - others)
     above, offset = lines.upper_slope, lines.upper_offset + (1 - lines.upper_slope) * others
     if choice.variant:
