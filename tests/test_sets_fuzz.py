@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import bnncert as bc
-from bnncert.sets import Box, LpBall, ball, is_valid
+from bnncert.emptiness import is_valid
+from bnncert.sets import Box, LpBall, ball
 
 SIZE, NUM = 5, 400
 WEIGHTS = np.array([[1.0, -2.0, 0.5, 3.0, -1.0], [0.25, 1.0, -1.0, 0.5, 0.125]])

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 from optax import projections
 
-from bnncert.sets import ball, check_center, check_clip, check_radius, is_concrete, is_valid
+from bnncert.emptiness import is_valid
+from bnncert.sets import ball, check_center, check_clip, check_radius, is_concrete
 from bnncert.types import Key, Samples
 
 

@@ -25,7 +25,8 @@ from bnncert.bounds.fusion import fused
 from bnncert.bounds.operands import Operand, Ref
 from bnncert.bounds.recognition import Recognised, find_runs, is_logaddexp, recognise
 from bnncert.bounds.rewriting import REWRITES
-from bnncert.sets import Set, check_set, is_set, settled
+from bnncert.emptiness import settled
+from bnncert.sets import Set, check_set, is_set
 
 # Operations that return their operand. `stop_gradient` must be one of them: its transpose is zero.
 _IDENTITIES = (

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from bnncert.bounds.api import METHODS
 from bnncert.certify.joint import joint_decision
 from bnncert.certify.predictive import Decision, decision
-from bnncert.sets import Box, Set, holds, is_concrete, is_set, is_valid
+from bnncert.emptiness import holds, is_valid
+from bnncert.sets import Box, Set, is_concrete, is_set
 from bnncert.types import Apply, Samples
 
 STAGES = (*METHODS, "joint")

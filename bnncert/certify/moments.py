@@ -33,9 +33,10 @@ from bnncert.bounds.graph import Graph, trace
 from bnncert.bounds.operands import Ref
 from bnncert.certify.predictive import check_region
 from bnncert.certify.propagation import PRODUCTS, Value, propagate, settled, unit_error
+from bnncert.emptiness import unbounded_unless
 from bnncert.posterior import MeanField
 from bnncert.posterior.leaves import check_structure
-from bnncert.sets import Box, Set, unbounded_unless
+from bnncert.sets import Box, Set
 from bnncert.types import Apply, Params, Posterior
 
 

@@ -39,7 +39,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bnncert.bounds.margins import all_margin_bounds, margin_bounds
-from bnncert.sets import Box, Set, check_set, empty_unless, holds, is_concrete, is_set
+from bnncert.emptiness import empty_unless, holds
+from bnncert.sets import Box, Set, check_set, is_concrete, is_set
 from bnncert.types import Apply, Params, Samples
 
 
