@@ -11,14 +11,10 @@ A linear function a.x is bounded over them by its dual norm: with 1/p + 1/q = 1,
 They are pytrees: `jit`, `vmap` and `grad` take and return them. Values are checked where they are
 used (`bnncert.bound`), not here: a transformation may put other things in their fields.
 
-A set is empty where lower > upper, where a radius is negative, or where any of its numbers is NaN
-or infinite. About all points of an empty set anything can be said, and nothing is meant by it:
-where the numbers are known (`check_set`) it is an error, and where they are traced it certifies
-nothing (`settled`). One thing is done at the cost of a few operations: bounds are computed over
-some point instead, and dropped.
+A set that is empty (lower > upper, a negative radius, NaN) is an error where its numbers are known,
+and certifies nothing where they are traced (`bnncert.emptiness`).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float, Num
+from jaxtyping import Array, ArrayLike, Float, Num
 
 
 @jax.tree_util.register_dataclass
@@ -130,7 +126,7 @@ def ball(
             "clip=None."
         )
     reach = _reach(eps, x.dtype)
-    usable = None if is_concrete(eps) else (eps >= 0) & (eps < jnp.inf)
+    usable = None if is_concrete(eps) else (0 <= jnp.asarray(eps)) & (jnp.asarray(eps) < jnp.inf)
     if p != jnp.inf:
         return LpBall(x, reach if usable is None else jnp.where(usable, reach, -1.0), int(p))
     lower, upper = x - reach, x + reach
@@ -192,7 +188,7 @@ def check_set(region: Set, where: str = "a set") -> None:
     Raises:
         TypeError: fields that are not floating-point.
         ValueError: shapes or dtypes that differ, lower > upper, NaN or infinite values, a bad
-            radius or p. What is traced passes: see `settled`.
+            radius or p. What is traced passes: see `bnncert.emptiness`.
     """
     for name, value in vars(region).items():
         if name != "p" and not jnp.issubdtype(jnp.result_type(value), jnp.floating):
@@ -238,61 +234,6 @@ def check_set(region: Set, where: str = "a set") -> None:
             )
 
 
-def is_valid(region: Set) -> Bool[Array, ""]:
-    """Whether a set of one example is not empty, and finite."""
-    if isinstance(region, LpBall):
-        finite = jnp.all(jnp.abs(region.center) < jnp.inf)
-        return finite & (region.eps >= 0) & (region.eps < jnp.inf)
-    lower, upper = jnp.asarray(region.lower), jnp.asarray(region.upper)
-    return jnp.all((lower <= upper) & (lower > -jnp.inf) & (upper < jnp.inf))
-
-
-def holds(region: Set, x: Array) -> Bool[Array, ""]:
-    """Whether a set holds a point (a ball: but for the rounding of its distance)."""
-    if isinstance(region, LpBall):
-        away = (x - region.center).ravel()
-        distance = jnp.sum(jnp.abs(away)) if region.p == 1 else dual_norm(away, 2)
-        return distance <= region.eps * (1 + 1e-5)
-    return jnp.all((x >= region.lower) & (x <= region.upper))
-
-
-def empty_unless(condition: Bool[Array, ""], region: Set) -> Set:
-    """The set, or an empty one."""
-    if isinstance(region, LpBall):
-        return LpBall(region.center, jnp.where(condition, region.eps, -1.0), region.p)
-    return Box(jnp.where(condition, region.lower, 1.0), jnp.where(condition, region.upper, -1.0))
-
-
-def settled(regions: Sequence[Set]) -> tuple[tuple[Set, ...], Bool[Array, ""] | None]:
-    """Sets to compute with, and whether what is computed over them may be said.
-
-    Args:
-        regions: as `check_set` passed them.
-
-    Returns:
-        The sets, with one point in place of each that is traced and empty: no NaN arises, nor in
-        derivatives. And whether none was; None where all numbers were known, and checked.
-    """
-    found, valid = [], None
-    for region in regions:
-        traced = not all(map(is_concrete, jax.tree.leaves(region)))
-        if traced:
-            here = is_valid(region)
-            valid = here if valid is None else valid & here
-            region = _point_unless(here, region)
-        found.append(_off_subnormal(region))
-    return tuple(found), valid
-
-
-def unbounded_unless(valid: Bool[Array, ""] | None, box: Box) -> Box:
-    """The bounds, or none: what `settled` says of them is applied."""
-    if valid is None:
-        return box
-    lower, upper = jnp.asarray(box.lower), jnp.asarray(box.upper)
-    least, most = _extremes(lower.dtype)
-    return Box(jnp.where(valid, lower, least), jnp.where(valid, upper, most))
-
-
 def dual_norm(a: Array, p: int) -> Array:
     """Of the Lp norm: the largest magnitude for p = 1, the Euclidean norm for p = 2."""
     if p == 1:
@@ -304,23 +245,17 @@ def dual_norm(a: Array, p: int) -> Array:
     return jnp.where(usual, scale * jnp.sqrt(jnp.where(usual, square, 1.0)), largest)
 
 
-def _extremes(dtype: Any) -> tuple[Any, Any]:
-    """What is no bound, in any dtype of an output."""
-    if jnp.issubdtype(dtype, jnp.inexact):
-        return -jnp.inf, jnp.inf
-    if jnp.issubdtype(dtype, jnp.bool):
-        return False, True
-    return jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
+def is_subnormal(value: Array) -> Array:
+    """By the bits: compared as numbers, subnormal ones are equal to 0."""
+    info = jnp.finfo(value.dtype)
+    magnitude = bits_of(value) & (2 ** (info.bits - 1) - 1)
+    return (magnitude > 0) & (magnitude < 2**info.nmant)
 
 
-def _point_unless(valid: Array, region: Set) -> Set:
-    """The set, or a finite point, in the middle of the numbers that it has."""
-    middle = region.center
-    middle = jnp.where(jnp.abs(middle) < jnp.inf, middle, jnp.zeros_like(middle))
-    if isinstance(region, LpBall):
-        center = jnp.where(valid, region.center, middle)
-        return LpBall(center, jnp.where(valid, region.eps, 0.0), region.p)
-    return Box(jnp.where(valid, region.lower, middle), jnp.where(valid, region.upper, middle))
+def bits_of(value: Array) -> Array:
+    """The bits of floating-point numbers, as integers."""
+    kind = jnp.dtype(f"uint{jnp.finfo(value.dtype).bits}")
+    return jax.lax.bitcast_convert_type(jax.lax.stop_gradient(value), kind)
 
 
 def _reach(eps: Any, dtype: Any) -> Array:
@@ -330,39 +265,5 @@ def _reach(eps: Any, dtype: Any) -> Array:
         known = np.asarray(eps)
         return jnp.asarray(np.where((known > 0) & (known < float(tiny)), tiny, known), dtype)
     eps = jnp.asarray(eps, jnp.result_type(eps, dtype))
-    lost = ((eps > 0) & (eps < tiny)) | _is_subnormal(eps)
+    lost = ((eps > 0) & (eps < tiny)) | is_subnormal(eps)
     return jnp.where(lost, tiny, eps).astype(dtype)
-
-
-def _off_subnormal(region: Set) -> Set:
-    """Subnormal ends and radii moved outward: backends take them for 0, and the set for a point.
-
-    Those of float16 are numbers like any others: products of it are computed in float32.
-    """
-    if jnp.result_type(region.center) == jnp.float16:
-        return region
-    if isinstance(region, LpBall):
-        eps = jnp.asarray(region.eps)
-        tiny = jnp.finfo(eps.dtype).tiny
-        return LpBall(region.center, jnp.where(_is_subnormal(eps), tiny, eps), region.p)
-    lower, upper = jnp.asarray(region.lower), jnp.asarray(region.upper)
-    tiny = jnp.finfo(lower.dtype).tiny
-    wide = _bits(lower) != _bits(upper)
-    below = jnp.where(jnp.signbit(lower), -tiny, 0.0)
-    above = jnp.where(jnp.signbit(upper), -0.0, tiny)
-    return Box(
-        jnp.where(wide & _is_subnormal(lower), below, lower),
-        jnp.where(wide & _is_subnormal(upper), above, upper),
-    )
-
-
-def _is_subnormal(value: Array) -> Array:
-    """By the bits: compared as numbers, subnormal ones are equal to 0."""
-    info = jnp.finfo(value.dtype)
-    magnitude = _bits(value) & (2 ** (info.bits - 1) - 1)
-    return (magnitude > 0) & (magnitude < 2**info.nmant)
-
-
-def _bits(value: Array) -> Array:
-    kind = jnp.dtype(f"uint{jnp.finfo(value.dtype).bits}")
-    return jax.lax.bitcast_convert_type(jax.lax.stop_gradient(value), kind)

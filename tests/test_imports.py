@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A package's __init__ stands where the package's own name stands: it re-exports what is above it.
 ORDER = """
-    _compiler types sets
+    _compiler types sets emptiness
     bounds.operands bounds.constants bounds.nodes bounds.precision bounds.advice bounds.primitives
     bounds.windows bounds.parameters bounds.equations bounds.randomness bounds.endings bounds.fusion
     bounds.recognition bounds.rewriting bounds.graph bounds.convolution

@@ -1,12 +1,15 @@
 """Sets are pytrees that hold what they say, and bad ones are refused with a reason."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bnncert.bounds.interval import hull
-from bnncert.sets import Box, LpBall, ball, check_set, is_set, is_valid, settled
+from bnncert.emptiness import is_valid, settled
+from bnncert.sets import Box, LpBall, ball, check_set, is_set
 
 
 @pytest.mark.smoke
@@ -57,7 +60,7 @@ def test_center_and_radius_hold_the_ends_at_every_magnitude(dtype):
 @pytest.mark.parametrize("p", [1, 2, jnp.inf])
 def test_a_radius_is_not_lost_in_the_dtype_of_the_center(dtype, p):
     """Subnormal numbers, and what underflows to 0 in a narrower dtype, may be read as 0."""
-    least = float(jnp.finfo(dtype).smallest_subnormal)
+    least = float(np.asarray(jnp.finfo(dtype).smallest_subnormal))
     for eps in (np.float32(least), np.asarray(least, dtype), np.float32(1e-9)):
         for make in (ball, jax.jit(ball, static_argnames="p")):
             box = hull(settled([make(jnp.zeros(2, dtype), jnp.asarray(eps), p=p)])[0][0])
@@ -68,10 +71,11 @@ def test_a_radius_is_not_lost_in_the_dtype_of_the_center(dtype, p):
 
 
 def test_subnormal_ends_are_moved_outward_but_points_stay():
-    (box,), _ = settled([Box(np.float32([1e-40, -1e-40, 0]), np.float32([2e-40, 1e-40, 0]))])
+    low, high = (np.array(v, np.float32) for v in ([1e-40, -1e-40, 0], [2e-40, 1e-40, 0]))
+    box: Any = settled([Box(low, high)])[0][0]
     tiny = float(jnp.finfo(jnp.float32).tiny)
-    np.testing.assert_array_equal(np.asarray(box.lower), np.float32([0, -tiny, 0]))
-    np.testing.assert_array_equal(np.asarray(box.upper), np.float32([tiny, tiny, 0]))
+    np.testing.assert_array_equal(np.asarray(box.lower), np.array([0, -tiny, 0], np.float32))
+    np.testing.assert_array_equal(np.asarray(box.upper), np.array([tiny, tiny, 0], np.float32))
 
 
 def test_the_hull_of_a_ball_holds_it():

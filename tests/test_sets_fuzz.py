@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 import bnncert as bc
-from bnncert.sets import Box, LpBall, ball, is_valid
+from bnncert.emptiness import is_valid
+from bnncert.sets import Box, LpBall, ball
 
-SIZE, NUM = 3, 400
+SIZE, NUM = 5, 400
+WEIGHTS = np.array([[1.0, -2.0, 0.5, 3.0, -1.0], [0.25, 1.0, -1.0, 0.5, 0.125]])
 DTYPES = {name: jnp.dtype(name) for name in ("float16", "bfloat16", "float32")}
 FORMATS = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
@@ -68,7 +70,7 @@ def magnitude(region):
 
 
 def network(x):
-    w = jnp.asarray([[1.0, -2.0, 0.5], [0.25, 1.0, -1.0]], x.dtype)
+    w = jnp.asarray(WEIGHTS, x.dtype)
     return w @ jax.nn.relu(3 * x - jnp.flip(x))
 
 
@@ -93,9 +95,8 @@ def test_bounds_over_random_sets(dtype, p):
         assert (lower < np.inf).all() and (upper > -np.inf).all()  # nor is any of them NaN
         middle = np.asarray(region.center).astype(np.float64)[right]
         with np.errstate(all="ignore"):
-            w = np.array([[1.0, -2.0, 0.5], [0.25, 1.0, -1.0]])
             hidden = np.maximum(3 * middle - middle[:, ::-1], 0)
-            value, size = hidden @ w.T, magnitude(region)[right]
+            value, size = hidden @ WEIGHTS.T, magnitude(region)[right]
         # "nearest" is up to rounding; what overflows in the format is bounded by nothing
         room = 0 if rounding == "outward" else 64 * float(jnp.finfo(dtype).eps) * size
         room += float(jnp.finfo(dtype).tiny) * 64 if rounding == "nearest" else 0

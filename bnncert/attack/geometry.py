@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 from optax import projections
 
+from bnncert.emptiness import is_valid
 from bnncert.posterior.leaves import check_stacked
-from bnncert.sets import ball, check_center, check_clip, check_radius, is_concrete, is_valid
+from bnncert.sets import ball, check_center, check_clip, check_radius, is_concrete
 from bnncert.types import Key, Samples
 
 

@@ -44,7 +44,8 @@ from bnncert.bounds.sweeps import (
     relaxed_steps,
     sweeper,
 )
-from bnncert.sets import Box, unbounded_unless
+from bnncert.emptiness import unbounded_unless
+from bnncert.sets import Box
 
 METHODS = ("ibp", "forward", "crown-ibp", "crown", "alpha-crown")
 LINEAR_METHODS = ("crown-ibp", "crown")
@@ -287,9 +288,11 @@ def _constant_unless(valid: Array | None, bounds: LinearBounds) -> LinearBounds:
     if valid is None:
         return bounds
     b = unbounded_unless(valid, Box(bounds.lower.b, bounds.upper.b))
-    lower, upper = (
-        jax.tree.map(lambda a: jnp.where(valid, a, jnp.zeros_like(a)), side.A) for side in bounds
-    )
+
+    def constant(A: Array) -> Array:
+        return jnp.where(valid, A, jnp.zeros_like(A))
+
+    lower, upper = (jax.tree.map(constant, side.A) for side in bounds)
     return LinearBounds(Affine(lower, b.lower), Affine(upper, b.upper))
 
 

@@ -60,7 +60,8 @@ from bnncert.bounds.primitives import is_jax_own
 from bnncert.bounds.randomness import advised, refuse_random_masks
 from bnncert.bounds.recognition import Recognised, find_runs, is_logaddexp, recognise
 from bnncert.bounds.rewriting import REWRITES
-from bnncert.sets import Box, Set, check_set, is_set, settled
+from bnncert.emptiness import settled
+from bnncert.sets import Box, Set, check_set, is_set
 
 __all__ = ["Graph", "Node", "Tracking", "UnsupportedPrimitiveError", "trace", "unsupported"]
 

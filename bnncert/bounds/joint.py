@@ -19,7 +19,8 @@ from bnncert.bounds.backward import Coefficients, Offset, Row, concretize
 from bnncert.bounds.graph import trace
 from bnncert.bounds.interval import intersect
 from bnncert.bounds.sweeps import Options
-from bnncert.sets import Box, is_set, unbounded_unless
+from bnncert.emptiness import unbounded_unless
+from bnncert.sets import Box, is_set
 from bnncert.types import Samples
 
 

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from bnncert.bounds.api import METHODS
 from bnncert.certify.joint import joint_decision
 from bnncert.certify.predictive import Decision, decision, num_samples
+from bnncert.emptiness import holds, is_valid
 from bnncert.outputs import classifier, normalised
-from bnncert.sets import Box, Set, check_set, holds, is_concrete, is_set, is_valid
+from bnncert.sets import Box, Set, check_set, is_concrete, is_set
 from bnncert.types import Apply, Samples
 
 STAGES = (*METHODS, "joint")

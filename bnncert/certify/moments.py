@@ -35,9 +35,10 @@ from bnncert.bounds.operands import Ref
 from bnncert.bounds.rules.affine import constant_magnitude, has_constant, magnitude
 from bnncert.certify.predictive import check_region
 from bnncert.certify.propagation import PRODUCTS, Value, propagate, settled, unit_error
+from bnncert.emptiness import unbounded_unless
 from bnncert.posterior import MeanField
 from bnncert.posterior.leaves import check_structure
-from bnncert.sets import Box, Set, unbounded_unless
+from bnncert.sets import Box, Set
 from bnncert.types import Apply, Params, Posterior
 
 

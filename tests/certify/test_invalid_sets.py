@@ -92,7 +92,7 @@ def test_decisions_and_bounds_by_every_method(method, rounding):
     @jax.jit
     def run(region, x):
         def one(region, x):
-            steps = {"steps": 2} if method == "alpha-crown" else {}
+            steps: dict[str, Any] = {"steps": 2} if method == "alpha-crown" else {}
             box = bc.bound(mlp, method, rounding=rounding, **steps)(PARAMS, region)
             found = certify.decision(mlp, SAMPLES, region, x=x, method=method, rounding=rounding)
             return box, found
