@@ -8,8 +8,9 @@ bounds over the set, whose average is minimised once (`bnncert.bounds.mean_bound
 if a sample's own bound is as good as the exact minimum over the box [l, u] of its margins
 m_k = f_k - f_c, which the usual relaxations of a softmax are not. This one is, at the worst corner:
 
-Let M = floor(max u_k), e = exp(-M), z = exp(m_j - M) in [zl, zu], S = sum_k exp(m_k - M) in
-[Sl, Su]; the shift by M keeps exponentials from growing. Where h = e - zu > 0, McCormick for the
+Let r_k = max(0, floor u_k), M their largest, e = exp(-M), z = exp(m_j - M) in [zl, zu], and S = sum
+exp(m_k - M) in [Sl, Su]; what is relaxed are the exp(m_k - r_k), which never grow, with weights.
+Where h = e - zu > 0, McCormick for the
 product (e - z) / S, and a tangent of the convex 1/S at any t > 0, give
 
     p_c - p_j = (e - z) / S  >=  h (2/t - S/t^2) + (zu - z) / Su
@@ -17,7 +18,7 @@ product (e - z) / S, and a tangent of the convex 1/S at any t > 0, give
 which is the minimum over the box at its corner m = u if t = Su. Elsewhere let W = S - z >= Wl: then
 (e - z) / (z + W) is above its tangent in z at zu and W = Wl, flattened until at zl it is below
 (e - zl) / (e + Wu) as well: the minimum again. Both t = Su and t half-way to Sl are tried. The sums
-of exp(m_k - M) that remain are relaxed as any function.
+that remain are relaxed as any function.
 
 With slope 0 under a ReLU that crosses, the linear bounds of one hidden layer lie inside its
 intervals, and a joint bound by CROWN is never under the separate one with the same slopes. With
@@ -36,8 +37,8 @@ these. (The predictor subtracts no margins: what *it* makes of the logits, softm
 off by no more than `predictive.rounding_slack`, which is taken off as well.) And for real
 arithmetic: logits that are exact.
 
-The charge. Nothing is proved of M, t and the place where 1/S is touched, which may be any numbers.
-Let D = max |l_k - M|, |u_k - M|. An exponential is off by r = (18 + D) u of itself, the rounding of
+The charge. Nothing is asked of r_k, whole numbers, nor of t >= Su / 2. With D the largest |l_k - M|
+and |u_k - M|, an exponential is off by r = (18 + D) u of itself, the rounding of
 its argument included; less than the smallest normal number is lost where it underflows, which is
 below u e / 2 where that is used. A sum of C of them is off by (r + C u). A compiler may compute a
 number once for one term, and once more for another, and round it otherwise, so that each is taken
@@ -46,14 +47,15 @@ divided by one:
 
     Product   e and zu are off by r, h by (2 r + 2 u) e, and e <= Sl <= t:  2 h / t by 12 r + (4 C
               + 56) u if h and t are not those of h / t^2, of which any fit: h/S + S h/t^2 >= 2 h/t.
-              h / S by 2 r + 2 u; (zu - z) / Su by 2 r + (C + 4) u.
+              h / S by 2 r + 2 u; (zu - z) / Su by 2 r + (C + 4) u. The weights exp(r_k - M) are off
+              by r: S h / t^2 <= 2 by 2 r, z / Su by r.
     Tangent   the value at zu, (e - zu) / (zu + Wl), is off by 3 r + (C + 8) u, as is (e - zl) /
               (e + Wu); the slope, (e + Wl) / (zu + Wl)^2 or less, times zu by 3 r + (4 C + 8) u; zu
               by r. The flattened slope is a ratio of small differences. It stands before z - zu
               alone: it lifts the line at zl, by what these values and zu are off by, and nothing
-              else: 10 r + (3 C + 48) u.
+              else: 10 r + (3 C + 48) u, and r for the weight.
 
-The larger is 16 r + (5 C + 64) u, and the charge (512 + 20 D + 8 C) u, which has room for errors of
+The larger is 19 r + (5 C + 64) u, and the charge (512 + 20 D + 8 C) u, which has room for errors of
 second order while it is below 1/2. Else, and where e is too small, the form is the constant
 `least_differences`, whose own error is below the charge too. Where it is h or e - zl that has the
 wrong sign, by their errors, both forms hold up to these.
@@ -85,14 +87,17 @@ ANCHORS = (0.5, 1.0)
 
 
 class CornerTerms(NamedTuple):
-    """For each class j, `p_c - p_j >= a_j S + b_j (z_j - at_j) + value_j`; each of shape (C,).
+    """For each class j, a lower bound on p_c - p_j, linear in p_k = exp(m_k - shift_k):
+
+        a_j sum_k weight_k p_k + b_j (p_j - at_j) + value_j
 
     Attributes:
-        a: before S = sum_k exp(m_k - shift).
-        b: before z_j - at_j, z_j = exp(m_j - shift).
-        at: where b_j has no weight.
+        a: shape (C,), as all of them.
+        b: of the class itself.
+        at: where b has no weight: the largest p_j.
         value: the constant.
-        shift: M, a scalar.
+        shift: r_k.
+        weight: exp(r_k - M).
     """
 
     a: Array
@@ -100,6 +105,7 @@ class CornerTerms(NamedTuple):
     at: Array
     value: Array
     shift: Array
+    weight: Array
 
 
 def joint_decision(
@@ -172,27 +178,28 @@ def corner_terms(box: Box, anchor: float, rounding: str = "nearest") -> CornerTe
     """
     info = jnp.finfo(box.upper.dtype)
     unit, tiny, classes = 0.5 * float(info.eps), float(info.tiny), box.upper.shape[0]
-    top = jnp.max(box.upper)
-    shift = jnp.where(jnp.isfinite(top), jnp.floor(top), 0.0)
-    e, low, high = (jnp.exp(m - shift) for m in (0.0, box.lower, box.upper))
-    deep = jnp.maximum(jnp.max(jnp.abs(box.lower - shift)), jnp.max(jnp.abs(box.upper - shift)))
+    shift = jnp.where(jnp.isfinite(box.upper), jnp.maximum(jnp.floor(box.upper), 0.0), 0.0)
+    top = jnp.max(shift)
+    e, low, high = (jnp.exp(m - top) for m in (0.0, box.lower, box.upper))
+    weight, at = jnp.exp(shift - top), jnp.exp(box.upper - shift)
+    deep = jnp.maximum(jnp.max(jnp.abs(box.lower - top)), jnp.max(jnp.abs(box.upper - top)))
     deep = jnp.where(deep < -math.log(tiny), deep, -math.log(tiny))  # beyond, it underflows to 0
     charge = (512 + 20 * deep + 8 * classes) * unit
-    # Below e at every corner: McCormick and the tangent of 1/S.
+    # Squares would underflow. Below e at every corner: McCormick and the tangent of 1/S.
     least, most = low.sum(), high.sum()
     t, h = least + anchor * (most - least), e - high
-    product = (-h / t**2, jnp.broadcast_to(-1 / most, h.shape), 2 * h / t)
+    product = (-h / t / t, jnp.broadcast_to(-1 / most, h.shape), 2 * h / t)
     # Else the tangent in z at zu, flattened to stay below the curve of Wu at zl < e as well.
     others = ~jnp.eye(classes, dtype=bool)
     few, many = (jnp.where(others, ends, 0.0).sum(1) for ends in (low, high))
     value, start = h / (high + few), (e - low) / (e + many)
-    steepest = (e + few) / (high + few) ** 2
+    steepest = (e + few) / (high + few) / (high + few)
     room = jnp.where(high > low, high - low, 1)
     slope = jnp.where(low < e, jnp.minimum(steepest, (start - value) / room), steepest)
     tangent = (jnp.zeros_like(h), -slope, value)
     a, b, value = (jnp.where(h > 0, p, q) for p, q in zip(product, tangent, strict=True))
     # The constant where that overflowed, or more was lost than is charged.
-    fits = jnp.isfinite(top) & (e >= 4 * tiny / unit)
+    fits = jnp.all(jnp.isfinite(box.upper)) & (e >= 4 * tiny / unit)
     if rounding == "outward":
         fits &= charge < 0.5
     value = jnp.where(fits, value, least_differences(box))
@@ -200,14 +207,15 @@ def corner_terms(box: Box, anchor: float, rounding: str = "nearest") -> CornerTe
         value = value - charge
     # The predicted class against itself: 0.
     itself = (box.lower == 0) & (box.upper == 0)
-    a, b, at = (jnp.where(fits & ~itself, term, 0.0) for term in (a, b, high))
-    return CornerTerms(a, b, at, jnp.where(itself, 0.0, value), shift)
+    a, b, at = (jnp.where(fits & ~itself, term, 0.0) for term in (a, b * weight, at))
+    return CornerTerms(a, b, at, jnp.where(itself, 0.0, value), shift, weight)
 
 
 def corner_bound(terms: CornerTerms, margins: Array) -> Array:
     """What `corner_terms` say of p_c - p_j at margins m, for each j."""
     powers = jnp.exp(margins - terms.shift)
-    return terms.a * powers.sum() + terms.b * (powers - terms.at) + terms.value
+    total = (terms.weight * powers).sum()
+    return terms.a * total + terms.b * (powers - terms.at) + terms.value
 
 
 def margins_of(apply: Apply) -> Callable[[Any, Array, Array], Array]:
