@@ -28,8 +28,7 @@ class Cascade(NamedTuple):
     """What a cascade proves of N points.
 
     Attributes:
-        decision: a `Decision` whose leaves have a leading axis N. Its arithmetic is "real" if a
-            stage in real arithmetic proved any point.
+        decision: a `Decision` whose leaves have a leading axis N.
         stage: for each point the place of the last method that saw it.
     """
 
@@ -60,7 +59,7 @@ def cascade(
         methods: of the bounds, cheap ones first: those of `bnncert.bound`, and "joint".
         wanted: points to certify at all, e.g. those that are classified correctly, which only the
             first method then sees; all by default.
-        rounding: as for `decision`; "joint" is always in real arithmetic.
+        rounding: as for `decision`.
         batch_size: points at once; the last batch is filled up.
         progress: shows a bar for each method.
 
@@ -122,7 +121,7 @@ def stage_of(apply: Apply, method: str, rounding: str = "outward") -> Callable[.
 
     def certify(samples: Any, x_set: Set, x: Array) -> Decision:
         if method == "joint":
-            return joint_decision(apply, samples, x_set, x=x)
+            return joint_decision(apply, samples, x_set, x=x, rounding=rounding)
         return decision(apply, samples, x_set, x=x, method=method, rounding=rounding)
 
     return certify

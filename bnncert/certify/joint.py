@@ -9,16 +9,15 @@ if a sample's own bound is as good as the exact minimum over the box [l, u] of i
 m_k = f_k - f_c, which the usual relaxations of a softmax are not. This one is, at the worst corner:
 
 Let r_k = max(0, floor u_k), M their largest, e = exp(-M), z = exp(m_j - M) in [zl, zu], and S = sum
-exp(m_k - M) in [Sl, Su]; what is relaxed are the exp(m_k - r_k), which never grow, with weights.
-Where h = e - zu > 0, McCormick for the
-product (e - z) / S, and a tangent of the convex 1/S at any t > 0, give
+exp(m_k - M) in [Sl, Su]; what is relaxed are exp(m_k - r_k), below 3, with weights exp(r_k - M).
+Where h = e - zu > 0, McCormick for the product (e - z) / S, and a tangent of the convex 1/S at any
+t > 0, give
 
     p_c - p_j = (e - z) / S  >=  h (2/t - S/t^2) + (zu - z) / Su
 
 which is the minimum over the box at its corner m = u if t = Su. Elsewhere let W = S - z >= Wl: then
 (e - z) / (z + W) is above its tangent in z at zu and W = Wl, flattened until at zl it is below
-(e - zl) / (e + Wu) as well: the minimum again. Both t = Su and t half-way to Sl are tried. The sums
-that remain are relaxed as any function.
+(e - zl) / (e + Wu) as well: the minimum again. Both t = Su and t half-way to Sl are tried.
 
 With slope 0 under a ReLU that crosses, the linear bounds of one hidden layer lie inside its
 intervals, and a joint bound by CROWN is never under the separate one with the same slopes. With
@@ -38,12 +37,10 @@ off by no more than `predictive.rounding_slack`, which is taken off as well.) An
 arithmetic: logits that are exact.
 
 The charge. Nothing is asked of r_k, whole numbers, nor of t >= Su / 2. With D the largest |l_k - M|
-and |u_k - M|, an exponential is off by r = (18 + D) u of itself, the rounding of
-its argument included; less than the smallest normal number is lost where it underflows, which is
-below u e / 2 where that is used. A sum of C of them is off by (r + C u). A compiler may compute a
-number once for one term, and once more for another, and round it otherwise, so that each is taken
-to be off by itself. All errors are relative to what they are small against, and no difference is
-divided by one:
+and |u_k - M|, an exponential is off by r = (18 + D) u of itself, its argument's rounding included,
+and by less than u e / 2 where it underflows; a sum of C of them by r + C u. A compiler may compute
+a number once for one term and once more for another, and round it otherwise: each is taken to be
+off by itself.
 
     Product   e and zu are off by r, h by (2 r + 2 u) e, and e <= Sl <= t:  2 h / t by 12 r + (4 C
               + 56) u if h and t are not those of h / t^2, of which any fit: h/S + S h/t^2 >= 2 h/t.
@@ -87,7 +84,7 @@ ANCHORS = (0.5, 1.0)
 
 
 class CornerTerms(NamedTuple):
-    """For each class j, a lower bound on p_c - p_j, linear in p_k = exp(m_k - shift_k):
+    """For each class a lower bound on softmax_c - softmax_j, linear in p_k = exp(m_k - shift_k).
 
         a_j sum_k weight_k p_k + b_j (p_j - at_j) + value_j
 

@@ -4,7 +4,7 @@ The *exact* tier: the deployed predictor is the average over a finite set of wei
 
     pi_c(x') = 1/S sum_s softmax_c f(w_s, x')
 
-and its bounds over a set T are proofs about that very predictor:
+and its bounds over a set T are proofs about that very predictor (see Arithmetic):
 
     min_{x' in T} pi_c - pi_j  >=  1/S sum_s  min_{x' in T} ( softmax_c - softmax_j ) f(w_s, x')
 
@@ -22,7 +22,8 @@ a mean of S of them by (S + 2) u more. The bounds above, by log-sum-exp and exp 
 off by at most (130 + 2 C) u, and their mean likewise. A difference of two probabilities so gives
 way by (400 + 8 C + 4 S) u in all, a probability by half of it: `rounding_slack`. What is certified
 is then that the float32 predictor, evaluated in any order, chooses the class
-(`bnncert.bounds.arithmetic`).
+(`bnncert.bounds.arithmetic`). By "nearest" all this holds in real arithmetic, up to the rounding
+of the bounds themselves, which may cut some 1e-6 of the logits' terms.
 
 Source: Wicker et al., AISTATS 2021, section 6 (the predictive); differences of probabilities in
 place of a confidence above 1/2, which certifies far less on hard data.
@@ -56,7 +57,8 @@ class Decision:
         confidence: 1.0: a proof about the deployed samples; 1 - delta where it is a statement about
             a continuous posterior, from draws of it (`bnncert.certify.statistical`).
         arithmetic: what is proved is proved of the predictor in "float32" (or the dtype of its
-            outputs), by `rounding="outward"`; in "real" arithmetic only, by "nearest".
+            outputs), by `rounding="outward"`; of "real" arithmetic only, and up to the rounding of
+            the bounds themselves, by "nearest".
     """
 
     # Any, as in `Box`: a batch axis under `vmap`, and transformations put other things here.
@@ -88,7 +90,8 @@ def decision(
             set's center by default (that of a *clipped* ball is not the image it was made of).
         method: of the bounds, as for `bnncert.bound`.
         rounding: "outward" covers the rounding of network, predictor and bounds; "nearest" speaks
-            of real arithmetic, and knows every operation (as for `bnncert.bound`).
+            of real arithmetic, up to the rounding of bounds: no proof where that matters. It knows
+            every operation (as for `bnncert.bound`).
         batch_size: samples at once; one by default, which suits convolutions on a CPU.
 
     Returns:

@@ -148,7 +148,7 @@ def proves_class(
         x_set: a `Box` or an `LpBall` of inputs, for one example.
         label: the class.
         method: of the bounds, as for `bnncert.bound`.
-        rounding: as for `bnncert.bound`.
+        rounding: as for `bnncert.bound`; by "nearest" what is proved is proved up to rounding.
 
     Returns:
         The predicate, for `sampled_safety`.
@@ -179,7 +179,7 @@ def proves_outputs(
         x_set: a `Box` or an `LpBall` of inputs, for one example.
         within: the box of safe outputs, which broadcasts with them.
         method: of the bounds, as for `bnncert.bound`.
-        rounding: as for `bnncert.bound`.
+        rounding: as for `bnncert.bound`; by "nearest" what is proved is proved up to rounding.
 
     Returns:
         The predicate, for `sampled_safety`.

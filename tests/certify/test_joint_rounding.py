@@ -75,7 +75,7 @@ def averaged(samples, x):
 
 
 def cancelling(rng, count):
-    """Posteriors of `count` samples; logits of order one are sums of terms a thousand times that."""
+    """Posteriors of `count` samples; logits of order one are sums of far larger terms."""
     x = np.float32(rng.uniform(0.5, 1.5, (NETWORKS, INPUTS)))
     w = np.float32(rng.normal(size=(NETWORKS, count, WIDTH, INPUTS)))
     hidden = np.maximum(np.einsum("nshi,ni->nsh", w, x), 0)
