@@ -53,7 +53,7 @@ off by itself.
               else: 10 r + (3 C + 48) u, and r for the weight.
 
 The larger is 19 r + (5 C + 64) u, and the charge (512 + 20 D + 8 C) u, which has room for errors of
-second order while it is below 1/2. Else, and where e is too small, the form is the constant
+second order while it is below 1/2. Else, and where e^2 may underflow, the form is the constant
 `least_differences`, whose own error is below the charge too. Where it is h or e - zl that has the
 wrong sign, by their errors, both forms hold up to these.
 """
@@ -182,21 +182,22 @@ def corner_terms(box: Box, anchor: float, rounding: str = "nearest") -> CornerTe
     deep = jnp.maximum(jnp.max(jnp.abs(box.lower - top)), jnp.max(jnp.abs(box.upper - top)))
     deep = jnp.where(deep < -math.log(tiny), deep, -math.log(tiny))  # beyond, it underflows to 0
     charge = (512 + 20 * deep + 8 * classes) * unit
-    # Squares would underflow. Below e at every corner: McCormick and the tangent of 1/S.
+    # Below e at every corner: McCormick and the tangent of 1/S.
     least, most = low.sum(), high.sum()
     t, h = least + anchor * (most - least), e - high
-    product = (-h / t / t, jnp.broadcast_to(-1 / most, h.shape), 2 * h / t)
+    product = (-h / t**2, jnp.broadcast_to(-1 / most, h.shape), 2 * h / t)
     # Else the tangent in z at zu, flattened to stay below the curve of Wu at zl < e as well.
     others = ~jnp.eye(classes, dtype=bool)
     few, many = (jnp.where(others, ends, 0.0).sum(1) for ends in (low, high))
     value, start = h / (high + few), (e - low) / (e + many)
-    steepest = (e + few) / (high + few) / (high + few)
+    steepest = (e + few) / (high + few) ** 2
     room = jnp.where(high > low, high - low, 1)
     slope = jnp.where(low < e, jnp.minimum(steepest, (start - value) / room), steepest)
     tangent = (jnp.zeros_like(h), -slope, value)
     a, b, value = (jnp.where(h > 0, p, q) for p, q in zip(product, tangent, strict=True))
-    # The constant where that overflowed, or more was lost than is charged.
-    fits = jnp.all(jnp.isfinite(box.upper)) & (e >= 4 * tiny / unit)
+    # The constant where that overflowed, squares did not keep their digits, or more is charged
+    # than the derivation allows.
+    fits = jnp.all(jnp.isfinite(box.upper)) & (e * e >= 4 * tiny / unit)
     if rounding == "outward":
         fits &= charge < 0.5
     value = jnp.where(fits, value, least_differences(box))
