@@ -41,7 +41,7 @@ def in_every_order(w, x):
         for i in order:
             total += products[i]
         sums.append(float(total))
-    return np.array([*sums, float(np.float64(w) @ np.float64(x))])
+    return np.array([*sums, float(np.asarray(w, np.float64) @ np.asarray(x, np.float64))])
 
 
 def test_a_class_that_another_order_of_the_same_sum_does_not_choose_is_not_certified():
@@ -76,7 +76,7 @@ def averaged(samples, x):
 
 def cancelling(rng, count):
     """Posteriors of `count` samples; logits of order one are sums of far larger terms."""
-    x = np.float32(rng.uniform(0.5, 1.5, (NETWORKS, INPUTS)))
+    x = rng.uniform(0.5, 1.5, (NETWORKS, INPUTS)).astype(np.float32)
     w = np.float32(rng.normal(size=(NETWORKS, count, WIDTH, INPUTS)))
     hidden = np.maximum(np.einsum("nshi,ni->nsh", w, x), 0)
     size = 10 ** rng.uniform(2, 5, (NETWORKS, 1, 1, 1))
@@ -102,7 +102,7 @@ def points_of(name, rng, x, eps):
         step = rng.choice([-1.0, 1.0, 0.3], (20, INPUTS))
     size = {"box": 1.0, "l1": 1.0, "l2": np.linalg.norm(step, axis=1, keepdims=True)}[name]
     step = step / size * rng.choice([-0.99, 0.99], (20, 1))
-    moved = np.float32(x[:, None] + eps[:, None, None] * step)
+    moved = np.asarray(x[:, None] + eps[:, None, None] * step, np.float32)
     centre = np.broadcast_to(x[:, None], moved.shape)
     return np.where(eps[:, None, None] > 0, moved, centre)
 
@@ -111,7 +111,7 @@ def points_of(name, rng, x, eps):
 def test_margins_are_below_those_of_cancelling_networks_however_they_are_computed(name, count):
     rng = np.random.default_rng(count)
     samples, x = cancelling(rng, count)
-    eps = np.float32(rng.choice([0.0, 1e-6, 1e-5, 1e-3], NETWORKS))
+    eps = rng.choice([0.0, 1e-6, 1e-5, 1e-3], NETWORKS).astype(np.float32)
 
     def certify(samples, x, eps):
         region = REGIONS[name](x, eps)
@@ -122,7 +122,8 @@ def test_margins_are_below_those_of_cancelling_networks_however_they_are_compute
     outward, nearest = jax.jit(jax.vmap(certify))(samples, x, eps)
     points = points_of(name, rng, x, eps)
     compiled = jax.jit(jax.vmap(jax.vmap(averaged, (None, 0))))(samples, points)
-    reversed_ = (samples[0][:, :, ::-1, ::-1], samples[1][..., ::-1])
+    w, v = map(np.asarray, samples)
+    reversed_ = (w[:, :, ::-1, ::-1], v[..., ::-1])
     backwards = jax.vmap(jax.vmap(averaged, (None, 0)))(reversed_, points[..., ::-1])
     with jax.enable_x64(True):
         wide = [np.asarray(leaf, np.float64) for leaf in (*samples, points)]
