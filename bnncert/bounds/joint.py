@@ -5,22 +5,53 @@
 Bounded sample by sample, each gets its own worst input: the right side. Instead each sample is
 relaxed, f(w_i, x) >= A_i x + b_i, and the *average* of the linear bounds is minimised over the set,
 once. Intersected with the average of the separate bounds.
+
+Rounding. With `rounding="outward"`, what each network computes of f lies above A_i x + b_i, taken
+exactly (`linear_bounds`), for every x of the set, and so does f in real arithmetic. What follows
+is the bounds' own arithmetic, of unit roundoff u and smallest normal number t (`arithmetic.py`).
+Each entry of an average over S samples passes through S sums, in any order, and the division, which
+may be a product with the rounded 1/S: with n = S + 8 and one more for each set,
+
+    |fl(mean A_i) - mean A_i|  <=  gamma(n) mean |A_i| + n t,     b_i and the separate ends likewise
+
+and for all x of the set, m_k the largest |x_k| there, the averaged row so is off by
+
+    gamma(n) mean ( max <|A_i|, |x|> + |b_i| )  +  n t (1 + sum_k m_k)
+
+at most. It is a mean over samples: each offset b_i gives way by its own part of it before the sum,
+twice that for the roundings of the part, of b_i less it, and of the last sum with the row's
+extreme. Averages cancel, parts do not: that is why it is taken from each sample. The extremes over
+the set are those of a sample's own row, over the same widened set (`rounding.outward_set`): of a
+box, gamma of its size of each |A_k| m_k; of a ball, of |A|_q |c|_p, and of its radius. So nothing
+but floating-point numbers, whatever their origin, is asked of A there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
-from bnncert.bounds.api import DEFAULT_BATCH_SIZE, LinearBounds, linear_bounds, linear_outputs
+from bnncert.bounds.api import (
+    DEFAULT_BATCH_SIZE,
+    Affine,
+    LinearBounds,
+    Rounding,
+    arithmetic_of,
+    bound,
+    linear_bounds,
+    linear_outputs,
+)
+from bnncert.bounds.arithmetic import gamma, magnitude
 from bnncert.bounds.backward import Coefficients, Offset, Row, concretize
-from bnncert.bounds.graph import trace
-from bnncert.bounds.interval import intersect
-from bnncert.bounds.sweeps import Options
+from bnncert.bounds.graph import Graph, trace
+from bnncert.bounds.interval import drop_nan, hull, intersect
+from bnncert.bounds.rounding import outward_set, tracking
+from bnncert.bounds.rounding.intervals import widened
+from bnncert.bounds.sweeps import Options, end_sets, sweeper
 from bnncert.emptiness import unbounded_unless
-from bnncert.sets import Box, is_set
+from bnncert.sets import Box, LpBall, Set
 from bnncert.types import Samples
 
 
@@ -28,26 +59,33 @@ def mean_bound(
     f: Callable[..., PyTree],
     method: str = "crown-ibp",
     *,
+    rounding: Rounding = "nearest",
     batch_size: int = DEFAULT_BATCH_SIZE,
     lower_slope: str = "adaptive",
+    unit_roundoff: float | None = None,
 ) -> Callable[..., PyTree]:
     """Bounds on the average of f(w_i, ...) over samples of its first argument.
 
     The same as `bound(lambda *args: mean_i f(w_i, *args))`, but for memory: samples are swept one
-    after another. And never wider than the average of `bound(f)(w_i, ...)` by the same method.
+    after another. And never wider than the average of `bound(f)(w_i, ...)` by the same method, up
+    to the rounding of averages.
 
     Args:
         f: `(params, *args) -> outputs`; e.g. a softmax of logits, or differences of them.
         method: "crown-ibp" or "crown".
+        rounding: as for `bnncert.bound`: "outward" holds for the exact average of what the networks
+            compute, and for real arithmetic; by "nearest", rounding may cut the bounds.
         batch_size: rows of a backward pass at once.
         lower_slope: of a ReLU that crosses 0.
+        unit_roundoff: as for `bnncert.bound`.
 
     Returns:
         `(samples, *args) -> outputs` with a `Box` for each leaf; leaves of `samples` have a leading
         axis S. Sets are among the args.
 
     Raises:
-        ValueError: samples without a common leading axis; else as `bound`.
+        ValueError: samples without a common leading axis; with "outward", more of them than the
+            dtype can average; else as `bound`.
 
     Cost: S times `linear_bounds` and IBP, one sample at a time. Memory: that of one sample, and the
     linear bounds (outputs times coordinates of the sets), whatever S is.
@@ -59,49 +97,53 @@ def mean_bound(
         >>> float(box.lower), float(box.upper)
         (0.0, 0.5)
     """
-    linear_bounds(f, method, batch_size=batch_size, lower_slope=lower_slope)  # checks the options
-    options = Options(batch_size, lower_slope)
+    # These check the options.
+    linear_bounds(f, method, rounding=rounding, batch_size=batch_size, lower_slope=lower_slope)
+    bound(f, method, rounding=rounding, unit_roundoff=unit_roundoff)
+    arithmetic = arithmetic_of(rounding, unit_roundoff)
+    options = Options(batch_size, lower_slope, arithmetic=arithmetic)
+
+    def traced(*args: Any) -> Graph:
+        return trace(f, args, {}, arithmetic and tracking(arithmetic))
 
     def bounded(samples: Samples, *args: Any) -> PyTree:
-        num_samples = _num_samples(samples)
+        count = _num_samples(samples)
         first = jax.tree.map(lambda leaf: leaf[0], samples)
-        whole = trace(f, (first, *args), {})
+        graph = traced(first, *args)
+        sets = end_sets(sweeper(graph, options), graph.inputs)
+        sizes = [outward_set(graph, _magnitudes(region)) for region in graph.inputs]
 
         def one(params: Any) -> tuple[list[list[LinearBounds]], list[Box]]:
-            graph = trace(f, (params, *args), {})
-            separate, variants = linear_outputs(graph, method, options)
+            found, variants = linear_outputs(traced(params, *args), method, options)
             for planes in variants:
-                separate = [
-                    intersect(box, concretized(p, graph.inputs))
-                    for box, p in zip(separate, planes, strict=True)
-                ]
-            return variants, separate
+                found = _intersected(found, planes, sets)
+            if arithmetic is None:
+                return variants, found
+            charged = [[_before_average(p, sizes, count) for p in planes] for planes in variants]
+            return charged, [_ends_before_average(box, count) for box in found]
 
         def add(total: PyTree, params: Any) -> tuple[PyTree, None]:
             return jax.tree.map(jnp.add, total, one(params)), None
 
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, first))
         total, _ = jax.lax.scan(add, zero, samples)
-        variants, found = jax.tree.map(lambda leaf: leaf / num_samples, total)
+        variants, found = jax.tree.map(lambda leaf: leaf / count, total)
+        found = [drop_nan(box) for box in found]  # an end that overflowed either way
         for planes in variants:
-            found = [
-                intersect(box, concretized(p, whole.inputs))
-                for box, p in zip(found, planes, strict=True)
-            ]
-        found = (unbounded_unless(whole.valid, box) for box in found)
-        return jax.tree.unflatten(whole.out_tree, found)
+            found = _intersected(found, planes, sets)
+        found = [unbounded_unless(graph.valid, box) for box in found]
+        return jax.tree.unflatten(graph.out_tree, found)
 
     return bounded
 
 
-def concretized(bounds: LinearBounds, args: tuple) -> Box:
+def concretized(bounds: LinearBounds, sets: Sequence[Set]) -> Box:
     """The extremes of linear bounds over their sets.
 
     Args:
         bounds: of one output leaf, as `linear_bounds` returns them.
-        args: what `linear_bounds(f)` was called with, or the sets among them.
+        sets: those among the arguments, in order.
     """
-    sets = [leaf for leaf in jax.tree.leaves(args, is_leaf=is_set) if is_set(leaf)]
     below, above = (jax.tree.leaves(side.A) for side in bounds)
     shape = bounds.lower.b.shape
     flat = [
@@ -112,6 +154,54 @@ def concretized(bounds: LinearBounds, args: tuple) -> Box:
     rows = Row(dict(enumerate(flat)), offsets)
     box = jax.vmap(lambda row: concretize(row, sets))(rows)
     return Box(box.lower.reshape(shape), box.upper.reshape(shape))
+
+
+def _intersected(
+    boxes: Sequence[Box], planes: Sequence[LinearBounds], sets: Sequence[Set]
+) -> list[Box]:
+    pairs = zip(boxes, planes, strict=True)
+    return [intersect(box, concretized(bounds, sets)) for box, bounds in pairs]
+
+
+def _before_average(bounds: LinearBounds, sizes: Sequence[Set], count: int) -> LinearBounds:
+    """A sample's linear bounds, their offsets moved outward by its part of what averages lose.
+
+    Args:
+        bounds: of one output leaf.
+        sizes: for each set, one that holds the magnitudes |x| of its points.
+        count: the number of samples.
+    """
+    relative, absolute = _average_error(jax.tree.leaves(bounds), count + len(sizes))
+    reach = sum(jnp.sum(1 + magnitude(hull(region))) for region in sizes)
+
+    def error(side: Affine) -> Array:
+        size = jax.tree.map(jnp.abs, side)
+        most = concretized(LinearBounds(size, size), sizes).upper
+        return (relative * most + absolute * (1 + reach)).astype(side.b.dtype)
+
+    (below, low), (above, high) = bounds
+    return LinearBounds(
+        Affine(below, low - error(bounds.lower)), Affine(above, high + error(bounds.upper))
+    )
+
+
+def _ends_before_average(box: Box, count: int) -> Box:
+    return widened(box, *_average_error([box.lower], count))
+
+
+def _average_error(leaves: Sequence[Array], count: int) -> tuple[float, float]:
+    """Twice gamma(n), and n t, of the least exact of some arrays."""
+    infos = [jnp.finfo(leaf.dtype) for leaf in leaves]
+    unit = 0.5 * max(float(info.eps) for info in infos)
+    return 2 * gamma(count + 8, unit), 8 * (count + 8) * max(float(info.tiny) for info in infos)
+
+
+def _magnitudes(region: Set) -> Set:
+    """A set that holds |x|, elementwise, of every x of a set."""
+    if isinstance(region, LpBall):
+        return LpBall(jnp.abs(region.center), region.eps, region.p)
+    size = magnitude(region)
+    return Box(size, size)
 
 
 def _num_samples(samples: Samples) -> int:

@@ -16,6 +16,7 @@ sqrt(n t) at most, where the largest coefficient is 1.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,8 @@ def first_sum(graph: Graph, index: int, boxes: Sequence[Box], arithmetic: Arithm
         arithmetic: of the network; None: real arithmetic.
     """
     start, *way = _way(graph, index)
-    region, node = graph.inputs[start], graph.nodes[index]
+    region: Any = graph.inputs[start]
+    node = graph.nodes[index]
     value, scale = jnp.asarray(region.center), jnp.ones_like(region.center)
     error = jnp.zeros_like(scale)
     for i in way:
@@ -74,7 +76,8 @@ def _way(graph: Graph, index: int) -> list[int]:
     node = graph.nodes[index]
     if not _sums_rows(node):
         return []
-    way, i = [index], node.refs[0]
+    way: list[int] = [index]
+    (i,) = node.refs
     while graph.nodes[i].refs:
         node = graph.nodes[i]
         if affine_rule(node) is None or len(node.refs) > 1:

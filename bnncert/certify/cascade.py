@@ -30,8 +30,7 @@ class Cascade(NamedTuple):
     """What a cascade proves of N points.
 
     Attributes:
-        decision: a `Decision` whose leaves have a leading axis N. Its arithmetic is "real" if a
-            stage in real arithmetic proved any point.
+        decision: a `Decision` whose leaves have a leading axis N.
         stage: for each point the place of the last method that saw it.
     """
 
@@ -65,7 +64,7 @@ def cascade(
         methods: of the bounds, cheap ones first: those of `bnncert.bound`, and "joint".
         wanted: points to certify at all, e.g. those that are classified correctly, which only the
             first method then sees; all by default.
-        rounding: as for `decision`; "joint" is always in real arithmetic.
+        rounding: as for `decision`.
         unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
         batch_size: points at once; the last batch is filled up.
         progress: shows a bar for each method.
@@ -154,7 +153,10 @@ def stage_of(
 
     def certify(samples: Any, x_set: Set, x: Array) -> Decision:
         if method == "joint":
-            return joint_decision(apply, samples, x_set, x=x, outputs=outputs)
+            return joint_decision(
+                apply, samples, x_set, x=x, outputs=outputs, rounding=rounding,
+                unit_roundoff=unit_roundoff,
+            )  # fmt: skip
         return decision(
             apply, samples, x_set, x=x, outputs=outputs, method=method, rounding=rounding,
             unit_roundoff=unit_roundoff,

@@ -4,7 +4,7 @@ The *exact* tier: the deployed predictor is the average over a finite set of wei
 
     pi_c(x') = 1/S sum_s softmax_c f(w_s, x')
 
-and its bounds over a set T are proofs about that very predictor:
+and its bounds over a set T are proofs about that very predictor (see Arithmetic):
 
     min_{x' in T} pi_c - pi_j  >=  1/S sum_s  min_{x' in T} ( softmax_c - softmax_j ) f(w_s, x')
 
@@ -22,7 +22,8 @@ a mean of S of them by (S + 2) u more. The bounds above, by log-sum-exp and exp 
 off by at most (130 + 2 C) u, and their mean likewise. A difference of two probabilities so gives
 way by (400 + 8 C + 4 S) u in all, a probability by half of it: `rounding_slack`. What is certified
 is then that the float32 predictor, evaluated in any order, chooses the class
-(`bnncert.bounds.arithmetic`).
+(`bnncert.bounds.arithmetic`). By "nearest" all this holds in real arithmetic, up to the rounding
+of the bounds themselves, which may cut some 1e-6 of the logits' terms.
 
 Outputs that are probabilities already (`bnncert.outputs`) are bounded as they are, p_c - p_j as one
 function of the input; of them the predictor computes the mean alone, and gives way by no more.
@@ -106,7 +107,8 @@ def decision(
             whole set, which it averages as they are, one q being (1 - q, q).
         method: of the bounds, as for `bnncert.bound`.
         rounding: "outward" covers the rounding of network, predictor and bounds; "nearest" speaks
-            of real arithmetic, and knows every operation (as for `bnncert.bound`).
+            of real arithmetic, up to the rounding of bounds: no proof where that matters. It knows
+            every operation (as for `bnncert.bound`).
         unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
         batch_size: samples at once; one by default, which suits convolutions on a CPU.
 

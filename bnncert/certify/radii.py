@@ -40,7 +40,7 @@ class CertifiedRadius(NamedTuple):
         predicted: the class chosen at x.
         radius: no point of the closed ball of this radius changes it; 0 if none was certified.
         robust: whether any radius was.
-        confidence: 1.0 (a proof about deployed samples), or 1 - delta.
+        confidence: 1.0 (a proof about deployed samples, by "nearest" up to rounding), or 1 - delta.
     """
 
     predicted: Int[Array, ""]

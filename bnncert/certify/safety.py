@@ -14,7 +14,8 @@ down, of the very boxes that were bounded, and sums of them in the safe directio
 
 Arithmetic. With `rounding="outward"` a weight in a safe box keeps C f + d positive for the float32
 network, and for the network in real arithmetic; w ~ q is a vector of real numbers, or those rounded
-to float32. Generators of normal numbers draw from q only nearly.
+to float32. By "nearest" it is the network in real arithmetic, up to the rounding of the bounds.
+Generators of normal numbers draw from q only nearly.
 
 Gaussian boxes scale badly: with sides of 2 a standard deviations in each of P weights their mass is
 (1 - 2 Q(a))^P; at P = 100,000 only a > 5 leaves any.
@@ -67,7 +68,7 @@ class Safety(NamedTuple):
         inputs: that input for each unsafe box, stacked.
         rows: that row for each unsafe box.
         arithmetic: of the network: "float32" (or the weights' dtype) by `rounding="outward"`;
-            "real" by "nearest".
+            "real", up to rounding, by "nearest".
     """
 
     lower: float

@@ -154,7 +154,7 @@ def proves_class(
         outputs: what apply returns, "logits" or "probabilities": of one number, which class it
             speaks for (`bnncert.certify.decision`); of C, the largest is chosen of either.
         method: of the bounds, as for `bnncert.bound`.
-        rounding: as for `bnncert.bound`.
+        rounding: as for `bnncert.bound`; by "nearest" what is proved is proved up to rounding.
         unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
 
     Returns:
@@ -193,7 +193,7 @@ def proves_outputs(
         x_set: a `Box` or an `LpBall` of inputs, for one example.
         within: the box of safe outputs, which broadcasts with them.
         method: of the bounds, as for `bnncert.bound`.
-        rounding: as for `bnncert.bound`.
+        rounding: as for `bnncert.bound`; by "nearest" what is proved is proved up to rounding.
         unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
 
     Returns:

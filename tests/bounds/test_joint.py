@@ -145,3 +145,37 @@ def test_memory_does_not_grow_with_the_samples(method):
     few, many = temporary(2), temporary(64)
     assert few > 5_000  # it does count something
     assert many < 1.5 * few
+
+
+@pytest.mark.parametrize("ball", [False, True], ids=["box", "l1"])
+def test_averages_that_cancel_are_inside_outward_bounds_and_only_these(ball):
+    """Samples are opposite, nearly: their mean is what rounding leaves of numbers 1e5 times it."""
+    rng = np.random.default_rng(0)
+    half = 1e5 * rng.normal(size=(60, 4, 5))
+    w = np.float32(np.concatenate([half, -half * (1 + 1e-6 * rng.normal(size=half.shape))], 1))
+    x = np.float32(rng.uniform(0.5, 1.5, (60, 5)))
+    eps = np.float32(1e-4)
+
+    @partial(jax.jit, static_argnames="rounding")
+    def bounds(w, x, rounding):
+        def one(w, x):
+            region = LpBall(x, eps, 1) if ball else Box(x, x)
+            return mean_bound(lambda w, x: w @ x, "crown", rounding=rounding)(w, region)
+
+        return jax.vmap(one)(w, x)
+
+    mean = np.float64(w).mean(1)  # both exact to 1e-9 of the numbers that cancel
+    value, reach = (mean * x).sum(-1), (0.99 * eps * np.abs(mean).max(-1) if ball else 0)
+    for rounding in ("outward", "nearest"):
+        box = bounds(w, x, rounding)
+        inside = (np.asarray(box.lower) <= value - reach) & (value + reach <= np.asarray(box.upper))
+        assert inside.all() == (rounding == "outward")
+    assert ((box.upper - box.lower) < 1).all()
+
+
+def test_more_samples_than_a_dtype_can_average_are_an_error():
+    w = jnp.ones((300, 2), jnp.bfloat16)
+    with pytest.raises(ValueError, match="no error bound"):
+        mean_bound(jnp.dot, rounding="outward")(w, Box(w[0], w[0]))
+    with pytest.raises(ValueError, match="unit_roundoff"):
+        mean_bound(jnp.dot, unit_roundoff=2.0**-11)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from bnncert.certify import cascade, decision, joint_decision
+from bnncert.certify.cascade import stage_of
 from bnncert.sets import ball
 from tests.certify.test_joint import NETWORKS, mlp
 
@@ -36,9 +37,12 @@ def test_it_equals_its_best_stage():
         np.testing.assert_allclose(found.decision.margins[i], best, atol=1e-6)
         lower = max(float(stage.probability.lower[i]) for stage in stages[: last + 1])
         np.testing.assert_allclose(found.decision.probability.lower[i], lower, atol=1e-6)
-    assert found.decision.arithmetic == "real"
+    assert found.decision.arithmetic == "float32"
     two = cascade(mlp, NETWORKS, SETS, methods=METHODS[:2], batch_size=64)
     assert two.decision.arithmetic == "float32"
+    stage = stage_of(mlp, "joint", "nearest")
+    shapes = jax.eval_shape(stage, NETWORKS, ball(XS[0], 0.2), XS[0])
+    assert shapes.arithmetic == "real"
 
 
 def test_points_that_are_not_wanted_are_seen_once(capsys):

@@ -7,7 +7,7 @@ import pytest
 
 from bnncert import attack
 from bnncert.certify import decision, joint_decision
-from bnncert.certify.joint import corner_terms
+from bnncert.certify.joint import corner_bound, corner_terms
 from bnncert.certify.predictive import least_differences
 from bnncert.sets import Box, LpBall, ball
 
@@ -29,7 +29,7 @@ def random_box(rng, scale):
 @pytest.mark.parametrize("scale", [0.3, 1.5, 4.0])
 def test_corner_terms_are_below_and_meet_the_exact_minimum(scale):
     rng = np.random.default_rng(0)
-    below = jax.jit(lambda m, terms: terms[0] * jnp.exp(m).sum() + terms[1] * jnp.exp(m) + terms[2])
+    below = jax.jit(lambda m, terms: corner_bound(terms, m))
     for _ in range(10):
         box = random_box(rng, scale)
         # Corners too: there the minimum is.
@@ -66,10 +66,13 @@ XS = jax.random.normal(jax.random.key(1), (8, SIZE))
 def certified(eps):
     def one(x):
         here = ball(x, eps)
-        return (
-            joint_decision(mlp, NETWORKS, here),
-            decision(mlp, NETWORKS, here, method="crown", rounding="nearest"),
-        )
+        return [
+            (
+                joint_decision(mlp, NETWORKS, here, rounding=rounding),
+                decision(mlp, NETWORKS, here, method="crown", rounding=rounding),
+            )
+            for rounding in ("outward", "nearest")
+        ]
 
     return jax.vmap(one)(XS)
 
@@ -80,9 +83,10 @@ def averaged(x):
 
 @pytest.mark.parametrize("eps", [0.0, 0.1, 0.3])
 def test_it_is_true_at_every_point_and_never_less_than_the_separate_form(eps):
-    joint, separate = certified(jnp.float32(eps))
+    (outward, alone), (joint, separate) = certified(jnp.float32(eps))
     assert (joint.margins >= separate.margins).all()
-    assert joint.arithmetic == "real"
+    assert (outward.margins >= alone.margins).all()
+    assert (joint.arithmetic, outward.arithmetic) == ("real", "float32")
     rng = np.random.default_rng(0)
     unit = np.concatenate([rng.uniform(-1, 1, (300, SIZE)), rng.choice([-1, 1], (100, SIZE))])
     for i, x in enumerate(XS):
@@ -93,10 +97,12 @@ def test_it_is_true_at_every_point_and_never_less_than_the_separate_form(eps):
         others = np.arange(CLASSES) != c
         least = (pi[:, [c]] - pi).min(0)
         assert (np.asarray(joint.margins[i])[others] <= least[others] + 1e-5).all()
+        assert (np.asarray(outward.margins[i])[others] <= least[others]).all()
         if eps == 0:
             np.testing.assert_allclose(joint.margins[i], pi[0, c] - pi[0], atol=1e-5)
     if eps == 0.3:  # what it is for
-        assert ((joint.margins - separate.margins).max(1) > 1e-3).sum() >= 3
+        for found, other in ((joint, separate), (outward, alone)):
+            assert ((found.margins - other.margins).max(1) > 1e-3).sum() >= 3
 
 
 def test_members_that_fail_at_opposite_inputs_are_certified_together_alone():

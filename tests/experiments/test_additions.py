@@ -227,12 +227,12 @@ def test_folders_that_hold_no_finished_run_are_named(tmp_path: Path) -> None:
     assert status == 1 and "it has no config.json" in errors
 
 
-def test_joint_bounds_speak_of_real_arithmetic_and_prove_no_less(added: Path):
+def test_joint_bounds_speak_of_float32_and_prove_no_less(added: Path):
     options = ["--method", "ibp", "joint", "--images", "20", "--batch-size", "10"]
     status, printed, errors = call(certify, str(added), *options)
     assert status == 0, errors
     record = json.loads((added / "certify-ibp+joint-0.05.json").read_text())
-    assert record["arithmetic"] == "real" and "ibp, joint" in printed
+    assert record["arithmetic"] == "float32" and "ibp, joint" in printed
     joint, other = rows(added, "certify-ibp+joint-0.05"), rows(added, CERTIFIED)
     assert (joint["certified"] >= other["certified"][:20]).all()
 
