@@ -30,8 +30,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bnncert import prior as priors
-from bnncert.bounds.graph import Graph, Node, trace
+from bnncert.bounds.arithmetic import Arithmetic
+from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError, trace
 from bnncert.bounds.operands import Ref
+from bnncert.bounds.rounding import tracking
 from bnncert.bounds.rules.affine import constant_magnitude, has_constant, magnitude
 from bnncert.certify.predictive import check_region
 from bnncert.certify.propagation import PRODUCTS, Value, propagate, settled, unit_error
@@ -74,7 +76,7 @@ def expectation(apply: Apply, posterior: Posterior, x_set: Set) -> Expectation:
         TypeError: another posterior; x_set is not a set.
         ValueError: outputs that are not a vector; a posterior whose loc and scale do not match.
         UnsupportedPrimitiveError: an operation on random values that has no rule; weights that are
-            used twice.
+            used twice; arithmetic on weights that are not random.
 
     Cost: seven evaluations of the network and C^2 rows of its last layer. Intervals over the set
     pass from layer to layer, so that it suits networks trained for IBP.
@@ -96,7 +98,8 @@ def expectation(apply: Apply, posterior: Posterior, x_set: Set) -> Expectation:
         )
     check_region(x_set)
     check_structure(posterior.loc, posterior.scale, "scale")
-    graph = trace(apply, (_points(posterior), x_set), {})
+    graph = trace(apply, (_points(posterior), x_set), {}, tracking(Arithmetic()))
+    _check_constants(graph)
     output = graph.outputs[0]
     if len(graph.outputs) != 1 or not isinstance(output, Ref):
         raise ValueError("apply must return one array that depends on the weights or the input")
@@ -114,6 +117,18 @@ def expectation(apply: Apply, posterior: Posterior, x_set: Set) -> Expectation:
         jnp.where(graph.valid, found.deviation, jnp.inf),
         jax.tree.map(partial(jnp.where, graph.valid), found.probabilities, Box(0 * one, one)),
     )
+
+
+def _check_constants(graph: Graph) -> None:
+    """Raises UnsupportedPrimitiveError for constants that apply computes: their rounding counts."""
+    for node in graph.nodes:
+        for constant in filter(None, node.computed):
+            raise UnsupportedPrimitiveError(
+                f"'{constant.op}' of weights that are not random, called at "
+                f"{constant.source or 'a line inside JAX'}, is rounded, and flows into '{node.op}': "
+                "an expectation bound is exact in its constants. Compute it before, so that apply "
+                "is given its result."
+            )
 
 
 def _points(posterior: MeanField) -> Params:

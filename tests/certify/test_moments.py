@@ -280,3 +280,18 @@ def test_what_cannot_be_bounded_says_so():
         expectation(lambda p, x: p["w"] @ x, low_rank, x_set)
     with pytest.raises(TypeError, match="set"):
         expectation(lambda p, x: p["w"] @ x, posterior, jnp.ones(2))  # pyright: ignore[reportArgumentType]
+
+
+def test_arithmetic_on_weights_that_are_not_random_is_refused():
+    """Its rounding would count: 1e4 + w - 1e4 is w in real arithmetic, and 0 in float32."""
+    region = Box(jnp.ones(2), jnp.ones(2))
+    posterior = MeanField(
+        {"w": jnp.ones((2, 2)), "b": jnp.full(2, 1e-4)}, {"w": jnp.full((2, 2), 0.1), "b": None}
+    )
+
+    def apply(p, x):
+        return p["w"] @ x + ((p["b"] + 1e4) - 1e4)
+
+    with pytest.raises(UnsupportedPrimitiveError, match="Compute it before"):
+        expectation(apply, posterior, region)
+    expectation(lambda p, x: p["w"] @ x + p["b"], posterior, region)
