@@ -19,7 +19,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from bnncert.bounds.api import Rounding, margin_bound
 from bnncert.sets import Box, Set
@@ -44,9 +44,7 @@ def margin_bounds(
     by_pairs = _pairs(apply, method, rounding)
 
     def rows(params: Params, x: Array, c: Array) -> Array:
-        logits = apply(params, x)
-        unit = jnp.eye(logits.shape[-1], dtype=jnp.int8)  # of integers, the difference is exact
-        return (unit - unit[c][None, :]).astype(logits.dtype) @ logits
+        return differences(apply(params, x), c)
 
     by_rows = margin_bound(rows, method, rounding)
 
@@ -61,6 +59,12 @@ def margin_bounds(
         return Box(lower[where[c]], upper[where[c]])
 
     return bounded
+
+
+def differences(values: Float[Array, " classes"], c: Int[Array, ""]) -> Float[Array, " classes"]:
+    """v_k - v_c, one product with a matrix, as the layer before is."""
+    unit = jnp.eye(values.shape[-1], dtype=jnp.int8)  # of integers, the difference is exact
+    return (unit - unit[c][None, :]).astype(values.dtype) @ values
 
 
 def all_margin_bounds(

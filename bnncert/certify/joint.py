@@ -69,7 +69,7 @@ from jaxtyping import Array, Float
 
 from bnncert.bounds import mean_bound
 from bnncert.bounds.api import Rounding, resolved
-from bnncert.bounds.margins import margin_bounds
+from bnncert.bounds.margins import differences, margin_bounds
 from bnncert.certify.predictive import (
     Decision,
     check_region,
@@ -238,13 +238,7 @@ def corner_bound(terms: CornerTerms, margins: Array) -> Array:
 
 def margins_of(apply: Apply) -> Callable[[Any, Array, Array], Array]:
     """`(params, x, c) -> f_k - f_c`, one affine map with the last layer."""
-
-    def margins(params: Any, x: Array, c: Array) -> Array:
-        logits = apply(params, x)
-        unit = jnp.eye(logits.size, dtype=logits.dtype)
-        return (unit - unit[c]) @ logits
-
-    return margins
+    return lambda params, x, c: differences(apply(params, x), c)
 
 
 def difference_below(apply: Apply, member: Any, x: Array, c: Array) -> Array:
