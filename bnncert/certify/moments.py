@@ -125,9 +125,9 @@ def _check_constants(graph: Graph) -> None:
         for constant in filter(None, node.computed):
             raise UnsupportedPrimitiveError(
                 f"'{constant.op}' of weights that are not random, called at "
-                f"{constant.source or 'a line inside JAX'}, is rounded, and flows into '{node.op}': "
-                "an expectation bound is exact in its constants. Compute it before, so that apply "
-                "is given its result."
+                f"{constant.source or 'a line inside JAX'}, is rounded, and flows into "
+                f"'{node.op}': an expectation bound is exact in its constants. Compute it before, "
+                "so that apply is given its result."
             )
 
 

@@ -29,6 +29,7 @@ from bnncert.bounds.margins import margin_bounds
 from bnncert.certify import confidence
 from bnncert.certify.predictive import check_region
 from bnncert.certify.sampling import check_posterior, over_draws
+from bnncert.emptiness import is_valid
 from bnncert.outputs import classifier
 from bnncert.posterior.leaves import draw_keys
 from bnncert.sets import Box, Set
@@ -209,7 +210,8 @@ def proves_outputs(
 
     def predicate(params: Params) -> Array:
         box = bounded(params, x_set)
-        return jnp.all((box.lower >= within.lower) & (box.upper <= within.upper))
+        inside = (box.lower >= within.lower) & (box.upper <= within.upper)
+        return jnp.all(inside) & is_valid(x_set)  # of an empty set nothing is proved
 
     return predicate
 
