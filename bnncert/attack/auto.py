@@ -34,6 +34,7 @@ from bnncert.attack.geometry import (
     GEOMETRIES,
     Geometry,
     check_arguments,
+    spread_out,
     starting_points,
     usable,
 )
@@ -49,6 +50,7 @@ from bnncert.attack.predictive import (
 )
 from bnncert.outputs import logits_of, look_at_ending
 from bnncert.types import Apply, Key, Samples
+from bnncert.varying import axes_of, varying
 
 LOSSES = ("ce", "dlr")
 _MOMENTUM = 0.75
@@ -110,12 +112,13 @@ def apgd(
     x = jnp.asarray(x)
     counts = {"steps": steps, "restarts": restarts, "batch_size": batch_size}
     check_arguments(samples, x, y, eps, p, clip, **counts)
-    none = none_yet(x, y, usable(x, eps, clip, p))
     if loss not in LOSSES:
         raise ValueError(f"loss = {loss!r}: choose one of {', '.join(LOSSES)}.")
 
     look_at_ending(apply, outputs, samples, x)
     apply = logits_of(apply, outputs)
+    x = spread_out(apply, samples, x, key, y, eps, clip)
+    none = none_yet(x, y, usable(x, eps, clip, p))
 
     def evaluate(point: Array, unused: Array) -> _Evaluated:
         if loss == "ce":
@@ -180,6 +183,7 @@ def targeted_apgd(
     check_arguments(samples, x, y, eps, p, clip, **counts)
     look_at_ending(apply, outputs, samples, x)
     apply = logits_of(apply, outputs)
+    x = spread_out(apply, samples, x, key, y, eps, clip)
     none = none_yet(x, y, usable(x, eps, clip, p))
     log_probs = log_predictive(apply, samples, x, y, batch_size)
     rivals = log_probs.size - 1
@@ -284,6 +288,7 @@ def _search(
         nowhere = _Point(start, jnp.zeros_like(start), jnp.asarray(-jnp.inf, start.dtype))
         no, zero = jnp.asarray(False), jnp.asarray(0)
         state = _State(nowhere, start, nowhere, 2 * eps, zero, no, nowhere.value, worst)
+        state = varying(state, axes_of(starts, targets))
         every = (jnp.broadcast_to(target, (steps + 1,)), *schedule)
         return jax.lax.scan(step, state, every)[0].worst, None
 

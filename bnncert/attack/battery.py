@@ -26,12 +26,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from bnncert.attack.auto import apgd, targeted_apgd
-from bnncert.attack.geometry import check_arguments, usable
+from bnncert.attack.geometry import check_arguments, spread_out, usable
 from bnncert.attack.gradient import pgd
 from bnncert.attack.predictive import AttackResult, log_predictive, none_yet, result_at, worse
 from bnncert.attack.query import square
 from bnncert.outputs import logits_of, look_at_ending
 from bnncert.types import Apply, Key, Samples
+from bnncert.varying import axes_of, varying
 
 
 def strongest(
@@ -223,6 +224,7 @@ def transfer(
 
     look_at_ending(apply, outputs, samples, candidates[0])
     apply = logits_of(apply, outputs)
+    candidates = varying(candidates, axes_of(spread_out(apply, samples, candidates[0], y)))
 
     def add(worst: AttackResult, point: Array) -> tuple[AttackResult, None]:
         log_probs = log_predictive(apply, samples, point, y, batch_size)

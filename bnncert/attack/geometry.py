@@ -16,7 +16,8 @@ from optax import projections
 from bnncert.emptiness import is_valid
 from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import ball, check_center, check_clip, check_radius, is_concrete
-from bnncert.types import Key, Samples
+from bnncert.types import Apply, Key, Samples
+from bnncert.varying import axes_of, is_sharded, varying
 
 
 class Geometry(NamedTuple):
@@ -81,6 +82,24 @@ def usable(
         return valid
     low, high = clip
     return valid & jnp.all((jnp.asarray(low, x.dtype) <= x) & (x <= jnp.asarray(high, x.dtype)))
+
+
+def spread_out(apply: Apply, samples: Samples, x: Array, *others: Any) -> Array:
+    """The input, varying over each mesh axis that the attack on it varies over.
+
+    Each device attacks its own networks: derivatives by an input that others shared would be summed
+    over all of them.
+
+    Args:
+        apply: of the attack.
+        samples: of the attack.
+        x: the input.
+        others: all else that the attack depends on.
+    """
+    if not is_sharded():
+        return x
+    first = jax.eval_shape(lambda s: jax.tree.map(lambda leaf: leaf[0], s), samples)
+    return varying(x, axes_of(jax.eval_shape(apply, first, x), x, others))
 
 
 def check_arguments(

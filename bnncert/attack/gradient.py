@@ -21,7 +21,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from bnncert.attack.geometry import GEOMETRIES, check_arguments, starting_points, usable
+from bnncert.attack.geometry import (
+    GEOMETRIES,
+    check_arguments,
+    spread_out,
+    starting_points,
+    usable,
+)
 from bnncert.attack.predictive import Ascent, AttackResult, ascent, none_yet, result_at, worse
 from bnncert.outputs import logits_of, look_at_ending
 from bnncert.sets import check_radius
@@ -96,6 +102,7 @@ def pgd(
     check_arguments(samples, x, y, eps, p, clip, **counts)
     look_at_ending(apply, outputs, samples, x)
     apply = logits_of(apply, outputs)
+    x = spread_out(apply, samples, x, key, y, eps, clip, step_size)
     none = none_yet(x, y, usable(x, eps, clip, p))
     eps = jnp.asarray(eps, x.dtype)
     step_size = 2.5 * eps / steps if step_size is None else step_size

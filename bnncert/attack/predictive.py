@@ -33,6 +33,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from bnncert.bounds.convolution import canonical
 from bnncert.sets import is_concrete
 from bnncert.types import Apply, Params, Samples
+from bnncert.varying import axes_of, varying
 
 Loss = Callable[[Array], Array]
 """`loss(log pi (C,)) -> scalar`, the same for log pi + constant; attacks make it large."""
@@ -99,7 +100,9 @@ def ascent(
 
     first = jax.eval_shape(lambda s: one(jax.tree.map(lambda leaf: leaf[0], s)), samples)
     fill = (-jnp.inf, -jnp.inf, 0.0)  # sums of no sample
-    nothing = [jnp.full(a.shape, v, a.dtype) for a, v in zip(first, fill, strict=True)]
+    nothing = [
+        varying(jnp.full(a.shape, v, a.dtype), axes_of(a)) for a, v in zip(first, fill, strict=True)
+    ]
     return _fold(one, add, Ascent(*nothing), samples, batch_size)
 
 
@@ -153,6 +156,7 @@ def none_yet(x: Array, y: ArrayLike, valid: Array | None = None) -> AttackResult
     """What an attack has found before it looked: anything is worse; in an empty set nothing is."""
     worst = jnp.asarray(jnp.inf, x.dtype)
     none = AttackResult(x, jnp.asarray(y, int), jnp.asarray(False), worst)
+    none = varying(none, axes_of(x, y, valid))
     if valid is None:
         return none
     empty = AttackResult(jnp.full_like(x, jnp.nan), jnp.asarray(-1), jnp.asarray(True), -worst)

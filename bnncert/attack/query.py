@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from bnncert.attack.geometry import GEOMETRIES, check_arguments, usable
+from bnncert.attack.geometry import GEOMETRIES, check_arguments, spread_out, usable
 from bnncert.attack.predictive import AttackResult, log_predictive, none_yet, result_at, worse
 from bnncert.outputs import logits_of, look_at_ending
 from bnncert.types import Apply, Key, Samples
+from bnncert.varying import axes_of, varying
 
 _HALVINGS = np.array([10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000]) / 10_000
 
@@ -75,11 +76,12 @@ def square(
     x = jnp.asarray(x)
     counts = {"queries": queries, "restarts": restarts, "batch_size": batch_size}
     check_arguments(samples, x, y, eps, jnp.inf, clip, **counts)
-    none = none_yet(x, y, usable(x, eps, clip, jnp.inf))
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction = {fraction}: it must be in (0, 1].")
     look_at_ending(apply, outputs, samples, x)
     apply = logits_of(apply, outputs)
+    x = spread_out(apply, samples, x, key, y, eps, clip)
+    none = none_yet(x, y, usable(x, eps, clip, jnp.inf))
     image = channels is not None and x.ndim in (2, 3)
     if x.ndim == 3 and channels is not None and not -3 <= channels < 3:
         raise ValueError(f"channels = {channels}: an axis of x, in -3..2, or None.")
@@ -116,6 +118,7 @@ def square(
 
     def search(worst: AttackResult, key: Array) -> tuple[AttackResult, None]:
         start = (key, none_yet(x, y), jnp.zeros(inner.shape, x.dtype), worst)
+        start = varying(start, axes_of(x))
         return jax.lax.scan(query, start, (jnp.arange(queries), sizes))[0][3], None
 
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(restarts))

@@ -36,6 +36,7 @@ from bnncert.bounds.sweeps import (
     relaxed_step,
 )
 from bnncert.sets import Box
+from bnncert.varying import axes_of, varying
 
 _MOST_FRACTIONS = 2**22
 _LEARNING_RATE = 0.1
@@ -66,7 +67,9 @@ def optimized(sweep: Sweeper, boxes: Sequence[Box], num_steps: int) -> list[Box]
         boxes: of all nodes, by CROWN.
         num_steps: of the optimiser. Each costs about three times CROWN.
     """
-    fractions = initial_fractions(sweep.graph, boxes)
+    # Each device has its own: those that they shared would share their derivatives.
+    axes = axes_of(sweep.graph.inputs)
+    fractions, boxes = varying((initial_fractions(sweep.graph, boxes), list(boxes)), axes)
     outputs = output_nodes(sweep.graph)
     if not any(jax.tree.leaves(fractions[i]) for i in outputs if i in fractions):
         return list(boxes)

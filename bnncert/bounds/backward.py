@@ -30,6 +30,7 @@ from bnncert.bounds.relaxations import Lines, Planes
 from bnncert.bounds.rules import affine_rule
 from bnncert.bounds.rules.affine import has_constant
 from bnncert.sets import Box, LpBall, Set, dual_norm
+from bnncert.varying import axes_of, varying
 
 
 class Coefficients(NamedTuple):
@@ -273,7 +274,8 @@ def _affine_step(graph: Graph, node: Node) -> Step:
 
 
 def _zeros(graph: Graph, operands: Sequence[int]) -> list[Array]:
-    return [jnp.zeros(graph.nodes[i].shape, graph.nodes[i].dtype) for i in operands]
+    zeros = [jnp.zeros(graph.nodes[i].shape, graph.nodes[i].dtype) for i in operands]
+    return varying(zeros, axes_of(graph.inputs))
 
 
 def _transposed(
@@ -282,8 +284,10 @@ def _transposed(
     """An affine function's value at 0, and its transpose."""
     if not zeros:
         return f(), lambda row: ()
-    at_zero, pullback = jax.vjp(f, *zeros)
-    return at_zero, canonical(pullback)
+    axes = axes_of(zeros)
+    at_zero, pullback = jax.vjp(lambda *values: varying(f(*values), axes), *zeros)
+    transpose = canonical(pullback)
+    return at_zero, lambda row: transpose(varying(row, axes))
 
 
 def _add(a: Coefficients, b: Coefficients) -> Coefficients:

@@ -24,6 +24,7 @@ _MOVES = (
     "copy",
     "expand_dims",
     "optimization_barrier",
+    "pvary",
     "reshape",
     "squeeze",
     "stop_gradient",

@@ -6,9 +6,11 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core, source_info_util
 
 from bnncert.bounds.primitives import is_jax_own
+from bnncert.varying import axes_of, varying
 
 CALLS = {
     "jit": "jaxpr",
@@ -109,6 +111,7 @@ def bind(eqn: core.JaxprEqn) -> Callable[..., Any]:
     Matrix products are in full float32 (no TF32, no bfloat16). An index that breaks the promise to
     be inside is clamped by XLA where it gathers, and dropped where it scatters; the transposes of
     JAX do the contrary, and those of indices that are said to be unique take them at their word.
+    Inside `jax.shard_map` operands may vary over other mesh axes than those that were traced.
     """
     params = dict(eqn.params)
     name = eqn.primitive.name
@@ -121,7 +124,45 @@ def bind(eqn: core.JaxprEqn) -> Callable[..., Any]:
             params |= {"unique_indices": False, "indices_are_sorted": False}
     if name in _MATRIX_PRODUCTS:
         params["precision"] = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
-    return partial(eqn.primitive.bind, **eqn.primitive.get_bind_params(params))
+    function = partial(eqn.primitive.bind, **eqn.primitive.get_bind_params(params))
+    traced = [axes_of(atom.aval) for atom in eqn.invars]  # pyright: ignore
+
+    def evaluate(*values: Any) -> Any:
+        pairs = [(axes_of(v), axes) for v, axes in zip(values, traced, strict=True)]
+        more = frozenset().union(*(own - axes for own, axes in pairs))
+        return function(*(varying(v, more | axes) for v, axes in zip(values, traced, strict=True)))
+
+    return evaluate
+
+
+def is_cast(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation only says that its operand varies over more mesh axes."""
+    return eqn.primitive.name == "pvary" and is_jax_own(eqn.primitive)
+
+
+def with_literals(jaxpr: core.Jaxpr) -> core.Jaxpr:
+    """A jaxpr with its numbers as literals, where these were cast to vary over mesh axes.
+
+    Those of another type (0 for 0.0) were converted after that.
+    """
+    if not any(map(is_cast, jaxpr.eqns)):
+        return jaxpr
+    numbers: dict[Any, core.Literal] = {}
+
+    def read(atom: Any) -> Any:
+        return numbers.get(atom, atom) if isinstance(atom, core.Var) else atom
+
+    eqns = []
+    for eqn in jaxpr.eqns:
+        atoms = [read(atom) for atom in eqn.invars]
+        first = atoms[0] if atoms else None
+        converts = eqn.primitive.name == "convert_element_type" and eqn.invars[0] in numbers
+        if isinstance(first, core.Literal) and (is_cast(eqn) or converts):
+            aval: Any = eqn.outvars[0].aval
+            numbers[eqn.outvars[0]] = core.Literal(np.asarray(first.val, aval.dtype)[()], aval)
+        else:
+            eqns.append(eqn.replace(invars=atoms))
+    return jaxpr.replace(eqns=eqns, outvars=[read(atom) for atom in jaxpr.outvars])
 
 
 _PROMISE = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS

@@ -39,10 +39,12 @@ from bnncert.bounds.equations import (
     called,
     has_plain_body,
     is_call,
+    is_cast,
     is_matrix_product,
     multiplies,
     source_of,
     summed_on,
+    with_literals,
 )
 from bnncert.bounds.fusion import fused
 from bnncert.bounds.nodes import (
@@ -62,6 +64,7 @@ from bnncert.bounds.recognition import Recognised, find_runs, is_logaddexp, reco
 from bnncert.bounds.rewriting import REWRITES
 from bnncert.emptiness import settled
 from bnncert.sets import Box, Set, check_set, is_set
+from bnncert.varying import axes_of, varying
 
 __all__ = ["Graph", "Node", "Tracking", "UnsupportedPrimitiveError", "trace", "unsupported"]
 
@@ -73,6 +76,7 @@ _IDENTITIES = (
     "name",
     "optimization_barrier",
     "sharding_constraint",
+    "pvary",
 )
 # Elementwise operations whose scalar operands JAX leaves to broadcast by themselves.
 _PROMOTING = ("add", "sub", "mul", "div", "max", "min", "clamp", "pow", "logaddexp")
@@ -151,10 +155,21 @@ def trace(
     outputs = _walk(closed.jaxpr, closed.consts, refs, nodes, _Place("", alone, tracking))
     live, outputs = prune(fused(nodes), outputs, len(inputs))
     out_tree = jax.tree.structure(out_shape)
+    inputs, valid = varying((inputs, valid), _axes(inputs, live))
     graph = Graph(live, inputs, valid, outputs, in_tree, tuple(where), out_tree, users(live))
     if tracking is None:
         return graph
     return graph._replace(histories=tracking.histories(graph, [None] * len(inputs)))
+
+
+def _axes(inputs: Sequence[Set], nodes: Sequence[Node]) -> frozenset[str]:
+    """The mesh axes that any value of a graph varies over.
+
+    All of its values are to vary over all of them, so that each device transposes and
+    differentiates by itself.
+    """
+    constants = [o for node in nodes for o in node.operands if not isinstance(o, Ref)]
+    return axes_of(inputs, constants)
 
 
 def _aval(region: Set) -> jax.ShapeDtypeStruct:
@@ -180,6 +195,7 @@ def _walk(
     Bodies that JAX keeps from an earlier trace have lost their user's line: then it is that of the
     call, `outside`.
     """
+    jaxpr = with_literals(jaxpr)
     env: dict[core.Var, Any] = {}
     env.update(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, arguments, strict=True))
@@ -194,7 +210,9 @@ def _walk(
         operands = [read(atom) for atom in eqn.invars]
         source = source_of(eqn) or outside.source
         here = outside._replace(source=source, summed=[summed.get(v, 1) for v in eqn.outvars])
-        if any(isinstance(o, Ref) for o in operands):
+        if is_cast(eqn):
+            values = operands
+        elif any(isinstance(o, Ref) for o in operands):
             values = _step(eqn, operands, nodes, here)
         elif _is_opened(eqn, here.tracking):
             values = _inline(eqn, operands, nodes, here)
@@ -266,6 +284,7 @@ def _enclosed(
     try:
         results = _step(eqn, filled, nodes, here)
         live, outputs = prune(fused(nodes), results, len(inputs))
+        inputs = varying(inputs, _axes(inputs, live))
         graph = Graph(live, inputs, None, outputs, None, (), None, users(live))
         graph = graph._replace(histories=tracking.histories(graph, starts))
         boxes = tracking.boxes(graph)

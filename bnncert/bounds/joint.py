@@ -53,6 +53,7 @@ from bnncert.bounds.sweeps import Options, end_sets, sweeper
 from bnncert.emptiness import unbounded_unless
 from bnncert.sets import Box, LpBall, Set
 from bnncert.types import Samples
+from bnncert.varying import axes_of, varying
 
 
 def mean_bound(
@@ -125,7 +126,8 @@ def mean_bound(
         def add(total: PyTree, params: Any) -> tuple[PyTree, None]:
             return jax.tree.map(jnp.add, total, one(params)), None
 
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, first))
+        shapes = jax.eval_shape(one, first)
+        zero = jax.tree.map(lambda s: varying(jnp.zeros(s.shape, s.dtype), axes_of(s)), shapes)
         total, _ = jax.lax.scan(add, zero, samples)
         variants, found = jax.tree.map(lambda leaf: leaf / count, total)
         found = [drop_nan(box) for box in found]  # an end that overflowed either way

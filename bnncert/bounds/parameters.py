@@ -207,6 +207,7 @@ PARAMETERS: Mapping[str, Mapping[str, Parameter]] = {
     "name": {"name": ANY},
     "pad": {"padding_config": ANY},
     "reshape": {"new_sizes": ANY, "dimensions": Parameter(_nothing), **_PLACED},
+    "pvary": {"axes": ANY},
     "rev": {"dimensions": ANY},
     "round": {"rounding_method": ANY},
     "scatter": {**_INDEXED, "update_jaxpr": _NO_FUNCTION, "update_consts": _NO_FUNCTION},

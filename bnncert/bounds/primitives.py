@@ -12,9 +12,13 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives
 
+from bnncert.varying import is_sharded
+
 
 def is_jax_own(primitive: core.Primitive) -> bool:
     """Whether a primitive is the one that JAX has under this name."""
+    if primitive.name == "pvary":  # JAX binds it inside of `jax.shard_map` alone
+        return is_sharded() and primitive is _pvary()
     return _own().get(primitive.name) is primitive
 
 
@@ -34,6 +38,14 @@ def _own() -> dict[str, core.Primitive]:
         found.update((p.name, p) for p in _bound(jax.make_jaxpr(function)(x).jaxpr))
     published = (p for p in vars(primitives).values() if isinstance(p, core.Primitive))
     return {**found, **{p.name: p for p in published}}
+
+
+@cache
+def _pvary() -> core.Primitive:
+    """What casts a value to vary over mesh axes; it needs axes, and any will do."""
+    axes = jax.sharding.get_abstract_mesh().manual_axes[:1]
+    cast = jax.make_jaxpr(lambda v: jax.lax.pcast(v, axes, to="varying"))
+    return cast(jax.ShapeDtypeStruct((), jnp.float32)).jaxpr.eqns[0].primitive
 
 
 def _bound(jaxpr: core.Jaxpr) -> Iterator[core.Primitive]:

@@ -22,6 +22,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core
 
+from bnncert.bounds.equations import with_literals
+
 
 class Recognised(NamedTuple):
     """A function of one bounded operand.
@@ -100,17 +102,14 @@ def recognise(eqn: core.JaxprEqn, constants: Sequence[Any]) -> Recognised | None
     parameter = _CALLS[name]
     found = tuple(constants)
     if parameter is not None and not constants:
-        found = (_literal(body.jaxpr, parameter),)
+        found = (_literal(with_literals(body.jaxpr), parameter),)
     if len(found) != (parameter is not None):
         return None
     if parameter is not None and not _is_at_least(found[0], parameter.least):
         return None
     function = getattr(jax.nn, name)
     # As in the call: literals were Python numbers, operands were arrays.
-    traced = [
-        jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
-        for aval in map(_array_aval, eqn.invars)
-    ]
+    traced = [_array_aval(atom) for atom in eqn.invars]
     literals = () if constants else found
     fresh = jax.make_jaxpr(lambda *a: inspect.unwrap(function)(*a, *literals))(*traced)
     if not _same(fresh.jaxpr, body.jaxpr):
@@ -125,10 +124,7 @@ def is_logaddexp(eqn: core.JaxprEqn) -> bool:
     if eqn.primitive.name != "custom_jvp_call" or len(eqn.invars) != 2:
         return False
     body = eqn.params["call_jaxpr"]
-    traced = [
-        jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
-        for aval in map(_array_aval, eqn.invars)
-    ]
+    traced = [_array_aval(atom) for atom in eqn.invars]
     if not all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in traced):
         return False
     (fresh,) = jax.make_jaxpr(jnp.logaddexp)(*traced).jaxpr.eqns[-1:]
@@ -226,6 +222,7 @@ def _is_at_least(value: Any, least: float) -> bool:
 
 def _same(a: core.Jaxpr, b: core.Jaxpr) -> bool:
     """Whether two jaxprs are equal up to the names of their variables."""
+    a, b = with_literals(a), with_literals(b)
     if len(a.eqns) != len(b.eqns) or len(a.invars) != len(b.invars) or a.constvars or b.constvars:
         return False
     names: dict[Any, Any] = dict(zip(a.invars, b.invars, strict=True))

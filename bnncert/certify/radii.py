@@ -25,12 +25,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from bnncert.attack import AttackResult, pgd, transfer
+from bnncert.attack.geometry import spread_out
 from bnncert.certify.predictive import Decision, decision
 from bnncert.certify.sampling import statistical
 from bnncert.outputs import logits_of, look_at_ending
 from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import Set, ball, check_radius
 from bnncert.types import Apply, Key, Posterior, Samples
+from bnncert.varying import axes_of, varying
 
 
 class CertifiedRadius(NamedTuple):
@@ -229,6 +231,7 @@ def attacked_radius(
     check_stacked(samples)
     look_at_ending(apply, outputs, samples, x)
     apply = logits_of(apply, outputs)
+    x = spread_out(apply, samples, x, key, y, largest, clip)
     clean = transfer(apply, samples, x[None], y)
 
     def step(i: Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, ...]:
@@ -245,6 +248,7 @@ def attacked_radius(
         )
 
     start = jnp.zeros((), x.dtype), jnp.asarray(largest, x.dtype), x, clean.broken
+    start = varying(start, axes_of(x))
     _, _, nearest, broken = jax.lax.fori_loop(0, steps + 1, step, start)
     nearest = jnp.where(clean.broken, x, nearest)
     # No point lies in an empty ball: what is said of it is the least there is to say.
@@ -277,7 +281,8 @@ def _bisected(
     unit = jnp.asarray(largest / 2**steps, x.dtype)
     shapes = jax.eval_shape(at, jnp.zeros((), int))
     blank = (jnp.zeros(s.shape, s.dtype) for s in (shapes.predicted, shapes.confidence))
-    place, predicted, confidence = jax.lax.fori_loop(0, steps, step, (jnp.zeros((), int), *blank))
+    start = varying((jnp.zeros((), int), *blank), axes_of(shapes))
+    place, predicted, confidence = jax.lax.fori_loop(0, steps, step, start)
     return CertifiedRadius(predicted, unit * place.astype(x.dtype), place > 0, confidence)
 
 

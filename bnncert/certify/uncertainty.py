@@ -47,6 +47,7 @@ from bnncert.certify.predictive import check_region, num_samples, predictive
 from bnncert.outputs import tolerance
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Params, Samples
+from bnncert.varying import axes_of, varying
 
 _SLOPES = np.linspace(-4.0, 12.0, 65)
 """Values of mu that are tried: h' is -1 at 1, and 12 at 2e-6."""
@@ -215,7 +216,7 @@ def _entropy(box: Box, given: float = 0.0) -> Box:
         return jnp.where(full, low, t), jnp.where(full, t, high)
 
     least = jax.vmap(dual)(jnp.asarray(_SLOPES, dtype)).max()
-    start = jnp.zeros((), dtype), jnp.ones((), dtype)
+    start = varying((jnp.zeros((), dtype), jnp.ones((), dtype)), axes_of(box))
     t = jnp.maximum(jax.lax.fori_loop(0, 30, halve, start)[1], 1e-6)
     v = jnp.clip(t, box.lower, box.upper)
     slope = -jnp.log(t) - 1
