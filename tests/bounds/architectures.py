@@ -4,7 +4,7 @@
 
 A plan (`plans`, a hypothesis strategy) says which layers, what set, and the seed of all numbers;
 `build` makes the network. Every layer takes any x of its rank to values of moderate size, so that
-any order of layers is a network.
+any order of layers is a network. A third of them are those of `delicate`, where rounding shows.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,8 @@ from flax import linen
 from hypothesis import strategies as st
 
 from bnncert.sets import Box, LpBall
-
-Apply = Callable[[Any, jax.Array], jax.Array]
-Layer = Callable[[np.random.Generator, tuple[int, ...]], tuple[Any, Apply]]
-"""`(rng, shape of x) -> params, (params, x) -> value`."""
+from tests.bounds import delicate
+from tests.bounds.delicate import Apply, Layer
 
 
 class Plan(NamedTuple):
@@ -276,6 +274,8 @@ IMAGE: dict[str, Layer] = {
 REGIONS = ("box", "partial_box", "l1", "l2")
 WITH_WEIGHTS = ("dense", "conv")
 """Layers whose weights may be a set."""
+DELICATE = {**delicate.ANY, **delicate.VECTOR, **delicate.IMAGE}
+LAYERS = {**ANY, **VECTOR, **IMAGE, **DELICATE}
 
 
 @st.composite
@@ -283,7 +283,8 @@ def plans(draw: st.DrawFn) -> Plan:
     """Three or four layers; the first mixes the input; every second one is likely to mix too."""
     image = draw(st.booleans())
     mixing, others = (IMAGE, "conv") if image else (VECTOR, "dense")
-    free = st.one_of(st.sampled_from(sorted(ANY)), st.sampled_from(sorted(mixing)))
+    rounded = {**delicate.ANY, **(delicate.IMAGE if image else delicate.VECTOR)}
+    free = st.one_of(*(st.sampled_from(sorted(pool)) for pool in (ANY, mixing, rounded)))
     count = draw(st.integers(2, 3))
     return Plan(
         shape=(4, 3, 2) if image else (4,),
@@ -299,7 +300,7 @@ def build(plan: Plan) -> Architecture:
     rng = np.random.default_rng(plan.seed)
     shape, applies, params = plan.shape, [], []
     for name in plan.layers:
-        layer_params, apply = {**ANY, **VECTOR, **IMAGE}[name](rng, shape)
+        layer_params, apply = LAYERS[name](rng, shape)
         single = jax.tree.map(np.float32, (layer_params, np.zeros(shape)))
         applies, params = [*applies, apply], [*params, layer_params]
         shape = jax.eval_shape(apply, *single).shape
