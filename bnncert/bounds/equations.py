@@ -141,7 +141,9 @@ def _are_all(value: Any, numbers: Sequence[float]) -> bool:
     flat = np.asarray(value).reshape(-1)
     if np.iscomplexobj(flat):
         return False
-    return not flat.size or (float(flat[0]) in numbers and bool(np.isin(flat, numbers).all()))
+    if not flat.size or float(flat[0]) not in numbers:
+        return not flat.size
+    return bool(np.isin(flat.astype(np.float64), numbers).all())
 
 
 def _is_as_large(atom: Any, eqn: core.JaxprEqn) -> bool:

@@ -135,20 +135,25 @@ def _history(graph: Graph, node: Node, operands: Sequence[History | None]) -> Hi
             return own
         return own._replace(terms=first.terms, addends=first.addends, total=first.total)
     if node.op in _POWERS:
-        return _scaled(*_as_product(node, operands))
+        own = _scaled(*_as_product(node, operands))
+        return _inverse(own) if node.params.get("y", 2) < 0 else own
     if node.op == "reciprocal":
-        (own,) = known
-        return History(factors=own.factors, small=1 / own.large, large=1 / own.small)
+        return _inverse(known[0])
     if node.op in SUMMING:
         return History(terms=roundings(graph, node).forward)
     return first if neutral else NONE
+
+
+def _inverse(own: History) -> History:
+    return History(factors=own.factors, small=1 / own.large, large=1 / own.small)
 
 
 def _sums_nothing(graph: Graph, node: Node) -> bool:
     """Whether each of its sums has one term and no coefficient; or it is a first power."""
     if node.op == "integer_pow":
         return node.params["y"] == 1
-    return node.op in _PLAIN_SUMS and node.summed == 1 and roundings(graph, node).forward == 1
+    alone = node._replace(summed=1)
+    return node.op in _PLAIN_SUMS and roundings(graph, alone).forward == 1
 
 
 def _may_be_neutral(node: Node) -> bool:
