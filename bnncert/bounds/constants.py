@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike
+from jax.extend import core
+from jaxtyping import Array
 
+from bnncert.bounds.primitives import is_jax_own
 from bnncert.sets import Box
 
 
@@ -67,31 +69,63 @@ def distance(value: Array, box: Box) -> Array:
     return farthest * (1 + 8 * finfo.eps) + 2 * finfo.eps * jnp.abs(value) + finfo.tiny
 
 
-def is_float(value: ArrayLike) -> bool:
-    """Whether a constant is of floating-point numbers."""
-    return jnp.issubdtype(jnp.result_type(value), jnp.floating)
+def is_float(value: Any) -> bool:
+    """Whether a constant, or a dtype, is of floating-point numbers."""
+    return jnp.issubdtype(_dtype(value), jnp.floating)
 
 
 def rounds_nothing(
-    op: str, params: Mapping[str, Any], operands: Sequence[ArrayLike], result: ArrayLike
+    op: str, params: Mapping[str, Any], operands: Sequence[Any], result: Any
 ) -> bool:
-    """Whether an operation of exact constants has an exact result."""
+    """Whether an operation of exact constants, or of such dtypes, has an exact result."""
+    if any(jnp.issubdtype(_dtype(v), jnp.complexfloating) for v in (result, *operands)):
+        return False
     if op == "convert_element_type" and is_float(result):
         return _holds(result, operands[0])
-    if not is_float(result) or not any(map(is_float, operands)):
+    bodies = [body for value in params.values() for body in _bodies(value)]
+    if bodies:  # of a loop, a branch or a call: what is rounded in it may decide about integers
+        return all(map(_body_rounds_nothing, bodies))
+    if not is_float(result):
         return True
     return op in _ROUNDLESS and params.get("update_jaxpr") is None
 
 
-def _holds(result: ArrayLike, operand: ArrayLike) -> bool:
+def _body_rounds_nothing(body: core.Jaxpr) -> bool:
+    return all(
+        rounds_nothing(eqn.primitive.name, eqn.params, list(map(_aval_dtype, eqn.invars)), dtype)
+        and is_jax_own(eqn.primitive)
+        for eqn in body.eqns
+        for dtype in map(_aval_dtype, eqn.outvars)
+    )
+
+
+def _bodies(value: Any) -> list[core.Jaxpr]:
+    found = value if isinstance(value, (tuple, list)) else (value,)
+    opened = [v.jaxpr if isinstance(v, core.ClosedJaxpr) else v for v in found]
+    return [body for body in opened if isinstance(body, core.Jaxpr)]
+
+
+def _aval_dtype(atom: Any) -> np.dtype:
+    return atom.aval.dtype
+
+
+def _dtype(value: Any) -> Any:
+    return (
+        value
+        if isinstance(value, np.dtype)
+        else (value.dtype if hasattr(value, "dtype") else jnp.result_type(value))
+    )
+
+
+def _holds(result: Any, operand: Any) -> bool:
     """Whether a floating-point format holds each value of another type that may occur."""
-    own, other = jnp.finfo(jnp.result_type(result)), jnp.result_type(operand)
+    own, other = jnp.finfo(_dtype(result)), _dtype(operand)
     if is_float(operand):
         from_ = jnp.finfo(other)
         return own.nmant >= from_.nmant and own.maxexp >= from_.maxexp
     if jnp.issubdtype(other, jnp.bool_) or jnp.iinfo(other).bits <= own.nmant + 1:
         return True
-    if isinstance(operand, Tracer):
+    if isinstance(operand, (Tracer, np.dtype)):
         return False
     return bool((np.abs(np.asarray(operand, np.float64)) <= 2.0 ** (own.nmant + 1)).all())
 

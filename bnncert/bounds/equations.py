@@ -1,7 +1,7 @@
 """What one equation of a jaxpr is: a call with a body, a function to evaluate, a line of code."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,11 @@ CALLS = {
 
 _PASSED_BY_SUMS = frozenset(
     "reshape transpose squeeze expand_dims broadcast_in_dim rev neg convert_element_type copy "
-    "reduce_precision optimization_barrier stop_gradient".split()
+    "copy_p name sharding_constraint slice dynamic_slice reduce_precision optimization_barrier "
+    "stop_gradient".split()
+)
+_MOVING = frozenset(
+    "concatenate pad gather scatter dynamic_update_slice select_n split tile".split()
 )
 _MATRIX_PRODUCTS = ("dot_general", "conv_general_dilated")
 
@@ -63,17 +67,22 @@ def is_matrix_product(eqn: core.JaxprEqn) -> bool:
     return eqn.primitive.name in _MATRIX_PRODUCTS and is_jax_own(eqn.primitive)
 
 
-def summed_on(jaxpr: core.Jaxpr, outside: Sequence[int]) -> dict[core.Var, int]:
+def summed_on(
+    jaxpr: core.Jaxpr, outside: Sequence[int], given: Mapping[Any, Any] | None = None
+) -> dict[core.Var, int]:
     """How many values are added up to one, for each variable, by the sums it flows into directly.
 
-    A compiler makes one sum of a sum of sums, also where values are moved or negated between: each
-    term then passes through as many roundings as all of them have terms.
+    A compiler makes one sum of a sum of sums, also where values are moved or negated between, or
+    where a constant changes nothing: each term then passes through as many roundings as all of them
+    have terms.
 
     Args:
         jaxpr: with its calls.
         outside: those of its outputs, by what uses them.
+        given: the values of its constants and arguments that are known.
     """
     found: dict[core.Var, int] = {}
+    constants = _constants(jaxpr, given or {})
 
     def note(atoms: Sequence[Any], counts: Sequence[int]) -> None:
         for atom, count in zip(atoms, counts, strict=True):
@@ -86,15 +95,96 @@ def summed_on(jaxpr: core.Jaxpr, outside: Sequence[int]) -> dict[core.Var, int]:
         name = eqn.primitive.name
         if is_call(eqn):
             body = called(eqn)[0]
-            inner = summed_on(body, after)
+            passed = zip(body.invars, eqn.invars[-len(body.invars) :], strict=True)
+            inside = {v: _value(atom, constants) for v, atom in passed}
+            inner = summed_on(body, after, {v: c for v, c in inside.items() if c is not None})
             note(eqn.invars[-len(body.invars) :], [inner.get(v, 1) for v in body.invars])
         elif name == "reduce_sum":
             operand: Any = eqn.invars[0]
             size = math.prod(operand.aval.shape) // max(math.prod(eqn.outvars[0].aval.shape), 1)  # pyright: ignore
             note(eqn.invars, [max(size, 1) * after[0]])
+        elif name in ("cumsum", "reduce_window_sum"):
+            note(eqn.invars, [_window_size(eqn) * after[0]])
         elif name in _PASSED_BY_SUMS:
             note(eqn.invars[:1], after[:1])
+        elif name in _MOVING:
+            note(eqn.invars, [after[0] if _is_as_large(v, eqn) else 1 for v in eqn.invars])
+        elif name == "integer_pow" and eqn.params["y"] == 1:
+            note(eqn.invars, after)
+        else:
+            values = [_value(atom, constants) for atom in eqn.invars]
+            kept = [i for i in range(len(values)) if is_neutral(name, i, values)]
+            note([eqn.invars[i] for i in kept], after * len(kept))
+            for i in (0, 1):
+                if name in _MATRIX_PRODUCTS and is_neutral("mul", i, values):  # a sum, then
+                    size = math.prod(eqn.invars[1 - i].aval.shape)  # pyright: ignore
+                    note(eqn.invars[i : i + 1], [max(size, 1) * after[0]])
     return found
+
+
+def is_neutral(op: str, place: int, values: Sequence[Any]) -> bool:
+    """Whether an operation returns one of its operands, or its negative, for what the others are.
+
+    Args:
+        op: the primitive's name.
+        place: of the operand.
+        values: of all operands; None (or a tracer) where they are not known.
+    """
+    if op not in _NEUTRAL or place not in _NEUTRAL[op]:
+        return False
+    return all(_are_all(values[i], neutral) for i, neutral in _NEUTRAL[op][place].items())
+
+
+def _are_all(value: Any, numbers: Sequence[float]) -> bool:
+    """Whether a value is known, and each number of it one of these."""
+    if value is None or isinstance(value, jax.core.Tracer):
+        return False
+    flat = np.asarray(value).reshape(-1)
+    if np.iscomplexobj(flat):
+        return False
+    if not flat.size or float(flat[0]) not in numbers:
+        return not flat.size
+    return bool(np.isin(flat.astype(np.float64), numbers).all())
+
+
+def _is_as_large(atom: Any, eqn: core.JaxprEqn) -> bool:
+    """Whether what an operation moves may be all that it returns."""
+    result: Any = eqn.outvars[0]
+    return math.prod(atom.aval.shape) == math.prod(result.aval.shape)
+
+
+_LEAST, _MOST = (-np.inf,), (np.inf,)
+_NEUTRAL: Mapping[str, Mapping[int, Mapping[int, tuple[float, ...]]]] = {
+    "mul": {0: {1: (1, -1)}, 1: {0: (1, -1)}},
+    "div": {0: {1: (1, -1)}},
+    **{op: {0: {1: (0,)}, 1: {0: (0,)}} for op in ("add", "add_any", "sub")},
+    "max": {0: {1: _LEAST}, 1: {0: _LEAST}},
+    "min": {0: {1: _MOST}, 1: {0: _MOST}},
+    "clamp": {1: {0: _LEAST, 2: _MOST}},
+    "clip": {0: {1: _LEAST, 2: _MOST}},
+}
+"""By operation and place of an operand: for which other operands it is what comes out."""
+
+
+def _constants(jaxpr: core.Jaxpr, given: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The values that are known, and what is only moved of them: the same numbers."""
+    found = dict(given)
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("broadcast_in_dim", "reshape", "squeeze", "copy"):
+            value = _value(eqn.invars[0], found)
+            if value is not None:
+                found[eqn.outvars[0]] = value
+    return found
+
+
+def _value(atom: Any, constants: Mapping[Any, Any]) -> Any:
+    return atom.val if isinstance(atom, core.Literal) else constants.get(atom)
+
+
+def _window_size(eqn: core.JaxprEqn) -> int:
+    if eqn.primitive.name == "cumsum":
+        return max(1, eqn.invars[0].aval.shape[eqn.params["axis"]])  # pyright: ignore
+    return max(1, math.prod(eqn.params["window_dimensions"]))
 
 
 def source_of(eqn: core.JaxprEqn) -> str:

@@ -94,7 +94,7 @@ def _leaky(nodes: Nodes, node: Any) -> Any | None:
         return None
     condition, *cases = (nodes[o.index] for o in node.operands)
     sides = _COMPARISONS.get(condition.op)
-    if sides is None:
+    if sides is None or condition.computed:  # a 0 that is computed may be none
         return None
     x, zero = condition.operands
     if isinstance(zero, Ref):

@@ -205,7 +205,8 @@ def _walk(
             return np.asarray(atom.val, atom.aval.dtype)  # pyright: ignore
         return env[atom]
 
-    runs, summed = find_runs(jaxpr), summed_on(jaxpr, outside.summed)
+    known = {v: c for v, c in env.items() if not isinstance(c, (Ref, Rounded))}
+    runs, summed = find_runs(jaxpr), summed_on(jaxpr, outside.summed, known)
     for position, eqn in enumerate(jaxpr.eqns):
         operands = [read(atom) for atom in eqn.invars]
         source = source_of(eqn) or outside.source

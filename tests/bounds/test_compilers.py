@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 from bnncert.bounds import bound
 from bnncert.sets import Box
@@ -40,6 +41,23 @@ SUMS = {
     "mean of a sum": (lambda x: 12 * x.sum(0).mean(0).sum(), spike(12, 12, 12)),
     "sum of products": (lambda x: jnp.einsum("bi,bi->b", x, ones(40, 40)).sum(), spike(40, 40)),
     "in calls": (lambda x: jax.jit(lambda v: v.sum(0))(x).sum(), spike(40, 40)),
+    "a factor of 1 between": (lambda x: (x.sum(0) * 1.0).sum(0).sum(), spike(12, 12, 12)),
+    "ones between": (lambda x: (x.sum(0) / jnp.ones(12)).sum(0).sum(), spike(12, 12, 12)),
+    "an addend of 0 between": (lambda x: (x.sum(0) + 0.0).sum(0).sum(), spike(12, 12, 12)),
+    "a name between": (lambda x: checkpoint_name(x.sum(0), "a").sum(0).sum(), spike(12, 12, 12)),
+    "selected all": (
+        lambda x: jnp.where(ones(12, 12) > 0, x.sum(0), 0).sum(0).sum(),
+        spike(12, 12, 12),
+    ),
+    "a kernel of ones": (
+        lambda x: jax.lax.conv(x.sum(0)[None, None], ones(1, 1, 12, 12), (1, 1), "VALID").sum(),
+        spike(12, 12, 12),
+    ),
+    "written over all": (
+        lambda x: jnp.zeros((12, 12)).at[:, :].set(x.sum(0)).sum(0).sum(),
+        spike(12, 12, 12),
+    ),
+    "the last of partial sums": (lambda x: jnp.cumsum(x.sum(0), 0)[-1].sum(), spike(12, 12, 12)),
 }
 BIASES = {
     "one unit": lambda b, w, x: w[:1] @ x + b,
@@ -50,6 +68,10 @@ BIASES = {
     "before": lambda b, w, x: b - w @ x,
     "a second product": lambda b, w, x: w @ x + w @ (x * b),
     "scattered": lambda b, w, x: b + jnp.zeros(1).at[jnp.zeros(len(x), int)].add(x * w[0]),
+    "a factor of 1": lambda b, w, x: (x @ w.T) * 1.0 + b,
+    "a divisor of 1": lambda b, w, x: (x @ w.T) / np.ones(3, np.float32) + b,
+    "no least value": lambda b, w, x: jnp.maximum(x @ w.T, -np.inf) + b,
+    "scaled segments": lambda b, w, x: b + 1.0 * jax.ops.segment_sum(x, jnp.zeros(len(x), int), 1),
     "segments": lambda b, w, x: b + jax.ops.segment_sum(x, jnp.zeros(len(x), int), 1),
 }
 LITERALS = {
@@ -59,6 +81,14 @@ LITERALS = {
     "reshaped": (lambda x: (x + C).reshape(1, 1) + D, f32(-C)),
     "arrays": (lambda x: (x + np.full(2, C)) + f32(1e-3, 2e-3), f32(-C, -C)),
     "three": (lambda x: ((x + C) - 0.37) + D, f32(-C)),
+    "with a factor of 1": (lambda x: ((x + C) * 1.0) + D, f32(-C)),
+    "with a sum of one term": (lambda x: (x + C).sum() + D, f32(-C)),
+    "with an open range": (lambda x: jnp.clip(x + C, -np.inf, np.inf) + D, f32(-C)),
+    "scaled and squared": (lambda x: (x[0] * 1e-25) ** 2, f32(1e25)),
+    "scaled and cubed": (lambda x: (x[0] * 1e15) ** 3, f32(1e-15)),
+    "a magnitude scaled and squared": (lambda x: jnp.abs(x[0] * 1e-25) ** 2, f32(1e25)),
+    "scaled, with an addend of 0": (lambda x: (x * 1e-20 + 0.0) * 1e-25 * 1e30, f32(1e15)),
+    "scaled, with a sum of one term": (lambda x: (x * 1e-20).sum() * 1e-25 * 1e30, f32(1e15)),
     "scaled to nothing": (lambda x: ((x * 1e-20) * 1e-25) * 1e30, f32(1e15)),
     "scaled to nothing, reshaped": (lambda x: (x * 1e-20)[:, None] * 1e-25 * 1e30, f32(1e15)),
     "scaled too far": (lambda x: (x * 1e20) * 1e20, f32(1e-30)),

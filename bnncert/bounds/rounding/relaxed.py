@@ -90,8 +90,10 @@ def _lines_error(
         error += own * (of_slope * slope + constant) * (box.upper - box.lower + 2 * size)
         error += 8 * own * curvature(node, box, free) * size * size
     of_constants = constant_error(node, [size])
-    if of_constants is not None:
-        error += of_constants
+    reordered = reordering_error(graph, node, [size], arithmetic)
+    for besides in (of_constants, reordered):
+        if besides is not None:
+            error += besides
     error += gamma(ways(graph, operand) + 4, own) * slope * size
     error += offset_gamma(graph, node) * offset
     return rounded_up(graph, node, error) + 16 * tiny(node)

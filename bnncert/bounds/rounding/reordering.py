@@ -12,8 +12,10 @@ has to happen, and which do depends on backend, version and sizes):
                             that is one rounding; where it may underflow, it is off by t, which
                             meets |x| and the factors that follow; if it overflows, by anything
 
-also through operations that only move values or negate them. Sums of sums are one sum, whose terms
-`Node.summed` counts. Products of exponentials become the exponential of a sum: `function_errors`.
+also through operations that only move values or negate them, and through those that do nothing: a
+factor of 1, an addend of 0, a sum of one term. Powers are products. Sums of sums are one sum, whose
+terms `Node.summed` counts. Products of exponentials become the exponential of a sum:
+`function_errors`.
 That quotients of quotients and x 2^k + y 2^k neither overflow nor underflow in another order is
 part of the model.
 
@@ -26,6 +28,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
 from bnncert.bounds.arithmetic import (
@@ -37,6 +40,7 @@ from bnncert.bounds.arithmetic import (
     roundings,
     tiny,
 )
+from bnncert.bounds.equations import is_neutral
 from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.operands import Ref
 
@@ -101,30 +105,82 @@ def reordering_error(
         return _of_sums(graph, node, operands, sizes, arithmetic.unit(node))
     if node.op in _SCALING or _is_one_product(graph, node):
         return _of_products(graph, node, operands, sizes)
+    if node.op in _POWERS:
+        product, operands = _as_product(node, operands)
+        return _of_products(graph, product, operands, [*sizes] * len(operands))
     return None
 
 
 def _history(graph: Graph, node: Node, operands: Sequence[History | None]) -> History:
     bounded = [h for h, o in zip(operands, node.operands, strict=True) if isinstance(o, Ref)]
     known = [h for h in operands if h is not None]
-    if node.op in _PASSING and len(bounded) == 1:
-        return bounded[0] or NONE
+    first = bounded[0] or NONE
+    if len(bounded) == 1 and (node.op in _PASSING or _sums_nothing(graph, node)):
+        return first
+    if node.op == "abs":  # the square of one is that of what it is of
+        return History(factors=first.factors, small=first.small, large=first.large)
+    neutral = len(bounded) == 1 and _may_be_neutral(node)
     if node.op in _ADDING:
         terms = max((h.terms for h in known), default=0)
         constants = [o for o in node.operands if not isinstance(o, Ref)]
-        return History(
-            terms + 1 if terms else 0,
-            sum(h.addends for h in known) + len(constants),
-            sum((h.total for h in known), 0.0) + sum(_largest(c) for c in constants),
+        factors = first if neutral else NONE
+        return factors._replace(
+            terms=terms + 1 if terms else 0,
+            addends=sum(h.addends for h in known) + len(constants),
+            total=sum((h.total for h in known), 0.0) + sum(_largest(c) for c in constants),
         )
     if node.op in _SCALING or _is_one_product(graph, node):
-        return _scaled(node, operands)
+        own = _scaled(node, operands)
+        if not neutral:
+            return own
+        return own._replace(terms=first.terms, addends=first.addends, total=first.total)
+    if node.op in _POWERS:
+        own = _scaled(*_as_product(node, operands))
+        return _inverse(own) if node.params.get("y", 2) < 0 else own
     if node.op == "reciprocal":
-        (own,) = known
-        return History(factors=own.factors, small=1 / own.large, large=1 / own.small)
+        return _inverse(known[0])
     if node.op in SUMMING:
         return History(terms=roundings(graph, node).forward)
-    return NONE
+    return first if neutral else NONE
+
+
+def _inverse(own: History) -> History:
+    return History(factors=own.factors, small=1 / own.large, large=1 / own.small)
+
+
+def _sums_nothing(graph: Graph, node: Node) -> bool:
+    """Whether each of its sums has one term and no coefficient; or it is a first power."""
+    if node.op == "integer_pow":
+        return node.params["y"] == 1
+    alone = node._replace(summed=1)
+    return node.op in _PLAIN_SUMS and roundings(graph, alone).forward == 1
+
+
+def _may_be_neutral(node: Node) -> bool:
+    """Whether constants may be such that an operation returns its one bounded operand."""
+    values: list[Any] = [None if isinstance(o, Ref) else o for o in node.operands]
+    if node.op in ("dot_general", "conv_general_dilated"):  # of one term
+        return any(_is_unknown(node, i) or _is_one(v) for i, v in enumerate(values))
+    (place,) = (i for i, o in enumerate(node.operands) if isinstance(o, Ref))
+    if node.op in (*_ADDING, *_SCALING) and any(_is_unknown(node, i) for i in (0, 1)):
+        return True
+    return is_neutral(node.op, place, values)
+
+
+def _is_unknown(node: Node, place: int) -> bool:
+    """Whether a constant is traced, or computed by the function: it may be any number."""
+    computed = bool(node.computed) and node.computed[place] is not None
+    return computed or isinstance(node.operands[place], Tracer)
+
+
+def _is_one(value: Any) -> bool:
+    return is_neutral("mul", 0, (None, value))
+
+
+def _as_product(node: Node, operands: Sequence[Any]) -> tuple[Node, list[Any]]:
+    """A power as the product that it may be computed as."""
+    count = 2 if node.op == "square" else abs(int(node.params["y"]))
+    return node._replace(op="mul", operands=node.operands[:1] * count), [operands[0]] * count
 
 
 def _scaled(node: Node, operands: Sequence[History | None]) -> History:
@@ -231,4 +287,6 @@ def _absolute(operand: Any) -> Any:
 
 _ADDING = ("add", "add_any", "sub")
 _SCALING = ("mul", "div")
+_POWERS = ("square", "integer_pow")
+_PLAIN_SUMS = ("reduce_sum", "cumsum", "reduce_window_sum")
 _PASSING = EXACT | REPEATING | {"convert_element_type"}
