@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core, source_info_util
 
 from bnncert.bounds.primitives import is_jax_own
@@ -135,9 +136,9 @@ def is_neutral(op: str, place: int, values: Sequence[Any]) -> bool:
     return all(_are_all(values[i], neutral) for i, neutral in _NEUTRAL[op][place].items())
 
 
-def _are_all(value: Any, numbers: Sequence[float]) -> bool:
+def _are_all(value: Any, numbers: Sequence[float | int]) -> bool:
     """Whether a value is known, and each number of it one of these."""
-    if value is None or isinstance(value, jax.core.Tracer):
+    if value is None or isinstance(value, Tracer):
         return False
     flat = np.asarray(value).reshape(-1)
     if np.iscomplexobj(flat):

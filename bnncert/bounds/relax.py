@@ -78,11 +78,19 @@ def lines(node: Node, operand: Box, choice: Choice) -> Lines:
     below = usual & _holds(found.lower_slope, found.lower_offset, l, u, at_ends)
     above = usual & _holds(-found.upper_slope, -found.upper_offset, l, u, [-h for h in at_ends])
     return Lines(
-        jnp.where(below, found.lower_slope, 0),
-        jnp.where(below, found.lower_offset, values.lower),
-        jnp.where(above, found.upper_slope, 0),
-        jnp.where(above, found.upper_offset, values.upper),
+        *_either(below, found.lower_slope, found.lower_offset, values.lower),
+        *_either(above, found.upper_slope, found.upper_offset, values.upper),
     )
+
+
+def _either(line: Array, slope: Array, offset: Array, constant: Array) -> Array:
+    """Slope and offset, or 0 and the constant, by one selection of both.
+
+    By two, a compiler would decide twice, and may round what it decides by otherwise.
+    """
+    slope, offset, constant = jnp.broadcast_arrays(slope, offset, constant)
+    flat = jnp.stack([jnp.zeros_like(constant), constant])
+    return jnp.where(line, jnp.stack([slope, offset]), flat)
 
 
 def _holds(slope: Array, offset: Array, l: Array, u: Array, at_ends: Sequence[Array]) -> Array:

@@ -60,14 +60,20 @@ def function(name):
     if op == "integer_pow":
         return lambda x: jax.lax.integer_pow(x, constants[0])
     f = SPELLED.get(op) or getattr(jax.nn, op, None) or getattr(jax.lax, op)
-    return lambda x: f(x, *(jnp.asarray(c, x.dtype) for c in constants))
+    return lambda x: f(x, *(within(c, x.dtype) for c in constants))
+
+
+def within(constant, dtype):
+    """The constant in a format, or the format's largest."""
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.asarray(min(max(constant, -largest), largest), dtype)
 
 
 def exact(name, x, dtype):
     """In float64, constants as the format has them; NaN where the function is not defined."""
     op, constants = CASES[name]
-    rounded = [c if isinstance(c, int) else float(jnp.asarray(c, dtype)) for c in constants]
     with np.errstate(all="ignore"):
+        rounded = [c if isinstance(c, int) else float(within(c, dtype)) for c in constants]
         return EXACT[op](x, *rounded)
 
 
