@@ -85,7 +85,7 @@ def _way(graph: Graph, index: int) -> list[int]:
         if AFFINE[node.op].spreads not in ("places", "adds"):
             return []
         way.append(i)
-        i = list(node.refs)[0]
+        i = next(iter(node.refs))
     return [i, *way[::-1]] if isinstance(graph.inputs[i], LpBall) else []
 
 
