@@ -117,11 +117,11 @@ def bound(
         A function called as `f`, where any argument or any leaf inside one may be a `Box` or an
         `LpBall` in place of an array. All else is constant: arrays, tracers, strings, numbers,
         None. It returns f's outputs with a `Box` for each leaf (`Box(v, v)` where no set reaches
-        it). It is pure: `jit`, `vmap` and `grad` apply. At a set that is one point both ends are f
-        there, up to the rounding of sums in another order; with "outward" they enclose it. An end
-        is infinite where nothing is known: beside an overflow, or where f has no value; and both
-        are where a set is traced and empty (lower > upper, a negative radius, NaN or infinite
-        numbers).
+        it). It is pure: `jit`, `vmap`, `grad` and `shard_map` apply. At a set that is one point
+        both ends are f there, up to the rounding of sums in another order; with "outward" they
+        enclose it. An end is infinite where nothing is known: beside an overflow, or where f has no
+        value; and both are where a set is traced and empty (lower > upper, a negative radius, NaN
+        or infinite numbers).
 
     Raises:
         ValueError: unknown method, rounding or slope; when called: no set among the arguments,

@@ -280,9 +280,12 @@ def _bisected(
 
     unit = jnp.asarray(largest / 2**steps, x.dtype)
     shapes = jax.eval_shape(at, jnp.zeros((), int))
-    blank = (jnp.zeros(s.shape, s.dtype) for s in (shapes.predicted, shapes.confidence))
-    start = varying((jnp.zeros((), int), *blank), axes_of(shapes))
-    place, predicted, confidence = jax.lax.fori_loop(0, steps, step, start)
+    place = varying(jnp.zeros((), int), axes_of(shapes.robust))
+    blank = (
+        varying(jnp.zeros(s.shape, s.dtype), axes_of(s))
+        for s in (shapes.predicted, shapes.confidence)
+    )
+    place, predicted, confidence = jax.lax.fori_loop(0, steps, step, (place, *blank))
     return CertifiedRadius(predicted, unit * place.astype(x.dtype), place > 0, confidence)
 
 
