@@ -8,7 +8,7 @@ all, against values in float64 and in float32.
     BNNCERT_FUZZ=300 python -m pytest -v --dist=load tests/bounds/test_fuzz.py
 
 in shards of 20: each says when it has passed, and leaves no compiled function behind. Of each
-architecture, 33,600 points or more are then evaluated: in sets of all sizes, down to points.
+architecture, 34,200 values or more are then compared: in sets of all sizes, down to points.
 """
 
 import os
