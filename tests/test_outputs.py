@@ -14,6 +14,8 @@ from bnncert.posterior import MeanField
 from bnncert.sets import Box, LpBall, ball
 from bnncert.types import Threat
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 SIZE, WIDTH, SAMPLES, POINTS = 3, 5, 4, 6
 XS = jax.random.normal(jax.random.key(1), (POINTS, SIZE))

@@ -14,6 +14,8 @@ import bnncert as bc
 from bnncert.emptiness import is_valid
 from bnncert.sets import Box, LpBall, ball
 
+pytestmark = pytest.mark.slow
+
 SIZE, NUM = 5, 400
 WEIGHTS = np.array([[1.0, -2.0, 0.5, 3.0, -1.0], [0.25, 1.0, -1.0, 0.5, 0.125]])
 DTYPES = {name: jnp.dtype(name) for name in ("float16", "bfloat16", "float32")}

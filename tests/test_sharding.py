@@ -20,6 +20,8 @@ from bnncert.certify import decision
 from bnncert.certify.radii import radius
 from bnncert.sets import Box, ball
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 W, V = (jnp.asarray(RNG.normal(size=s), jnp.float32) for s in ((4, 3, 2), (4, 3, 3)))
 X = jnp.asarray(RNG.uniform(size=(4, 2)), jnp.float32)

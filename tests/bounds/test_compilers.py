@@ -15,6 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from bnncert.bounds import bound
 from bnncert.sets import Box
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("ibp", "forward", "crown-ibp")
 
 

@@ -17,6 +17,8 @@ from bnncert.bounds.rules import interval
 from bnncert.sets import Box
 from tests.bounds.extremes import EXACT, intervals, points
 
+pytestmark = pytest.mark.slow
+
 FORMATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 COUNT = 2000
 CONSTANTS = {

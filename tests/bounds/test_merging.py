@@ -15,6 +15,8 @@ from bnncert.sets import Box, LpBall, ball
 from experiments.benchmarks import affine_runs
 from tests.bounds.networks import METHODS, starts
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(3)
 
 

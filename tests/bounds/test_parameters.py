@@ -18,6 +18,8 @@ from bnncert.bounds.rewriting import REWRITES
 from bnncert.bounds.rules import SUPPORTED
 from bnncert.sets import Box
 
+pytestmark = pytest.mark.slow
+
 BOX = Box(
     np.array([-1.0, 0.5, -0.3, 0.2, 0.1, 1.0]),
     np.array([1.0, 0.6, 0.7, 0.9, 0.5, 1.5]),

@@ -12,6 +12,8 @@ from bnncert.bounds.api import METHODS
 from bnncert.bounds.convolution import canonical
 from bnncert.sets import Box, LpBall
 
+pytestmark = pytest.mark.slow
+
 BOX = Box(jnp.array([-1.0, -0.5, 0.2]), jnp.array([1.0, 0.5, 0.4]))
 
 

@@ -13,6 +13,8 @@ from bnncert.bounds.margins import margin_bounds
 from bnncert.certify import decision
 from bnncert.sets import Box
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("ibp", "forward", "crown-ibp", "crown")
 
 

@@ -15,6 +15,8 @@ from bnncert.bounds.rounding import tracking
 from bnncert.certify import decision
 from bnncert.sets import Box, ball
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("ibp", "forward", "crown-ibp", "crown")
 
 

@@ -17,6 +17,8 @@ from bnncert import attack, certify, likelihood
 from bnncert.bounds import mean_bound
 from bnncert.sets import Box, LpBall, ball
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 SIZE, HIDDEN, CLASSES, CLIP = 3, 4, 3, (0.0, 1.0)
 X = jnp.array([0.4, 0.5, 0.6])

@@ -12,6 +12,8 @@ from bnncert.certify import joint_decision
 from bnncert.certify.joint import ANCHORS, corner_terms
 from bnncert.sets import Box, LpBall
 
+pytestmark = pytest.mark.slow
+
 
 def one_sum(w, x):
     return jnp.stack([w @ x, jnp.zeros(())])
