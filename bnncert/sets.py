@@ -12,7 +12,7 @@ They are pytrees: `jit`, `vmap` and `grad` take and return them. Values are chec
 used (`bnncert.bound`), not here: a transformation may put other things in their fields.
 
 A set that is empty (lower > upper, a negative radius, NaN) is an error where its numbers are known,
-and certifies nothing where they are traced (`bnncert.emptiness`).
+and certifies nothing where they are traced (`bnncert._emptiness`).
 """
 
 from dataclasses import dataclass, field
@@ -188,7 +188,7 @@ def check_set(region: Set, where: str = "a set") -> None:
     Raises:
         TypeError: fields that are not floating-point.
         ValueError: shapes or dtypes that differ, lower > upper, NaN or infinite values, a bad
-            radius or p. What is traced passes: see `bnncert.emptiness`.
+            radius or p. What is traced passes: see `bnncert._emptiness`.
     """
     for name, value in vars(region).items():
         if name != "p" and not jnp.issubdtype(jnp.result_type(value), jnp.floating):

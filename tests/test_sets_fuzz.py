@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import bnncert as bc
-from bnncert.emptiness import is_valid
+from bnncert._emptiness import is_valid
 from bnncert.sets import Box, LpBall, ball
 
 pytestmark = pytest.mark.slow

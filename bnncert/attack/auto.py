@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from bnncert._varying import axes_of, varying
 from bnncert.attack.geometry import (
     GEOMETRIES,
     Geometry,
@@ -50,7 +51,6 @@ from bnncert.attack.predictive import (
 )
 from bnncert.outputs import logits_of, look_at_ending
 from bnncert.types import Apply, Key, Samples
-from bnncert.varying import axes_of, varying
 
 LOSSES = ("ce", "dlr")
 _MOMENTUM = 0.75

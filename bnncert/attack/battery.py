@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from bnncert._varying import axes_of, varying
 from bnncert.attack.auto import apgd, targeted_apgd
 from bnncert.attack.geometry import check_arguments, spread_out, usable
 from bnncert.attack.gradient import pgd
@@ -32,7 +33,6 @@ from bnncert.attack.predictive import AttackResult, log_predictive, none_yet, re
 from bnncert.attack.query import square
 from bnncert.outputs import logits_of, look_at_ending
 from bnncert.types import Apply, Key, Samples
-from bnncert.varying import axes_of, varying
 
 
 def strongest(

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 from optax import projections
 
-from bnncert.emptiness import is_valid
+from bnncert._emptiness import is_valid
+from bnncert._varying import axes_of, is_sharded, varying
 from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import ball, check_center, check_clip, check_radius, is_concrete
 from bnncert.types import Apply, Key, Samples
-from bnncert.varying import axes_of, is_sharded, varying
 
 
 class Geometry(NamedTuple):

@@ -30,10 +30,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from bnncert._varying import axes_of, varying
 from bnncert.bounds.convolution import canonical
 from bnncert.sets import is_concrete
 from bnncert.types import Apply, Params, Samples
-from bnncert.varying import axes_of, varying
 
 Loss = Callable[[Array], Array]
 """`loss(log pi (C,)) -> scalar`, the same for log pi + constant; attacks make it large."""

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from bnncert._varying import axes_of, varying
 from bnncert.bounds.backward import Step, concretize, linear_row, map_rows
 from bnncert.bounds.graph import Graph
 from bnncert.bounds.interval import bounded_nodes, drop_nan, intersect, output_nodes
@@ -36,7 +37,6 @@ from bnncert.bounds.sweeps import (
     relaxed_step,
 )
 from bnncert.sets import Box
-from bnncert.varying import axes_of, varying
 
 _MOST_FRACTIONS = 2**22
 _LEARNING_RATE = 0.1

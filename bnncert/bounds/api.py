@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from bnncert._emptiness import unbounded_unless
 from bnncert.bounds import relaxations
 from bnncert.bounds.alpha import optimized
 from bnncert.bounds.arithmetic import Arithmetic
@@ -44,7 +45,6 @@ from bnncert.bounds.sweeps import (
     relaxed_steps,
     sweeper,
 )
-from bnncert.emptiness import unbounded_unless
 from bnncert.sets import Box
 
 METHODS = ("ibp", "forward", "crown-ibp", "crown", "alpha-crown")

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from bnncert._varying import axes_of, varying
 from bnncert.bounds.convolution import canonical
 from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.interval import drop_nan
@@ -30,7 +31,6 @@ from bnncert.bounds.relaxations import Lines, Planes
 from bnncert.bounds.rules import affine_rule
 from bnncert.bounds.rules.affine import has_constant
 from bnncert.sets import Box, LpBall, Set, dual_norm
-from bnncert.varying import axes_of, varying
 
 
 class Coefficients(NamedTuple):

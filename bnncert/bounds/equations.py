@@ -10,8 +10,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core, source_info_util
 
+from bnncert._varying import axes_of, varying
 from bnncert.bounds.primitives import is_jax_own
-from bnncert.varying import axes_of, varying
 
 CALLS = {
     "jit": "jaxpr",

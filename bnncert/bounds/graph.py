@@ -24,6 +24,8 @@ import numpy as np
 from jax.extend import core, source_info_util
 from jaxtyping import Array, ArrayLike, PyTree
 
+from bnncert._emptiness import settled
+from bnncert._varying import axes_of, varying
 from bnncert.bounds.advice import instead_of
 from bnncert.bounds.constants import (
     Rounded,
@@ -62,9 +64,7 @@ from bnncert.bounds.primitives import is_jax_own
 from bnncert.bounds.randomness import advised, refuse_random_masks
 from bnncert.bounds.recognition import Recognised, find_runs, is_logaddexp, recognise
 from bnncert.bounds.rewriting import REWRITES
-from bnncert.emptiness import settled
 from bnncert.sets import Box, Set, check_set, is_set
-from bnncert.varying import axes_of, varying
 
 __all__ = ["Graph", "Node", "Tracking", "UnsupportedPrimitiveError", "trace", "unsupported"]
 

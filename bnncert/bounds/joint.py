@@ -33,6 +33,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from bnncert._emptiness import unbounded_unless
+from bnncert._varying import axes_of, varying
 from bnncert.bounds.api import (
     DEFAULT_BATCH_SIZE,
     Affine,
@@ -50,10 +52,8 @@ from bnncert.bounds.interval import drop_nan, hull, intersect
 from bnncert.bounds.rounding import outward_set, tracking
 from bnncert.bounds.rounding.intervals import widened
 from bnncert.bounds.sweeps import Options, end_sets, sweeper
-from bnncert.emptiness import unbounded_unless
 from bnncert.sets import Box, LpBall, Set
 from bnncert.types import Samples
-from bnncert.varying import axes_of, varying
 
 
 def mean_bound(

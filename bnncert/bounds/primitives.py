@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives
 
-from bnncert.varying import is_sharded
+from bnncert._varying import is_sharded
 
 
 def is_jax_own(primitive: core.Primitive) -> bool:

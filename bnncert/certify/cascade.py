@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 from tqdm.auto import tqdm
 
+from bnncert._emptiness import holds, is_valid
 from bnncert.bounds.api import METHODS
 from bnncert.certify.joint import joint_decision
 from bnncert.certify.predictive import Decision, decision, num_samples
-from bnncert.emptiness import holds, is_valid
 from bnncert.outputs import classifier, normalised
 from bnncert.sets import Box, Set, check_set, is_concrete, is_set
 from bnncert.types import Apply, Samples

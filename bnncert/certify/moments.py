@@ -30,6 +30,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bnncert import prior as priors
+from bnncert._emptiness import unbounded_unless
 from bnncert.bounds.arithmetic import Arithmetic
 from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError, trace
 from bnncert.bounds.operands import Ref
@@ -37,7 +38,6 @@ from bnncert.bounds.rounding import tracking
 from bnncert.bounds.rules.affine import constant_magnitude, has_constant, magnitude
 from bnncert.certify.predictive import check_region
 from bnncert.certify.propagation import PRODUCTS, Value, propagate, settled, unit_error
-from bnncert.emptiness import unbounded_unless
 from bnncert.posterior import MeanField
 from bnncert.posterior.leaves import check_structure
 from bnncert.sets import Box, Set

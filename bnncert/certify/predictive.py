@@ -41,12 +41,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from bnncert._emptiness import empty_unless, holds
 from bnncert.bounds import bound
 from bnncert.bounds.api import Rounding, resolved
 from bnncert.bounds.arithmetic import Arithmetic
 from bnncert.bounds.margins import all_margin_bounds, margin_bounds
 from bnncert.bounds.precision import asked_of
-from bnncert.emptiness import empty_unless, holds
 from bnncert.outputs import classifier, look_at_ending, normalised, probabilities
 from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import Box, Set, check_set, is_concrete, is_set

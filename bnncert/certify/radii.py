@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from bnncert._varying import axes_of, varying
 from bnncert.attack import AttackResult, pgd, transfer
 from bnncert.attack.geometry import spread_out
 from bnncert.certify.predictive import Decision, decision
@@ -32,7 +33,6 @@ from bnncert.outputs import logits_of, look_at_ending
 from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import Set, ball, check_radius
 from bnncert.types import Apply, Key, Posterior, Samples
-from bnncert.varying import axes_of, varying
 
 
 class CertifiedRadius(NamedTuple):

@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from bnncert._emptiness import is_valid
 from bnncert.bounds import bound
 from bnncert.bounds.api import resolved
 from bnncert.bounds.margins import margin_bounds
 from bnncert.certify import confidence
 from bnncert.certify.predictive import check_region
 from bnncert.certify.sampling import check_posterior, over_draws
-from bnncert.emptiness import is_valid
 from bnncert.outputs import classifier
 from bnncert.posterior.leaves import draw_keys
 from bnncert.sets import Box, Set

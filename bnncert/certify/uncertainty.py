@@ -42,12 +42,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from bnncert._varying import axes_of, varying
 from bnncert.bounds import bound
 from bnncert.certify.predictive import check_region, num_samples, predictive
 from bnncert.outputs import tolerance
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Params, Samples
-from bnncert.varying import axes_of, varying
 
 _SLOPES = np.linspace(-4.0, 12.0, 65)
 """Values of mu that are tried: h' is -1 at 1, and 12 at 2e-6."""
