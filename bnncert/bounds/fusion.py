@@ -50,10 +50,12 @@ def _clip(nodes: Nodes, node: Any) -> Any | None:
     if within is None:
         return None
     (x, first), (_, last) = within, outer
+    known = not isinstance(first, Tracer) and not isinstance(last, Tracer)
+    numbers = np if known else jnp  # JAX would stage known ones under `jit`
     if node.op == "min":
-        low, high = jnp.minimum(first, last), last
+        low, high = numbers.minimum(first, last), last
     else:
-        low, high = last, jnp.maximum(first, last)
+        low, high = last, numbers.maximum(first, last)
 
     def clip(v: Any, a: Any, b: Any) -> Any:
         # Written so that a NaN is handed on.

@@ -15,12 +15,14 @@ is bounded in a graph of its own, and the nodes that it flows into know of it (`
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core, source_info_util
 from jaxtyping import Array, ArrayLike, PyTree
 
@@ -78,6 +80,7 @@ _IDENTITIES = (
     "sharding_constraint",
     "pvary",
 )
+_FEW = 2**10
 # Elementwise operations whose scalar operands JAX leaves to broadcast by themselves.
 _PROMOTING = ("add", "sub", "mul", "div", "max", "min", "clamp", "pow", "logaddexp")
 
@@ -240,7 +243,8 @@ def _is_opened(eqn: core.JaxprEqn, tracking: Tracking | None) -> bool:
 def _constants(eqn: core.JaxprEqn, operands: Sequence[Any], here: _Place) -> list[Any]:
     """Evaluates an equation on constants; in rounded arithmetic, with how far off it may be."""
     values = values_of(operands)
-    out = bind(eqn)(*values)
+    with jax.ensure_compile_time_eval() if _is_known(values) else nullcontext():
+        out = bind(eqn)(*values)
     results = list(out) if eqn.primitive.multiple_results else [out]
     if here.tracking is None:
         return results
@@ -257,6 +261,12 @@ def _constants(eqn: core.JaxprEqn, operands: Sequence[Any], here: _Place) -> lis
         Rounded(value, box and distance(value, box), op, here.source, history)
         for value, (box, history) in zip(results, found, strict=True)
     ]
+
+
+def _is_known(values: Sequence[Any]) -> bool:
+    """Whether all are few numbers that are known, which `jit` would make unknown ones."""
+    small = all(jnp.size(v) <= _FEW for v in values)
+    return small and not any(isinstance(v, Tracer) for v in values)
 
 
 def _enclosed(

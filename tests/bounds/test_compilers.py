@@ -52,7 +52,9 @@ SUMS = {
         spike(12, 12, 12),
     ),
     "a kernel of ones": (
-        lambda x: jax.lax.conv(x.sum(0)[None, None], ones(1, 1, 12, 12), (1, 1), "VALID").sum(),
+        lambda x: jax.lax.conv(
+            x.sum(0)[None, None], np.ones((1, 1, 12, 12), x.dtype), (1, 1), "VALID"
+        ).sum(),
         spike(12, 12, 12),
     ),
     "written over all": (

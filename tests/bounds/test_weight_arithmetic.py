@@ -199,8 +199,8 @@ def test_without_outward_rounding_constants_are_as_they_were():
     [
         (lambda x: jax.scipy.special.erfinv(W / 9) @ x, "erf_inv"),
         (lambda x: jnp.where(W / 3 > 0.5, x, 0).sum(), "gt"),
-        (lambda x: jnp.abs(jnp.fft.fft(W)) @ x, "abs"),
-        (lambda x: (jnp.fft.fft(W) * 1j).real @ x, "real"),
+        (lambda x: jnp.abs(jnp.fft.fft(W)) @ x, "convert_element_type"),
+        (lambda x: (jnp.fft.fft(W) * 1j).real @ x, "convert_element_type"),
         (lambda x: jax.lax.map(lambda i: i / 10, jnp.arange(3)) * x, "scan"),
         (lambda x: jax.lax.cond(x[0] is None, lambda: 1.0, lambda: jnp.sqrt(2.0)) * x, "cond"),
         (lambda x: jnp.where(jax.lax.map(lambda w: w / 3 > 0.5, W), x, 0).sum(), "scan"),
