@@ -89,6 +89,11 @@ def sharded(f, mesh, samples, images, out):
     return jax.jit(jax.shard_map(over_images(f), mesh=mesh, **specs))
 
 
+def stacked(f):
+    """With an axis for the blocks of samples."""
+    return lambda *args: jax.tree.map(lambda leaf: leaf[None], f(*args))
+
+
 def mesh_of(images, samples):
     return jax.make_mesh((images, samples), ("images", "samples"), axis_types=(AxisType.Auto,) * 2)
 
@@ -96,7 +101,9 @@ def mesh_of(images, samples):
 @pytest.mark.parametrize("name", CASES)
 def test_types_fit_where_samples_and_images_are_sharded(name):
     """Over axes of their own: sets have to vary with the weights, and weights with the sets."""
-    f = sharded(CASES[name], mesh_of(1, 1), P("samples"), P("images"), P("samples", "images"))
+    f = sharded(
+        stacked(CASES[name]), mesh_of(1, 1), P("samples"), P("images"), P("images", "samples")
+    )
     jax.eval_shape(f, (W, V), X, KEYS)
 
 
@@ -109,13 +116,8 @@ def check_devices():
     for name in NUMERIC:
         f = jax.jit(over_images(CASES[name]))
         each = [f((W[i : i + 2], V[i : i + 2]), X, KEYS) for i in (0, 2)]
-
-        def stacked(samples, x, key, f=CASES[name]):
-            return jax.tree.map(lambda leaf: leaf[None], f(samples, x, key))
-
-        found = sharded(stacked, mesh, P("samples"), P("images"), P("images", "samples"))(
-            (W, V), X, KEYS
-        )
+        specs = P("samples"), P("images"), P("images", "samples")
+        found = sharded(stacked(CASES[name]), mesh, *specs)((W, V), X, KEYS)
         for got, *want in zip(*map(jax.tree.leaves, (found, *each)), strict=True):
             np.testing.assert_allclose(got, np.stack(want, 1), rtol=1e-4, atol=1e-5, err_msg=name)
 
