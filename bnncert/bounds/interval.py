@@ -7,14 +7,15 @@ Source: Gowal et al., "On the Effectiveness of Interval Bound Propagation for Tr
 Robust Models", 2018.
 """
 
+import math
 from collections.abc import Callable, Collection
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert.bounds.graph import Graph
+from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.operands import Ref
-from bnncert.bounds.rules import affine_rule, interval
+from bnncert.bounds.rules import AFFINE, affine_rule, interval
 from bnncert.sets import Box, LpBall, Set
 
 Refine = Callable[[int, list[Box]], Box | None]
@@ -69,6 +70,12 @@ def relaxed_operands(graph: Graph) -> set[int]:
 def output_nodes(graph: Graph) -> list[int]:
     """Nodes that are outputs."""
     return sorted({o.index for o in graph.outputs if isinstance(o, Ref)})
+
+
+def spreads(graph: Graph, node: Node) -> str:
+    """`AffineRule.spreads` of an affine node; a broadcast to as many values places."""
+    kept = all(math.prod(graph.nodes[i].shape) == math.prod(node.shape) for i in node.refs)
+    return "places" if node.op == "broadcast_in_dim" and kept else AFFINE[node.op].spreads
 
 
 def input_sets(graph: Graph) -> list[frozenset[int]]:

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from bnncert.bounds.graph import Graph, Node
-from bnncert.bounds.interval import bounded_nodes, output_nodes
+from bnncert.bounds.interval import bounded_nodes, output_nodes, spreads
 from bnncert.bounds.norms import first_sums
 from bnncert.bounds.operands import Operand, Ref
 from bnncert.bounds.rules import AFFINE, affine_rule
@@ -133,17 +133,15 @@ def exactness(
         states, sources = zip(*(found[i] for i in node.refs), strict=True)
         union = frozenset().union(*sources)
         state = max(states)
-        spreads = AFFINE[node.op].spreads
-        if node.op == "broadcast_in_dim" and _keeps_size(graph, node):
-            spreads = "places"
-        if spreads == "mixes":
+        spread = spreads(graph, node)
+        if spread == "mixes":
             state = EXACT if state == INDEPENDENT else LOOSE
-        elif spreads == "repeats":
+        elif spread == "repeats":
             state = max(state, EXACT)
         if index in normed:
             state = EXACT  # by itself
         if len(union) < sum(map(len, sources)):  # a source meets itself
-            state = LOOSE if spreads == "adds" else max(state, EXACT)
+            state = LOOSE if spread == "adds" else max(state, EXACT)
         found.append((state, union))
     return found
 
@@ -235,8 +233,3 @@ def _shape(graph: Graph, operand: Operand) -> tuple[int, ...]:
 
 def _sums(node: Node) -> bool:
     return AFFINE[node.op].spreads == "mixes"
-
-
-def _keeps_size(graph: Graph, node: Node) -> bool:
-    """Whether a broadcast only adds axes of length 1."""
-    return all(math.prod(graph.nodes[i].shape) == math.prod(node.shape) for i in node.refs)

@@ -25,10 +25,11 @@ from jaxtyping import Array
 
 from bnncert.bounds.arithmetic import Arithmetic, gamma, own_unit, roundings, tiny
 from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.interval import spreads
 from bnncert.bounds.operands import Ref
 from bnncert.bounds.rounding import network_error
 from bnncert.bounds.rounding.intervals import widened
-from bnncert.bounds.rules import AFFINE, affine_rule
+from bnncert.bounds.rules import affine_rule
 from bnncert.bounds.rules.affine import MIXING, magnitude
 from bnncert.sets import Box, LpBall
 
@@ -80,9 +81,9 @@ def _way(graph: Graph, index: int) -> list[int]:
     (i,) = node.refs
     while graph.nodes[i].refs:
         node = graph.nodes[i]
-        if affine_rule(node) is None or len(node.refs) > 1:
+        if affine_rule(node) is None or len(node.refs) != 1:
             return []
-        if AFFINE[node.op].spreads not in ("places", "adds"):
+        if spreads(graph, node) not in ("places", "adds"):
             return []
         way.append(i)
         i = next(iter(node.refs))
@@ -95,7 +96,7 @@ def _sums_rows(node: Node) -> bool:
     if node.op != "conv_general_dilated":
         return True
     groups = (node.params["feature_group_count"], node.params["batch_group_count"])
-    return groups == (1, 1) and isinstance(node.operands[0], Ref)
+    return groups == (1, 1) and not isinstance(node.operands[1], Ref)
 
 
 def _more(graph: Graph, node: Node) -> float:

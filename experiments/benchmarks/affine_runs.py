@@ -120,13 +120,13 @@ def robust_and_clean(name: str, batch_size: int) -> Compiled:
 
         return jax.value_and_grad(loss)
 
-    found = (gradient(make(net.apply)) for make in (robust_categorical, clean_categorical))
-    return _compiled(*found, weights, x)
+    robust, clean = robust_categorical(net.apply), clean_categorical(net.apply)
+    return _compiled(gradient(robust), gradient(clean), weights, x)
 
 
 def _compiled(dear: Any, plain: Any, *arguments: Any) -> Compiled:
-    programs = (jax.jit(f).lower(*arguments).compile() for f in (dear, plain))
-    return Compiled(*programs, arguments)
+    first, second = (jax.jit(f).lower(*arguments).compile() for f in (dear, plain))
+    return Compiled(first, second, arguments)
 
 
 def _flops(program: Any) -> float:

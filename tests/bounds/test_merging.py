@@ -59,8 +59,8 @@ def mlp(layers, x):
 def test_margins_of_a_dense_layer_are_always_merged(sizes, float64):
     """Elision of the last layer: |W_k - W_c| over the last hidden layer's box."""
     layers = dense(*sizes)
-    region = ball(around(sizes[0]), 0.05)
-    hidden = region
+    center = around(sizes[0])
+    region = hidden = Box(center - 0.05, center + 0.05)
     if len(sizes) > 2:
         hidden = bound(lambda x: jax.nn.relu(layers[0] @ x + 0.1), "ibp")(region)
     c = 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bnncert.bounds.api import METHODS
-from experiments.benchmarks import bounds, inference_step, training_step
+from experiments.benchmarks import affine_runs, bounds, inference_step, training_step
 
 
 def test_layers_and_floors_of_the_small_cnn():
@@ -74,3 +74,14 @@ def test_steps_are_timed_in_steps_of_the_first(capsys):
     training_step.main(tiny)
     _, plain, robust, ratio, _ = capsys.readouterr().out.splitlines()[2].split()
     assert float(ratio) == pytest.approx(float(robust) / float(plain), rel=0.1)
+
+
+def test_affine_runs_are_counted_and_timed(capsys):
+    affine_runs.main("--networks centered --batch-size 2 --repeats 1 --step".split())
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:-3] for row in rows] == [
+        ["centered", "1"],
+        ["centered", "2"],
+        ["centered", "step", "2"],
+    ]
+    assert all(float(number) > 0 for row in rows for number in row[-3:])
