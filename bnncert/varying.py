@@ -22,9 +22,10 @@ def axes_of(*trees: Any) -> frozenset[str]:
     """
     found: frozenset[str] = frozenset()
     for leaf in jax.tree.leaves(trees):
-        # What `eval_shape` returns, and abstract values, have it themselves.
+        # What `eval_shape` returns, and abstract values, have it themselves, or None.
         kind = leaf if hasattr(leaf, "manual_axis_type") else jax.typeof(leaf)
-        found |= kind.manual_axis_type.varying
+        if kind.manual_axis_type is not None:
+            found |= kind.manual_axis_type.varying
     return found
 
 

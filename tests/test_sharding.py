@@ -94,7 +94,7 @@ def mesh_of(images, samples):
 @pytest.mark.parametrize("name", CASES)
 def test_types_fit_where_samples_and_images_are_sharded(name):
     """Over axes of their own: sets have to vary with the weights, and weights with the sets."""
-    f = sharded(CASES[name], mesh_of(1, 1), P("samples"), P("images"), P("samples", "images"))
+    f = sharded(CASES[name], mesh_of(1, 1), P("samples"), P("images"), P(("samples", "images")))
     jax.eval_shape(f, (W, V), X, KEYS)
 
 
