@@ -21,7 +21,7 @@ METHODS = ("ibp", "forward", "crown-ibp")
 
 
 def f32(*values):
-    return np.float32(values)
+    return np.asarray(values, np.float32)
 
 
 def spike(*shape):
@@ -53,7 +53,7 @@ SUMS = {
     ),
     "a kernel of ones": (
         lambda x: jax.lax.conv(
-            x.sum(0)[None, None], np.ones((1, 1, 12, 12), x.dtype), (1, 1), "VALID"
+            x.sum(0)[None, None], jnp.ones((1, 1, 12, 12), x.dtype), (1, 1), "VALID"
         ).sum(),
         spike(12, 12, 12),
     ),
@@ -200,9 +200,10 @@ def test_random_chains_of_operations_hold_compiled_and_eager():
     kinds = ("add", "take", "scale", "divide", "turn", "flat", "sum", "bias")
     for _ in range(40):
         chosen = rng.choice(kinds, rng.integers(2, 6))
-        constants = np.float32(10 ** rng.uniform(-25, 25, len(chosen)) * rng.choice([-1, 1]))
+        magnitudes = 10 ** rng.uniform(-25, 25, len(chosen)) * rng.choice([-1, 1])
         if rng.uniform() < 0.5:
-            constants = np.float32(10 ** rng.uniform(-3, 6, len(chosen)))
+            magnitudes = 10 ** rng.uniform(-3, 6, len(chosen))
+        constants = np.asarray(magnitudes, np.float32)
         steps = [step(kind, c) for kind, c in zip(chosen, constants, strict=True)]
 
         def f(x, steps=steps):

@@ -25,7 +25,7 @@ def exact_dot(w, x):
 
 def orders(w, x):
     """What float32 makes of the sum of products, in the orders there are."""
-    products = np.float32(w) * np.float32(x)
+    products = np.asarray(w, np.float32) * np.asarray(x, np.float32)
     found = []
     for order in list(permutations(range(len(w))))[:24]:
         total = np.float32(0)
@@ -116,7 +116,7 @@ def test_margins_of_few_classes_are_sums_too(classes, method):
     box = jax.jit(jax.vmap(lambda l, u: bounded(jnp.ones(classes), Box(l, u), jnp.int32(0))))(
         lower, upper
     )
-    l, u = np.float64(lower), np.float64(upper)
+    l, u = (np.asarray(end, np.float64) for end in (lower, upper))
     assert (np.asarray(box.lower)[:, 1:] <= (l[:, 1:] - u[:, :1])).all()
     assert (np.asarray(box.upper)[:, 1:] >= (u[:, 1:] - l[:, :1])).all()
 

@@ -113,7 +113,7 @@ def test_bounds_hold_for_weights_that_are_computed(name):
             for method, box in zip(METHODS, bounded(p, region), strict=True):
                 for point in (x, region.lower, region.upper):
                     values = [f(p, point), jax.jit(f)(p, point), in_float64(f, p, point)]
-                    for value in np.float64(values):
+                    for value in np.asarray(values, np.float64):
                         assert (np.float64(box.lower) <= value).all(), (method, shift, eps)
                         assert (value <= np.float64(box.upper)).all(), (method, shift, eps)
 
@@ -219,7 +219,7 @@ def test_a_case_chosen_by_computed_weights_may_be_either():
         return (jnp.where(W.mean(1, keepdims=True) > 2, W, -W)) @ x
 
     box = bound(f, "ibp", rounding="outward")(ball(jnp.ones(3), 0.0))
-    both = np.float64([W.sum(1), -W.sum(1)])
+    both = np.asarray([W.sum(1), -W.sum(1)], np.float64)
     assert (np.asarray(box.lower) <= both.min(0)).all()
     assert (np.asarray(box.upper) >= both.max(0)).all()
 
