@@ -498,7 +498,9 @@ KINDS: dict[str, Kind] = {
     "convex": _each(jax.nn.softplus, lambda x: jnp.exp(x / 2), jax.nn.softplus),
     "increasing": _each(
         lambda x: jnp.sqrt(jax.nn.sigmoid(x)) + jnp.log1p(jnp.exp(x)) + jnp.cbrt(x),
-        lambda x: jax.lax.erf(x) + jnp.arctan(x) + jnp.arcsinh(x) + jnp.sinh(x / 3),
+        lambda x: (
+            jax.lax.erf(x) + jax.lax.erfc(2 * x) + jnp.arctan(x) + jnp.arcsinh(x) + jnp.sinh(x / 3)
+        ),
         lambda x: jnp.log(1 + jax.nn.relu(x)) + jnp.expm1(-jax.nn.relu(x)) + jnp.exp2(x / 4),
         lambda x: (jnp.floor(x) + jnp.ceil(2 * x) + jnp.sign(x) + jnp.round(x)) / 4,
     ),
