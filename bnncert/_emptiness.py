@@ -18,7 +18,7 @@ from bnncert.sets import Box, LpBall, Set, bits_of, dual_norm, is_concrete, is_s
 
 
 def is_valid(region: Set) -> Bool[Array, ""]:
-    """Whether a set of one example is not empty, and finite."""
+    """True for a set of one example that is finite and not empty."""
     if isinstance(region, LpBall):
         finite = jnp.all(jnp.abs(region.center) < jnp.inf)
         return finite & (region.eps >= 0) & (region.eps < jnp.inf)
@@ -27,7 +27,7 @@ def is_valid(region: Set) -> Bool[Array, ""]:
 
 
 def holds(region: Set, x: Array) -> Bool[Array, ""]:
-    """Whether a set holds a point (a ball: but for the rounding of its distance)."""
+    """True where a set holds a point (a ball: but for the rounding of its distance)."""
     if isinstance(region, LpBall):
         away = (x - region.center).ravel()
         distance = jnp.sum(jnp.abs(away)) if region.p == 1 else dual_norm(away, 2)
@@ -73,7 +73,7 @@ def unbounded_unless(valid: Bool[Array, ""] | None, box: Box) -> Box:
 
 
 def _extremes(dtype: Any) -> tuple[Any, Any]:
-    """What is no bound, in any dtype of an output."""
+    """The two ends that are no bound, in the dtype of an output."""
     if jnp.issubdtype(dtype, jnp.inexact):
         return -jnp.inf, jnp.inf
     if jnp.issubdtype(dtype, jnp.bool):

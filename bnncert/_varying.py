@@ -42,5 +42,5 @@ def varying(tree: Any, axes: frozenset[str]) -> Any:
 
 
 def is_sharded() -> bool:
-    """Whether this runs inside of `jax.shard_map`."""
+    """True inside of `jax.shard_map`."""
     return bool(jax.sharding.get_abstract_mesh().manual_axes)

@@ -74,7 +74,7 @@ def starting_points(
 def usable(
     x: Array, eps: ArrayLike, clip: tuple[float, float] | None, p: float | int
 ) -> Array | None:
-    """Whether the set that an attack searches has points; None where that is known, and checked."""
+    """True where the set that an attack searches has points; None where that was checked."""
     if is_concrete(x) and is_concrete(eps):
         return None
     valid = is_valid(ball(x, eps, p=p, clip=clip if p == jnp.inf else None))

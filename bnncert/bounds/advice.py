@@ -1,4 +1,4 @@
-"""What to write instead of a primitive that has no bound rule."""
+"""Advice by primitive: the spelling to use where one has no bound rule."""
 
 from collections.abc import Mapping
 

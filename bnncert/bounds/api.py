@@ -56,7 +56,7 @@ DEFAULT_BATCH_SIZE = 128
 """Rows of a backward pass at once; `vmap` multiplies it by its own batch."""
 
 DEFAULT_STEPS = 50
-"""Of the optimiser of "alpha-crown"."""
+"""Steps of the optimiser of "alpha-crown"."""
 
 
 class Affine(NamedTuple):
