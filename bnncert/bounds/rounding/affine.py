@@ -153,7 +153,7 @@ def _besides(
     graph: Graph, node: Node, sizes: Sequence[Array], arithmetic: Arithmetic
 ) -> Array | None:
     """What a node is off by because its constants are, and because a compiler may reorder it."""
-    found = (constant_error(node, sizes), reordering_error(graph, node, sizes, arithmetic))
+    found = (f(graph, node, sizes, arithmetic) for f in (constant_error, reordering_error))
     known = [error for error in found if error is not None]
     return sum(known[1:], known[0]) if known else None
 

@@ -1,8 +1,8 @@
 """Constants that a network computes itself: how far off they may be, and what they make others.
 
 An operation on constants is one on boxes of them, of width 0 to begin with, and rounds as any
-other: `intervals.enclosing` bounds it. What then depends on a constant c that is off by e is
-off, with x of magnitude m, by
+other: `intervals.tracking` bounds it. What then depends on a constant c that is off by e is off,
+with x of magnitude m, by
 
     c x, sums of such        |op|(m) with e in the place of c
     x / c                    m e / (|c| (|c| - e));  no bound where e >= |c|
@@ -18,20 +18,24 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert.bounds.arithmetic import gamma, own_unit
+from bnncert.bounds.arithmetic import Arithmetic, gamma, own_unit, roundings
 from bnncert.bounds.constants import is_float
-from bnncert.bounds.graph import Node, unsupported
+from bnncert.bounds.graph import Graph, Node, unsupported
 from bnncert.bounds.operands import Ref
 from bnncert.bounds.rules import affine_rule
 from bnncert.bounds.rules.affine import SCALING
 
 
-def constant_error(node: Node, sizes: Sequence[Array]) -> Array | None:
+def constant_error(
+    graph: Graph, node: Node, sizes: Sequence[Array], arithmetic: Arithmetic
+) -> Array | None:
     """The largest change in a node's value for all that its constants may be.
 
     Args:
+        graph: the traced function.
         node: the node.
         sizes: the largest magnitudes of its bounded operands.
+        arithmetic: of the network, which rounds products with what a constant is off by as well.
 
     Returns:
         The shape of the value, rounded up; None where all constants are exact.
@@ -44,7 +48,8 @@ def constant_error(node: Node, sizes: Sequence[Array]) -> Array | None:
     errors = [None if c is None else c.error for c in node.computed]
     error = jnp.broadcast_to(_change(node, errors, sizes), node.shape)
     terms = max(math.prod(v.shape) for v in (*sizes, *errors) if v is not None)
-    return error * (1 + 4 * gamma(terms + 8, own_unit(node)))
+    rounded = arithmetic.relative(node, roundings(graph, node).forward) if affine_rule(node) else 0
+    return error * (1 + rounded) * (1 + 4 * gamma(terms + 8, own_unit(node)))
 
 
 def _change(node: Node, errors: Sequence[Any], sizes: Sequence[Array]) -> Array:

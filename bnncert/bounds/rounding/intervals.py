@@ -38,7 +38,8 @@ def outward_interval(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic:
     """
     box = _rounded(graph, node, boxes, arithmetic)
     sizes = [magnitude(box) + 2 * tiny(node) for box in boxes]
-    for error in (constant_error(node, sizes), reordering_error(graph, node, sizes, arithmetic)):
+    for besides in (constant_error, reordering_error):
+        error = besides(graph, node, sizes, arithmetic)
         if error is not None:
             box = widened(box, 0.0, error)
     return box

@@ -89,7 +89,7 @@ def _lines_error(
         of_slope, constant = slope_error(node)
         error += own * (of_slope * slope + constant) * (box.upper - box.lower + 2 * size)
         error += 8 * own * curvature(node, box, free) * size * size
-    of_constants = constant_error(node, [size])
+    of_constants = constant_error(graph, node, [size], arithmetic)
     reordered = reordering_error(graph, node, [size], arithmetic)
     for besides in (of_constants, reordered):
         if besides is not None:
