@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from bnncert.bounds.equations import CALLS, called
+from bnncert.bounds.equations import called, is_call
 from bnncert.bounds.randomness import advised
 
 _MOVES = (
@@ -64,11 +64,10 @@ def _values(jaxpr: core.Jaxpr, arguments: Sequence[_Value]) -> list[_Value]:
     env.update(zip(jaxpr.invars, arguments, strict=True))
     for eqn in jaxpr.eqns:
         operands = [_leaf(a) if isinstance(a, core.Literal) else env[a] for a in eqn.invars]
-        name = eqn.primitive.name
-        if name in CALLS:
+        if is_call(eqn):
             made = _values(called(eqn)[0], operands)
         else:
-            made = [_Value(name, tuple(operands), _size(v)) for v in eqn.outvars]
+            made = [_Value(eqn.primitive.name, tuple(operands), _size(v)) for v in eqn.outvars]
         env.update(zip(eqn.outvars, made, strict=True))
     return [_leaf(a) if isinstance(a, core.Literal) else env[a] for a in jaxpr.outvars]
 

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.extend import core, source_info_util
 
 from bnncert._varying import axes_of, varying
-from bnncert.bounds.primitives import is_jax_own
+from bnncert.bounds.primitives import is_jax_own, own_name
 
 CALLS = {
     "jit": "jaxpr",
@@ -93,7 +93,7 @@ def summed_on(
     note(jaxpr.outvars, outside)
     for eqn in reversed(jaxpr.eqns):
         after = [found.get(v, 1) for v in eqn.outvars]
-        name = eqn.primitive.name
+        name = own_name(eqn.primitive)
         if is_call(eqn):
             body = called(eqn)[0]
             passed = zip(body.invars, eqn.invars[-len(body.invars) :], strict=True)
@@ -205,9 +205,7 @@ def bind(eqn: core.JaxprEqn) -> Callable[..., Any]:
     Inside `jax.shard_map` operands may vary over other mesh axes than those that were traced.
     """
     params = dict(eqn.params)
-    name = eqn.primitive.name
-    if not is_jax_own(eqn.primitive):
-        name = ""
+    name = own_name(eqn.primitive)
     if name in ("gather", "scatter", "scatter-add"):
         if params["mode"] is _PROMISE:
             params["mode"] = _MODES[name]

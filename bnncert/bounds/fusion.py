@@ -53,9 +53,9 @@ def _clip(nodes: Nodes, node: Any) -> Any | None:
     known = not isinstance(first, Tracer) and not isinstance(last, Tracer)
     numbers = np if known else jnp  # JAX would stage known ones under `jit`
     if node.op == "min":
-        low, high = numbers.minimum(first, last), last
+        low, high = numbers.asarray(numbers.minimum(first, last)), last
     else:
-        low, high = last, numbers.maximum(first, last)
+        low, high = last, numbers.asarray(numbers.maximum(first, last))
 
     def clip(v: Any, a: Any, b: Any) -> Any:
         # Written so that a NaN is handed on.

@@ -62,7 +62,7 @@ from bnncert.bounds.nodes import (
 )
 from bnncert.bounds.operands import Operand, Ref
 from bnncert.bounds.parameters import refusal
-from bnncert.bounds.primitives import is_jax_own
+from bnncert.bounds.primitives import own_name
 from bnncert.bounds.randomness import advised, refuse_random_masks
 from bnncert.bounds.recognition import Recognised, find_runs, is_logaddexp, recognise
 from bnncert.bounds.rewriting import REWRITES
@@ -248,8 +248,8 @@ def _constants(eqn: core.JaxprEqn, operands: Sequence[Any], here: _Place) -> lis
     results = list(out) if eqn.primitive.multiple_results else [out]
     if here.tracking is None:
         return results
-    op = eqn.primitive.name
-    exact = is_jax_own(eqn.primitive) and not any(isinstance(o, Rounded) for o in operands)
+    op = own_name(eqn.primitive)
+    exact = op != "" and not any(isinstance(o, Rounded) for o in operands)
     if exact and all(rounds_nothing(op, eqn.params, values, r) for r in results):
         return results
     unknown = unknown_among(operands)
@@ -258,7 +258,7 @@ def _constants(eqn: core.JaxprEqn, operands: Sequence[Any], here: _Place) -> lis
     nothing: list[Any] = [(None, None)] * len(results)
     found = _enclosed(eqn, operands, here, here.tracking) if is_float(results[0]) else nothing
     return [
-        Rounded(value, box and distance(value, box), op, here.source, history)
+        Rounded(value, box and distance(value, box), eqn.primitive.name, here.source, history)
         for value, (box, history) in zip(results, found, strict=True)
     ]
 
@@ -274,7 +274,7 @@ def _enclosed(
 ) -> Sequence[tuple[Box | None, Any]]:
     """Boxes around what an equation on constants computes (None: not known), and histories."""
     nothing = [(None, None)] * len(eqn.outvars)
-    if eqn.primitive.name == "select_n" and unknown_among(operands[:1]):
+    if own_name(eqn.primitive) == "select_n" and unknown_among(operands[:1]):
         cases = [around(o) for o in operands[1:]]  # whichever it is
         if any(case is None for case in cases):
             return nothing

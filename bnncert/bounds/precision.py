@@ -24,6 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from bnncert.bounds.primitives import own_name
+
 FACTOR_UNITS: Mapping[str, float] = {"float32": 0.0, "tensorfloat32": 2.0**-11, "bfloat16": 2.0**-8}
 """The unit roundoff of each format of factors; 0: that of the operands' own dtype."""
 
@@ -79,7 +81,7 @@ def coarsest(jaxpr: core.Jaxpr, platform: str) -> str | None:
     """
     found: list[str | None] = ["float32"]
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in PRODUCTS and _is_rounded(eqn):
+        if own_name(eqn.primitive) in PRODUCTS and _is_rounded(eqn):
             found.append(factors(eqn.params["precision"], platform))
         for parameter in eqn.params.values():
             for body in parameter if isinstance(parameter, (tuple, list)) else (parameter,):

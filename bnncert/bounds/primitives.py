@@ -22,6 +22,11 @@ def is_jax_own(primitive: core.Primitive) -> bool:
     return _own().get(primitive.name) is primitive
 
 
+def own_name(primitive: core.Primitive) -> str:
+    """The name of one of JAX's own primitives; empty for any other."""
+    return primitive.name if is_jax_own(primitive) else ""
+
+
 @cache
 def _own() -> dict[str, core.Primitive]:
     """The primitives that JAX publishes, and those that only its functions show."""

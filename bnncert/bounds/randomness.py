@@ -21,7 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core
 
-from bnncert.bounds.equations import CALLS, called, source_of
+from bnncert.bounds.equations import called, is_call, source_of
 
 _DRAWS = (
     "random_bits",
@@ -92,7 +92,7 @@ def _kinds(jaxpr: core.Jaxpr, arguments: Sequence[int], source: str) -> list[int
     for eqn in jaxpr.eqns:
         kinds = [kind(atom) for atom in eqn.invars]
         line = source_of(eqn) or source
-        if eqn.primitive.name in CALLS:
+        if is_call(eqn):
             made = _kinds(called(eqn)[0], kinds, line)
         else:
             made = [_kind(eqn, kinds, var, line) for var in eqn.outvars]

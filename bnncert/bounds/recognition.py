@@ -23,6 +23,7 @@ from jax.core import Tracer
 from jax.extend import core
 
 from bnncert.bounds.equations import with_literals
+from bnncert.bounds.primitives import own_name
 
 
 class Recognised(NamedTuple):
@@ -121,7 +122,7 @@ def recognise(eqn: core.JaxprEqn, constants: Sequence[Any]) -> Recognised | None
 
 def is_logaddexp(eqn: core.JaxprEqn) -> bool:
     """Whether a call is `jnp.logaddexp` of its two operands."""
-    if eqn.primitive.name != "custom_jvp_call" or len(eqn.invars) != 2:
+    if own_name(eqn.primitive) != "custom_jvp_call" or len(eqn.invars) != 2:
         return False
     body = eqn.params["call_jaxpr"]
     traced = [_array_aval(atom) for atom in eqn.invars]
@@ -150,7 +151,7 @@ def find_runs(jaxpr: core.Jaxpr) -> dict[int, Run]:
 def _candidates(eqn: core.JaxprEqn) -> Iterator[tuple[Recognised, core.Jaxpr]]:
     """The functions that may begin with this equation, each with a trace of it."""
     operands = [v for v in eqn.invars if not isinstance(v, core.Literal)]
-    name = eqn.primitive.name
+    name = own_name(eqn.primitive)
     if len(operands) != 1 or name not in ("reduce_max", "mul", "integer_pow"):
         return
     aval = _array_aval(operands[0])

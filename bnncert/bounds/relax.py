@@ -75,12 +75,19 @@ def lines(node: Node, operand: Box, choice: Choice) -> Lines:
     found = LINES[node.op](*inside, *_constants(node), choice=choice)
     values = interval(node, Box(l, u))
     at_ends = [node.evaluate(*node.fill([end])) for end in (l, u)]
-    below = usual & _holds(found.lower_slope, found.lower_offset, l, u, at_ends)
-    above = usual & _holds(-found.upper_slope, -found.upper_offset, l, u, [-h for h in at_ends])
+    below = _holds(found.lower_slope, found.lower_offset, l, u, at_ends)
+    below |= _is_constant(found.lower_slope, found.lower_offset, values.lower)
+    above = _holds(-found.upper_slope, -found.upper_offset, l, u, [-h for h in at_ends])
+    above |= _is_constant(found.upper_slope, found.upper_offset, values.upper)
     return Lines(
-        *_either(below, found.lower_slope, found.lower_offset, values.lower),
-        *_either(above, found.upper_slope, found.upper_offset, values.upper),
+        *_either(usual & below, found.lower_slope, found.lower_offset, values.lower),
+        *_either(usual & above, found.upper_slope, found.upper_offset, values.upper),
     )
+
+
+def _is_constant(slope: Array, offset: Array, constant: Array) -> Array:
+    """Whether a line is what would take its place, and so may keep its gradient."""
+    return (slope == 0) & (offset == constant)
 
 
 def _either(line: Array, slope: Array, offset: Array, constant: Array) -> Array:

@@ -38,6 +38,8 @@ def test_on_constants_it_computes_what_it_is(name):
     own = stranger(name, lambda x: -x)
     found = bound(lambda x: x + own.bind(jnp.ones(3)), "crown")(BOX)
     np.testing.assert_allclose(found.lower, BOX.lower - 1)
+    draws = bound(lambda x: x + own.bind(jax.random.normal(jax.random.key(0), (3,))), "crown")(BOX)
+    assert jnp.isfinite(draws.lower).all()
     if name == "conv_general_dilated":
         np.testing.assert_allclose(canonical(lambda x: own.bind(x))(jnp.ones(2)), -jnp.ones(2))
 
