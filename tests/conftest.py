@@ -8,8 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 # Small functions run for microseconds: what counts is the time to compile them. Read by XLA once.
-# At level 0 jaxlib 0.10.1 takes a guard of `relax.lines` (float64) for false where it holds.
-_QUICK = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
+_QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if version("jaxlib").startswith("0.10."):  # later ones do not know these flags, and would abort
     _QUICK += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()

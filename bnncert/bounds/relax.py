@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.interval import input_sets, intersect
 from bnncert.bounds.operands import Ref
 from bnncert.bounds.relaxations import (
     FREE,
+    KINKS,
     LINES,
     PARAMETERS,
     TWO_VARIANTS,
@@ -74,15 +75,30 @@ def lines(node: Node, operand: Box, choice: Choice) -> Lines:
     inside = jnp.where(usual, l, 1), jnp.where(usual, u, 1)  # with finite gradients
     found = LINES[node.op](*inside, *_constants(node), choice=choice)
     values = interval(node, Box(l, u))
-    at_ends = [node.evaluate(*node.fill([end])) for end in (l, u)]
-    below = _holds(found.lower_slope, found.lower_offset, l, u, at_ends)
+    *at_ends, above_l, below_u = jax.vmap(lambda end: node.evaluate(*node.fill([end])))(
+        _near_ends(l, u, size)
+    )
+    # What is small is uncertain where both sides of a kink meet, by the roundings of what is large.
+    slack = jnp.maximum(jnp.abs(above_l - at_ends[0]), jnp.abs(below_u - at_ends[1]))
+    slack = slack if node.op in KINKS else 0
+    below = _holds(found.lower_slope, found.lower_offset, l, u, at_ends, slack)
     below |= _is_constant(found.lower_slope, found.lower_offset, values.lower)
-    above = _holds(-found.upper_slope, -found.upper_offset, l, u, [-h for h in at_ends])
+    above = _holds(-found.upper_slope, -found.upper_offset, l, u, [-h for h in at_ends], slack)
     above |= _is_constant(found.upper_slope, found.upper_offset, values.upper)
     return Lines(
         *_either(usual & below, found.lower_slope, found.lower_offset, values.lower),
         *_either(usual & above, found.upper_slope, found.upper_offset, values.upper),
     )
+
+
+def _near_ends(l: Array, u: Array, size: Array) -> Array:
+    """Both ends and points next to them, shape (4, ...): as (l, u, above l, below u).
+
+    A compiler computes an end again wherever it is used, and rounds it otherwise (c + eps r as one
+    multiplication and addition, or as two): two uses differ by the roundings of the largest term.
+    """
+    inwards = jnp.minimum(8 * float(jnp.finfo(l.dtype).eps) * size, 0.5 * u - 0.5 * l)
+    return jnp.stack([l, u, l + inwards, u - inwards])
 
 
 def _is_constant(slope: Array, offset: Array, constant: Array) -> Array:
@@ -100,7 +116,9 @@ def _either(line: Array, slope: Array, offset: Array, constant: Array) -> Array:
     return jnp.where(line, jnp.stack([slope, offset]), flat)
 
 
-def _holds(slope: Array, offset: Array, l: Array, u: Array, at_ends: Sequence[Array]) -> Array:
+def _holds(
+    slope: Array, offset: Array, l: Array, u: Array, at_ends: Sequence[Array], slack: ArrayLike
+) -> Array:
     """Whether a line is below a function, as far as its ends and the format's range say."""
     eps, lost = float(jnp.finfo(l.dtype).eps), 8 * least(l.dtype)
     size = magnitude(Box(l, u))
@@ -109,8 +127,7 @@ def _holds(slope: Array, offset: Array, l: Array, u: Array, at_ends: Sequence[Ar
     reach = jnp.where(jnp.abs(slope) * eps < lost, size, 0) + jnp.abs(slope)
     holds = jnp.isfinite(terms) & (lost * (1 + reach) <= eps * terms)
     for end, value in zip((l, u), at_ends, strict=True):
-        slack = 16 * eps * (terms + jnp.abs(value))
-        holds &= ~(slope * end + offset - value > slack)
+        holds &= ~(slope * end + offset - value > 16 * eps * (terms + jnp.abs(value)) + slack)
     return holds
 
 

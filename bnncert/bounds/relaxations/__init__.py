@@ -40,6 +40,7 @@ from bnncert.bounds.relaxations.smooth import CURVES
 
 __all__ = [
     "FREE",
+    "KINKS",
     "LINES",
     "LOWER_SLOPES",
     "PARAMETERS",
@@ -54,7 +55,7 @@ __all__ = [
     "relu",
 ]
 
-_KINKS: Mapping[str, Callable[..., Lines]] = {
+KINKS: Mapping[str, Callable[..., Lines]] = {
     "max": maximum,
     "min": minimum,
     "leaky_relu": leaky_relu,
@@ -62,6 +63,7 @@ _KINKS: Mapping[str, Callable[..., Lines]] = {
     "clip": clip,
     "hard_tanh": hard_tanh,
 }
+"""The piecewise linear ones."""
 _WAVES: Mapping[str, Callable[..., Lines]] = {"sin": waves.sin, "cos": waves.cos}
 
 
@@ -80,7 +82,7 @@ def _finite(rule: Callable[..., Lines]) -> Callable[..., Lines]:
 
 
 LINES: Mapping[str, Callable[..., Lines]] = {
-    **_KINKS,
+    **KINKS,
     **{op: _curved(build) for op, build in CURVES.items()},
     **{op: _finite(rule) for op, rule in {**hinges.HINGES, **POWERS, **_WAVES}.items()},
 }
@@ -105,7 +107,7 @@ def has_lines(node: Node) -> bool:
 
 def initial_choice(op: str, l: Array, u: Array, *constants: ArrayLike) -> Choice:
     """Fractions that give the default lines, or nearly: where an optimisation may start."""
-    if op in _KINKS:
+    if op in KINKS:
         return _initial_kink(op, l, u, *constants)
     if op in hinges.HINGES:
         return hinges.fractions(op, l, u, *constants)
