@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.interval import input_sets, intersect
@@ -65,8 +65,8 @@ def lines(node: Node, operand: Box, choice: Choice) -> Lines:
 
     Where what they are computed from over- or underflows, they are those of slope 0 at the ends of
     the function's interval: where a line is not finite, where a slope that may have lost digits to
-    underflow meets an operand so large that they count, where a line is not on its side of the
-    function at an end of the operand's box, and where that box reaches to a quarter of the largest
+    underflow meets an operand so large that they count, where a line of a curve is not on its side
+    of it at an end of the operand's box, and where that box reaches to a quarter of the largest
     number, beyond which its width, its middle and multiples of either may overflow.
     """
     l, u = _ends(node, off_subnormal(operand))
@@ -75,30 +75,18 @@ def lines(node: Node, operand: Box, choice: Choice) -> Lines:
     inside = jnp.where(usual, l, 1), jnp.where(usual, u, 1)  # with finite gradients
     found = LINES[node.op](*inside, *_constants(node), choice=choice)
     values = interval(node, Box(l, u))
-    *at_ends, above_l, below_u = jax.vmap(lambda end: node.evaluate(*node.fill([end])))(
-        _near_ends(l, u, size)
-    )
-    # What is small is uncertain where both sides of a kink meet, by the roundings of what is large.
-    slack = jnp.maximum(jnp.abs(above_l - at_ends[0]), jnp.abs(below_u - at_ends[1]))
-    slack = slack if node.op in KINKS else 0
-    below = _holds(found.lower_slope, found.lower_offset, l, u, at_ends, slack)
+    # Of piecewise linear ones lines have closed forms, which lose nothing but to the range.
+    ends = () if node.op in KINKS else (l, u)
+    at_ends = [(end, node.evaluate(*node.fill([end]))) for end in ends]
+    below = _holds(found.lower_slope, found.lower_offset, size, at_ends)
     below |= _is_constant(found.lower_slope, found.lower_offset, values.lower)
-    above = _holds(-found.upper_slope, -found.upper_offset, l, u, [-h for h in at_ends], slack)
+    mirrored = [(end, -value) for end, value in at_ends]
+    above = _holds(-found.upper_slope, -found.upper_offset, size, mirrored)
     above |= _is_constant(found.upper_slope, found.upper_offset, values.upper)
     return Lines(
         *_either(usual & below, found.lower_slope, found.lower_offset, values.lower),
         *_either(usual & above, found.upper_slope, found.upper_offset, values.upper),
     )
-
-
-def _near_ends(l: Array, u: Array, size: Array) -> Array:
-    """Both ends and points next to them, shape (4, ...): as (l, u, above l, below u).
-
-    A compiler computes an end again wherever it is used, and rounds it otherwise (c + eps r as one
-    multiplication and addition, or as two): two uses differ by the roundings of the largest term.
-    """
-    inwards = jnp.minimum(8 * float(jnp.finfo(l.dtype).eps) * size, 0.5 * u - 0.5 * l)
-    return jnp.stack([l, u, l + inwards, u - inwards])
 
 
 def _is_constant(slope: Array, offset: Array, constant: Array) -> Array:
@@ -109,25 +97,26 @@ def _is_constant(slope: Array, offset: Array, constant: Array) -> Array:
 def _either(line: Array, slope: Array, offset: Array, constant: Array) -> Array:
     """Slope and offset, or 0 and the constant, by one selection of both.
 
-    By two, a compiler would decide twice, and may round what it decides by otherwise.
+    By two, a compiler would decide twice, and may round what it decides by otherwise. And a sum:
+    compilers compute an elementwise result again in each row that uses it, but no sum.
     """
     slope, offset, constant = jnp.broadcast_arrays(slope, offset, constant)
     flat = jnp.stack([jnp.zeros_like(constant), constant])
-    return jnp.where(line, jnp.stack([slope, offset]), flat)
+    chosen = jnp.stack([line, ~line])[:, None]
+    return jnp.where(chosen, jnp.stack([jnp.stack([slope, offset]), flat]), 0).sum(0)
 
 
 def _holds(
-    slope: Array, offset: Array, l: Array, u: Array, at_ends: Sequence[Array], slack: ArrayLike
+    slope: Array, offset: Array, size: Array, at_ends: Sequence[tuple[Array, Array]]
 ) -> Array:
-    """Whether a line is below a function, as far as its ends and the format's range say."""
-    eps, lost = float(jnp.finfo(l.dtype).eps), 8 * least(l.dtype)
-    size = magnitude(Box(l, u))
+    """Whether a line is below a function, as far as its values at ends and the range say."""
+    eps, lost = float(jnp.finfo(size.dtype).eps), 8 * least(size.dtype)
     terms = jnp.abs(slope) * size + jnp.abs(offset)
     # An underflow of the slope counts by the operand, one of the operand by the slope.
     reach = jnp.where(jnp.abs(slope) * eps < lost, size, 0) + jnp.abs(slope)
     holds = jnp.isfinite(terms) & (lost * (1 + reach) <= eps * terms)
-    for end, value in zip((l, u), at_ends, strict=True):
-        holds &= ~(slope * end + offset - value > 16 * eps * (terms + jnp.abs(value)) + slack)
+    for end, value in at_ends:
+        holds &= ~(slope * end + offset - value > 16 * eps * (terms + jnp.abs(value)))
     return holds
 
 
