@@ -21,8 +21,15 @@ from bnncert import (  # noqa: E402
     types,
 )
 from bnncert.bounds import (  # noqa: E402
+    CROWN,
+    CROWNIBP,
+    IBP,
     Affine,
+    AlphaCROWN,
+    Float,
+    Forward,
     LinearBounds,
+    Real,
     UnsupportedPrimitiveError,
     bound,
     crown,
@@ -36,13 +43,20 @@ from bnncert.types import Algorithm, Batch, Threat  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "CROWN",
+    "CROWNIBP",
+    "IBP",
     "Affine",
     "Algorithm",
+    "AlphaCROWN",
     "Batch",
     "Box",
+    "Float",
+    "Forward",
     "LinearBounds",
     "LpBall",
     "MeanField",
+    "Real",
     "Samples",
     "Threat",
     "UnsupportedPrimitiveError",

@@ -41,6 +41,7 @@ from jaxtyping import Array, Float
 
 from bnncert.bounds import bound
 from bnncert.bounds.margins import margin_bounds
+from bnncert.bounds.methods import Method
 from bnncert.outputs import classifier, log, log_probabilities, logits_of, watched
 from bnncert.sets import Box, Set, ball, check_radius, is_concrete
 from bnncert.types import Apply, Key, Params, Threat
@@ -139,7 +140,7 @@ def robust_categorical(
     apply: Apply,
     *,
     outputs: str = "logits",
-    method: str = "ibp",
+    method: str | Method = "ibp",
     clip: tuple[float, float] | None = None,
 ) -> Composed:
     """The certified robust log-likelihood of classification.
@@ -189,7 +190,7 @@ def certified_categorical(
     apply: Apply,
     *,
     outputs: str = "logits",
-    method: str = "ibp",
+    method: str | Method = "ibp",
     clip: tuple[float, float] | None = None,
 ) -> Composed:
     """A lower bound on the log-likelihood of the worst case, `log min_{x'} softmax_y f(w, x')`.
@@ -262,7 +263,7 @@ def robust_gaussian(
     apply: Apply,
     *,
     noise_scale: float,
-    method: str = "ibp",
+    method: str | Method = "ibp",
     clip: tuple[float, float] | None = None,
 ) -> Composed:
     """The certified robust log-likelihood of regression, y ~ N(f(w, x), noise_scale^2).
@@ -332,7 +333,9 @@ def log_power_mean(
     return top + jnp.where(power > 0, mean, geometric)
 
 
-def _worst(network: Apply, outputs: str, method: str) -> Callable[[Params, Set, Array], Array]:
+def _worst(
+    network: Apply, outputs: str, method: str | Method
+) -> Callable[[Params, Set, Array], Array]:
     """`(params, region, y)` -> (C,) of which `_log_worst` gives log min p_y.
 
     Upper bounds on the margins f_j - f_y of logits, or lower bounds on probabilities.

@@ -15,10 +15,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from bnncert.attack import apgd, pgd, square
-from bnncert.bounds import bound, mean_bound
+from bnncert.bounds import CROWN, bound, mean_bound
 from bnncert.certify import decision
 from bnncert.certify.radii import radius
 from bnncert.sets import Box, ball
+from tests.bounds.networks import in_few_steps
 
 pytestmark = pytest.mark.slow
 
@@ -59,13 +60,13 @@ def of_closure(samples, x, key):
 CASES = {
     **{
         f"{method}-{rounding}": lambda samples, x, key, m=method, r=rounding: bound(
-            network, m, rounding=r, steps=2, batch_size=2
+            network, in_few_steps(m, 2), rounding=r, batch_size=2
         )(first(samples), ball(x, 0.1))
         for method in ("ibp", "forward", "crown-ibp", "crown", "alpha-crown")
         for rounding in ("nearest", "outward")
     },
     "unstable-only": lambda samples, x, key: bound(
-        lambda x: HALF @ jax.nn.relu(network(first(samples), x)), "crown", unstable_only=True
+        lambda x: HALF @ jax.nn.relu(network(first(samples), x)), CROWN(unstable_only=True)
     )(ball(x, 0.1)),
     "over-weights": over_weights,
     "of-closure": of_closure,

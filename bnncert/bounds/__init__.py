@@ -1,12 +1,21 @@
 """Sound bounds on any JAX function over sets of inputs or weights."""
 
 from bnncert.bounds.api import Affine, LinearBounds, bound, crown, ibp, linear_bounds
+from bnncert.bounds.arithmetic import Float, Real
 from bnncert.bounds.graph import UnsupportedPrimitiveError
 from bnncert.bounds.joint import mean_bound
+from bnncert.bounds.methods import CROWN, CROWNIBP, IBP, AlphaCROWN, Forward
 
 __all__ = [
+    "CROWN",
+    "CROWNIBP",
+    "IBP",
     "Affine",
+    "AlphaCROWN",
+    "Float",
+    "Forward",
     "LinearBounds",
+    "Real",
     "UnsupportedPrimitiveError",
     "bound",
     "crown",

@@ -11,8 +11,9 @@
 | crown       | linear bounds and intervals | linear bounds, intersected with both |
 | alpha-crown | as crown, optimised         | as crown, optimised, intersected     |
 
-None of them alone is always inside another, hence the intersections: the boxes of `alpha-crown` lie
-inside those of `crown`, these inside those of `crown-ibp`, and these inside those of `ibp`.
+A method is a name of this table, or an object that carries its options (`methods`). None of them
+alone is always inside another, hence the intersections: the boxes of `alpha-crown` lie inside those
+of `crown`, these inside those of `crown-ibp`, and these inside those of `ibp`.
 
 Sources: Gowal et al. 2018 (IBP); Zhang et al., ICLR 2020 (CROWN-IBP); Zhang et al., NeurIPS 2018
 (CROWN).
@@ -20,43 +21,27 @@ Sources: Gowal et al. 2018 (IBP); Zhang et al., ICLR 2020 (CROWN-IBP); Zhang et 
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from bnncert._emptiness import unbounded_unless
-from bnncert.bounds import relaxations
-from bnncert.bounds.alpha import optimized
-from bnncert.bounds.arithmetic import Arithmetic
-from bnncert.bounds.backward import Steps, linear_row, map_rows
-from bnncert.bounds.constants import around
-from bnncert.bounds.forward import forward_bounds
+from bnncert.bounds.arithmetic import Rounding, arithmetic_of
 from bnncert.bounds.graph import Graph, trace
-from bnncert.bounds.nodes import unknown_constant
-from bnncert.bounds.operands import Ref
+from bnncert.bounds.graph.constants import around
+from bnncert.bounds.graph.nodes import unknown_constant
+from bnncert.bounds.graph.operands import Ref
+from bnncert.bounds.methods import LinearMethod, Method, linear_method_of, method_of
+from bnncert.bounds.methods.crown import relaxed_steps
+from bnncert.bounds.methods.rows import Steps, linear_row, map_rows
+from bnncert.bounds.methods.sweeper import Options
 from bnncert.bounds.rounding import tracking
-from bnncert.bounds.sweeps import (
-    Options,
-    intermediate_bounds,
-    interval_bounds,
-    output_bounds,
-    relaxed_steps,
-    sweeper,
-)
 from bnncert.sets import Box
 
-METHODS = ("ibp", "forward", "crown-ibp", "crown", "alpha-crown")
-LINEAR_METHODS = ("crown-ibp", "crown")
-ROUNDINGS = ("nearest", "outward")
-Rounding: TypeAlias = str | Arithmetic
-"""One of `ROUNDINGS`, or the arithmetic that "outward" stands for."""
 DEFAULT_BATCH_SIZE = 128
 """Rows of a backward pass at once; `vmap` multiplies it by its own batch."""
-
-DEFAULT_STEPS = 50
-"""Steps of the optimiser of "alpha-crown"."""
 
 
 class Affine(NamedTuple):
@@ -80,14 +65,10 @@ class LinearBounds(NamedTuple):
 
 def bound(
     f: Callable[..., PyTree],
-    method: str = "crown-ibp",
+    method: str | Method = "crown-ibp",
     *,
     rounding: Rounding = "nearest",
     batch_size: int = DEFAULT_BATCH_SIZE,
-    lower_slope: str = "adaptive",
-    steps: int = DEFAULT_STEPS,
-    unstable_only: bool = False,
-    unit_roundoff: float | None = None,
 ) -> Callable[..., PyTree]:
     """Bounds on the outputs of a function over sets of inputs, of weights, or of both.
 
@@ -96,22 +77,17 @@ def bound(
     Args:
         f: any JAX function of ONE example (no batch axis: use `jax.vmap` on the result), with any
             outputs.
-        method: "ibp", "crown-ibp", "crown" or "alpha-crown", from fast to tight; "forward", which
-            is for few inputs and many outputs.
-        rounding: "nearest": bounds of the function in real arithmetic, computed in the dtype of the
-            sets; they may be cut by its rounding errors (float32: some 1e-6 of the values).
-            "outward": bounds of what the network computes in that dtype, and of the function in
-            real arithmetic, by the model of `bnncert.bounds.arithmetic`.
+        method: from fast to tight "ibp", "crown-ibp", "crown" or "alpha-crown"; "forward", which is
+            for few inputs and many outputs. Or one with options of its own: `bnncert.IBP()`,
+            `Forward()`, `CROWNIBP()`, `CROWN(lower_slope="zero")`, `AlphaCROWN(steps=100)`.
+        rounding: "nearest", or `bnncert.Real()`: bounds of the function in real arithmetic,
+            computed in the dtype of the sets; they may be cut by its rounding errors (float32: some
+            1e-6 of the values). "outward", or `bnncert.Float()`: bounds of what the network
+            computes in that dtype, and of the function in real arithmetic, by the model of
+            `bnncert.bounds.arithmetic`; `Float(unit_roundoff=2**-11)` of a network that is less
+            exact than its bounds.
         batch_size: rows of a backward pass at once; bounds memory. On an accelerator with memory to
             spare, more are faster.
-        lower_slope: of a ReLU that crosses 0: "adaptive", "zero", "one" or "chord".
-        steps: of the optimiser of "alpha-crown".
-        unstable_only: bound by rows only units that a ReLU's kink crosses, in "crown": the others
-            are relaxed exactly whatever their bounds (what is wider are later intervals, which rows
-            are intersected with). For large networks of which few units cross; a loop of unknown
-            length, so that reverse-mode differentiation is lost.
-        unit_roundoff: with "outward": of the network's arithmetic, where that is less exact than
-            the dtype of the bounds (TF32 products: 2**-11; bfloat16: 2**-8).
 
     Returns:
         A function called as `f`, where any argument or any leaf inside one may be a `Box` or an
@@ -124,7 +100,7 @@ def bound(
         or infinite numbers).
 
     Raises:
-        ValueError: unknown method, rounding or slope; when called: no set among the arguments,
+        ValueError: an unknown method or rounding; when called: no set among the arguments,
             an empty one whose numbers are known; a sum too long for the unit roundoff.
         TypeError: when called: a set of integers.
         UnsupportedPrimitiveError: when called: an operation without a sound rule, or whose rounding
@@ -144,23 +120,17 @@ def bound(
         >>> [round(float(v), 4) for v in (box.lower[0], box.upper[0])]
         [0.5, 2.0]
     """
-    _check("method", method, METHODS)
-    _check("lower_slope", lower_slope, relaxations.LOWER_SLOPES)
-    _check_positive("batch_size", batch_size, "at least one row must be swept at once")
-    _check_positive("steps", steps, "alpha-crown takes at least one step")
-    arithmetic = arithmetic_of(rounding, unit_roundoff)
-    options = Options(batch_size, lower_slope, unstable_only, arithmetic)
-    return _bounded(f, method, options, steps)
+    _check_batch_size(batch_size)
+    options = Options(batch_size, arithmetic=arithmetic_of(rounding))
+    return _bounded(f, method_of(method), options)
 
 
 def margin_bound(
-    f: Callable[..., PyTree], method: str, rounding: Rounding
+    f: Callable[..., PyTree], method: str | Method, rounding: Rounding
 ) -> Callable[..., PyTree]:
     """`bound` of margins f_k - f_c: merged with the last layer whatever that costs."""
-    _check("method", method, METHODS)
-    arithmetic = arithmetic_of(rounding, None)
-    options = Options(DEFAULT_BATCH_SIZE, arithmetic=arithmetic, margins=True)
-    return _bounded(f, method, options, DEFAULT_STEPS)
+    options = Options(DEFAULT_BATCH_SIZE, arithmetic=arithmetic_of(rounding), margins=True)
+    return _bounded(f, method_of(method), options)
 
 
 def ibp(f: Callable[..., PyTree], **options: Any) -> Callable[..., PyTree]:
@@ -175,11 +145,10 @@ def crown(f: Callable[..., PyTree], **options: Any) -> Callable[..., PyTree]:
 
 def linear_bounds(
     f: Callable[..., PyTree],
-    method: str = "crown",
+    method: str | LinearMethod = "crown",
     *,
     rounding: Rounding = "nearest",
     batch_size: int = DEFAULT_BATCH_SIZE,
-    lower_slope: str = "adaptive",
 ) -> Callable[..., PyTree]:
     """The linear functions of the sets that enclose a function, before they are concretised.
 
@@ -187,11 +156,10 @@ def linear_bounds(
 
     Args:
         f: as for `bound`.
-        method: "crown-ibp" or "crown".
+        method: "crown-ibp" or "crown"; or `bnncert.CROWNIBP` or `CROWN` with options.
         rounding: as for `bound`: with "outward", what f computes lies between the exact values of
             the two functions.
         batch_size: as for `bound`.
-        lower_slope: as for `bound`.
 
     Returns:
         A function called as `f` that returns, for each output leaf, `LinearBounds(lower, upper)`;
@@ -212,16 +180,14 @@ def linear_bounds(
         >>> (float(found.lower.A[0][0].squeeze()), float(found.lower.b[0]))
         (3.0, 1.0)
     """
-    _check("method", method, LINEAR_METHODS)
-    _check("lower_slope", lower_slope, relaxations.LOWER_SLOPES)
-    _check_positive("batch_size", batch_size, "at least one row must be swept at once")
-    arithmetic = arithmetic_of(rounding, None)
+    _check_batch_size(batch_size)
+    arithmetic, chosen = arithmetic_of(rounding), linear_method_of(method)
+    options = Options(batch_size, arithmetic=arithmetic)
 
     @wraps(f)
     def linear(*args: Any, **kwargs: Any) -> PyTree:
         graph = trace(f, args, kwargs, arithmetic and tracking(arithmetic))
-        options = Options(batch_size, lower_slope, arithmetic=arithmetic)
-        _, variants = linear_outputs(graph, method, options)
+        _, variants = linear_outputs(graph, chosen, options)
         outputs = (_constant_unless(graph.valid, o) for o in variants[0])
         return jax.tree.unflatten(graph.out_tree, outputs)
 
@@ -229,49 +195,29 @@ def linear_bounds(
 
 
 def linear_outputs(
-    graph: Graph, method: str, options: Options
+    graph: Graph, method: LinearMethod, options: Options
 ) -> tuple[list[Box], list[list[LinearBounds]]]:
     """Intervals of the outputs, and for each variant of the relaxations their linear bounds."""
-    sweep = sweeper(graph, options)
-    boxes = interval_bounds(sweep)
-    intervals = [_output(o, boxes) for o in graph.outputs]
-    if method == "crown":
-        boxes = intermediate_bounds(sweep, boxes)
+    sweep = method.sweeper(graph, options)
+    intervals, boxes = method.relaxed_on(sweep)
     variants = [
         [_linear_output(graph, o, steps, options.batch_size) for o in graph.outputs]
         for steps in relaxed_steps(sweep, boxes)
     ]
-    return intervals, variants
+    return [_output(o, intervals) for o in graph.outputs], variants
 
 
-def _bounded(
-    f: Callable[..., PyTree], method: str, options: Options, steps: int
-) -> Callable[..., PyTree]:
+def _bounded(f: Callable[..., PyTree], method: Method, options: Options) -> Callable[..., PyTree]:
     arithmetic = options.arithmetic
 
     @wraps(f)
     def bounded(*args: Any, **kwargs: Any) -> PyTree:
         graph = trace(f, args, kwargs, arithmetic and tracking(arithmetic))
-        boxes = _method_boxes(graph, method, options, steps)
+        boxes = method.boxes(graph, options)
         outputs = [unbounded_unless(graph.valid, _output(o, boxes)) for o in graph.outputs]
         return jax.tree.unflatten(graph.out_tree, outputs)
 
     return bounded
-
-
-def _method_boxes(graph: Graph, method: str, options: Options, num_steps: int) -> list[Box]:
-    """Boxes for all nodes, those of the outputs intersected with the methods below."""
-    sweep = sweeper(graph, options)
-    boxes = interval_bounds(sweep)
-    if method == "ibp":
-        return boxes
-    if method == "forward":
-        return forward_bounds(graph, boxes, options.lower_slope, options.arithmetic)
-    boxes = output_bounds(sweep, boxes)
-    if method == "crown-ibp":
-        return boxes
-    boxes = output_bounds(sweep, intermediate_bounds(sweep, boxes))
-    return boxes if method == "crown" else optimized(sweep, boxes, num_steps)
 
 
 def _output(output: Any, boxes: list[Box]) -> Box:
@@ -344,39 +290,6 @@ def _by_argument(graph: Graph, parts: list[Array]) -> PyTree:
     return (*args, kwargs) if kwargs else args
 
 
-def arithmetic_of(rounding: Rounding, unit_roundoff: float | None) -> Arithmetic | None:
-    """The arithmetic that bounds are to hold in; None: real arithmetic.
-
-    Raises:
-        ValueError: an unknown rounding, or a unit roundoff that is none, or goes with "nearest".
-    """
-    if isinstance(rounding, Arithmetic):
-        return rounding
-    _check("rounding", rounding, ROUNDINGS)
-    if rounding == "nearest":
-        if unit_roundoff is not None:
-            raise ValueError(
-                f'unit_roundoff = {unit_roundoff} with rounding="nearest", which bounds the '
-                'function in real arithmetic: give rounding="outward".'
-            )
-        return None
-    if unit_roundoff is not None and not 0 < unit_roundoff < 0.5:
-        raise ValueError(
-            f"unit_roundoff = {unit_roundoff}: give a number in (0, 0.5), e.g. 2**-24."
-        )
-    return Arithmetic(unit_roundoff)
-
-
-def resolved(rounding: Rounding, unit_roundoff: float | None) -> Rounding:
-    """A rounding that has the unit roundoff in it, for functions that hand it on."""
-    return arithmetic_of(rounding, unit_roundoff) or "nearest"
-
-
-def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} = {value!r}: choose one of {', '.join(map(repr, choices))}.")
-
-
-def _check_positive(name: str, value: int, why: str) -> None:
-    if value < 1:
-        raise ValueError(f"{name} = {value}: {why}.")
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size}: at least one row must be swept at once.")

@@ -56,27 +56,66 @@ Source: Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., SIAM 
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError, unsupported
-from bnncert.bounds.operands import Operand, Ref
-from bnncert.bounds.precision import FACTOR_UNITS, PRODUCTS, factors
+from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError
+from bnncert.bounds.graph.nodes import unsupported
+from bnncert.bounds.graph.operands import Operand, Ref
+from bnncert.bounds.graph.precision import FACTOR_UNITS, PRODUCTS, factors
 from bnncert.bounds.rules import SUPPORTED
 from bnncert.sets import Box
 
 
-class Arithmetic(NamedTuple):
-    """In which floating-point arithmetic a network runs.
+@dataclass(frozen=True)
+class Real:
+    """Real arithmetic: `rounding="nearest"`.
+
+    Bounds of the function itself, computed in the dtype of the sets: their own rounding may cut
+    them, by some 1e-6 of the values in float32.
+
+    Example:
+        >>> from bnncert import bound
+        >>> box = bound(lambda x: 3 * x, "ibp", rounding=Real())(Box(jnp.ones(1), jnp.ones(1)))
+        >>> box.lower.tolist(), box.upper.tolist()
+        ([3.0], [3.0])
+    """
+
+
+@dataclass(frozen=True)
+class Float:
+    """Floating-point arithmetic: `rounding="outward"`.
+
+    Bounds of what the network computes, and of the function in real arithmetic, by the model of
+    `bnncert.bounds.arithmetic`.
 
     Attributes:
-        unit_roundoff: of the network's operations; None: of the dtype of each value.
+        unit_roundoff: of the network's operations, where they are less exact than the dtype of the
+            bounds (TF32 products: 2**-11; bfloat16: 2**-8); None: of the dtype of each value.
+
+    Raises:
+        ValueError: a unit roundoff that is not in (0, 1/2).
+
+    Example:
+        >>> from bnncert import bound
+        >>> at_one = Box(jnp.ones(1), jnp.ones(1))
+        >>> box = bound(lambda x: 3 * x, "ibp", rounding=Float(2**-11))(at_one)
+        >>> bool(box.lower[0] < 3 * (1 - 2**-11)), bool(box.upper[0] > 3 * (1 + 2**-11))
+        (True, True)
     """
 
     unit_roundoff: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.unit_roundoff is not None and not 0 < self.unit_roundoff < 0.5:
+            raise ValueError(
+                f"unit_roundoff = {self.unit_roundoff}: give a number in (0, 0.5), e.g. 2**-24."
+            )
 
     def unit(self, node: Node) -> float:
         """The network's unit roundoff at a node: no less than that of the dtype."""
@@ -102,6 +141,34 @@ class Arithmetic(NamedTuple):
             raise unsupported(node, (), hint)
         factor = FACTOR_UNITS[name] if name else 0.0
         return (1 + sums) * (1 + factor) ** 2 - 1 if factor > self.unit(node) else sums
+
+
+Arithmetic: TypeAlias = Real | Float
+Rounding: TypeAlias = str | Arithmetic
+"""An arithmetic, or its short form: one of `ROUNDINGS`."""
+
+ROUNDINGS: Mapping[str, type[Arithmetic]] = {"nearest": Real, "outward": Float}
+"""The short forms: what bounds allow for rounding."""
+
+
+def arithmetic_of(rounding: Rounding) -> Float | None:
+    """The floating-point arithmetic that bounds are to hold in; None: real arithmetic.
+
+    Raises:
+        ValueError: an unknown rounding.
+        TypeError: neither a name nor an arithmetic.
+    """
+    if isinstance(rounding, str) and rounding in ROUNDINGS:
+        rounding = ROUNDINGS[rounding]()
+    if isinstance(rounding, Float):
+        return rounding
+    if isinstance(rounding, Real):
+        return None
+    kind = ValueError if isinstance(rounding, str) else TypeError
+    raise kind(
+        f"rounding = {rounding!r}: choose 'nearest' (bnncert.Real()) or 'outward' "
+        "(bnncert.Float(unit_roundoff=None))."
+    )
 
 
 class Roundings(NamedTuple):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph, Node
-from bnncert.bounds.operands import Ref
+from bnncert.bounds.graph.operands import Ref
 from bnncert.bounds.rules import AFFINE, affine_rule, interval
 from bnncert.sets import Box, LpBall, Set
 

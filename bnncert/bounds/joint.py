@@ -39,31 +39,27 @@ from bnncert.bounds.api import (
     DEFAULT_BATCH_SIZE,
     Affine,
     LinearBounds,
-    Rounding,
-    arithmetic_of,
-    bound,
     linear_bounds,
     linear_outputs,
 )
-from bnncert.bounds.arithmetic import gamma, magnitude
-from bnncert.bounds.backward import Coefficients, Offset, Row, concretize
+from bnncert.bounds.arithmetic import Rounding, arithmetic_of, gamma, magnitude
 from bnncert.bounds.graph import Graph, trace
 from bnncert.bounds.interval import drop_nan, hull, intersect
+from bnncert.bounds.methods import LinearMethod, linear_method_of
+from bnncert.bounds.methods.rows import Coefficients, Offset, Row, concretize
+from bnncert.bounds.methods.sweeper import Options, end_sets, sweeper
 from bnncert.bounds.rounding import outward_set, tracking
 from bnncert.bounds.rounding.intervals import widened
-from bnncert.bounds.sweeps import Options, end_sets, sweeper
 from bnncert.sets import Box, LpBall, Set
 from bnncert.types import Samples
 
 
 def mean_bound(
     f: Callable[..., PyTree],
-    method: str = "crown-ibp",
+    method: str | LinearMethod = "crown-ibp",
     *,
     rounding: Rounding = "nearest",
     batch_size: int = DEFAULT_BATCH_SIZE,
-    lower_slope: str = "adaptive",
-    unit_roundoff: float | None = None,
 ) -> Callable[..., PyTree]:
     """Bounds on the average of f(w_i, ...) over samples of its first argument.
 
@@ -73,12 +69,10 @@ def mean_bound(
 
     Args:
         f: `(params, *args) -> outputs`; e.g. a softmax of logits, or differences of them.
-        method: "crown-ibp" or "crown".
+        method: "crown-ibp" or "crown"; or `bnncert.CROWNIBP` or `CROWN` with options.
         rounding: as for `bnncert.bound`: "outward" holds for the exact average of what the networks
             compute, and for real arithmetic; by "nearest", rounding may cut the bounds.
         batch_size: rows of a backward pass at once.
-        lower_slope: of a ReLU that crosses 0.
-        unit_roundoff: as for `bnncert.bound`.
 
     Returns:
         `(samples, *args) -> outputs` with a `Box` for each leaf; leaves of `samples` have a leading
@@ -98,11 +92,9 @@ def mean_bound(
         >>> float(box.lower), float(box.upper)
         (0.0, 0.5)
     """
-    # These check the options.
-    linear_bounds(f, method, rounding=rounding, batch_size=batch_size, lower_slope=lower_slope)
-    bound(f, method, rounding=rounding, unit_roundoff=unit_roundoff)
-    arithmetic = arithmetic_of(rounding, unit_roundoff)
-    options = Options(batch_size, lower_slope, arithmetic=arithmetic)
+    linear_bounds(f, method, rounding=rounding, batch_size=batch_size)  # which checks the options
+    arithmetic, chosen = arithmetic_of(rounding), linear_method_of(method)
+    options = Options(batch_size, arithmetic=arithmetic)
 
     def traced(*args: Any) -> Graph:
         return trace(f, args, {}, arithmetic and tracking(arithmetic))
@@ -115,7 +107,7 @@ def mean_bound(
         sizes = [outward_set(graph, _magnitudes(region)) for region in graph.inputs]
 
         def one(params: Any) -> tuple[list[list[LinearBounds]], list[Box]]:
-            found, variants = linear_outputs(traced(params, *args), method, options)
+            found, variants = linear_outputs(traced(params, *args), chosen, options)
             for planes in variants:
                 found = _intersected(found, planes, sets)
             if arithmetic is None:

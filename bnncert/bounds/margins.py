@@ -21,7 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from bnncert.bounds.api import Rounding, margin_bound
+from bnncert.bounds.api import margin_bound
+from bnncert.bounds.arithmetic import Rounding
+from bnncert.bounds.methods import IBP, Method, method_of
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Params
 
@@ -29,7 +31,7 @@ _MOST_CLASSES_BY_PAIRS = 32
 
 
 def margin_bounds(
-    apply: Apply, method: str = "crown-ibp", *, rounding: Rounding = "nearest"
+    apply: Apply, method: str | Method = "crown-ibp", *, rounding: Rounding = "nearest"
 ) -> Callable[[Params, Set, Int[Array, ""]], Box]:
     """Bounds on the margins f_k - f_c against one class.
 
@@ -41,7 +43,7 @@ def margin_bounds(
     Returns:
         `(params, region, c) -> Box` of shape (C,): entry k bounds f_k - f_c; entry c is exactly 0.
     """
-    by_pairs = _pairs(apply, method, rounding)
+    by_pairs, by_intervals = _pairs(apply, method, rounding), method_of(method) == IBP()
 
     def rows(params: Params, x: Array, c: Array) -> Array:
         return differences(apply(params, x), c)
@@ -50,7 +52,7 @@ def margin_bounds(
 
     def bounded(params: Params, region: Set, c: Int[Array, ""]) -> Box:
         classes = _num_classes(apply, params, region)
-        if method != "ibp" or classes > _MOST_CLASSES_BY_PAIRS:
+        if not by_intervals or classes > _MOST_CLASSES_BY_PAIRS:
             box = by_rows(params, region, c)
             # Exact even where an overflow left no bound.
             itself = jnp.arange(classes) == c
@@ -68,7 +70,7 @@ def differences(values: Float[Array, " classes"], c: Int[Array, ""]) -> Float[Ar
 
 
 def all_margin_bounds(
-    apply: Apply, method: str = "crown-ibp", *, rounding: Rounding = "nearest"
+    apply: Apply, method: str | Method = "crown-ibp", *, rounding: Rounding = "nearest"
 ) -> Callable[[Params, Set], Box]:
     """Bounds on the margins against every class.
 
@@ -92,7 +94,7 @@ def all_margin_bounds(
 
 
 def _pairs(
-    apply: Apply, method: str, rounding: Rounding
+    apply: Apply, method: str | Method, rounding: Rounding
 ) -> Callable[[Params, Set], tuple[Array, Array, Int[Array, "classes classes"]]]:
     """Flat lower and upper bounds, and where the margin [c, k] stands among them."""
 

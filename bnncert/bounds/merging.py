@@ -31,9 +31,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.graph.operands import Operand, Ref
 from bnncert.bounds.interval import bounded_nodes, output_nodes, spreads
 from bnncert.bounds.norms import first_sums
-from bnncert.bounds.operands import Operand, Ref
 from bnncert.bounds.rules import AFFINE, affine_rule
 from bnncert.sets import LpBall
 

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from bnncert.bounds.arithmetic import Arithmetic, gamma, own_unit, roundings, tiny
+from bnncert.bounds.arithmetic import Float, gamma, own_unit, roundings, tiny
 from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.graph.operands import Ref
 from bnncert.bounds.interval import spreads
-from bnncert.bounds.operands import Ref
 from bnncert.bounds.rounding import network_error
 from bnncert.bounds.rounding.intervals import widened
 from bnncert.bounds.rules import affine_rule
@@ -39,7 +39,7 @@ def first_sums(graph: Graph) -> set[int]:
     return {i for i in range(len(graph.nodes)) if _way(graph, i)}
 
 
-def first_sum(graph: Graph, index: int, boxes: Sequence[Box], arithmetic: Arithmetic | None) -> Box:
+def first_sum(graph: Graph, index: int, boxes: Sequence[Box], arithmetic: Float | None) -> Box:
     """The box of a node of `first_sums`.
 
     Args:

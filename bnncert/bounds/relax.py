@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.graph.operands import Ref
 from bnncert.bounds.interval import input_sets, intersect
-from bnncert.bounds.operands import Ref
 from bnncert.bounds.relaxations import (
     FREE,
     KINKS,

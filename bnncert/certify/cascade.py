@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Int
 from tqdm.auto import tqdm
 
 from bnncert._emptiness import holds, is_valid
-from bnncert.bounds.api import METHODS
+from bnncert.bounds.arithmetic import Rounding
+from bnncert.bounds.methods import METHODS, Method, method_of
 from bnncert.certify.joint import joint_decision
 from bnncert.certify.predictive import Decision, decision, num_samples
 from bnncert.outputs import classifier, normalised
@@ -45,10 +46,9 @@ def cascade(
     *,
     x: Array | None = None,
     outputs: str = "logits",
-    methods: Sequence[str] = ("ibp", "crown-ibp", "crown"),
+    methods: Sequence[str | Method] = ("ibp", "crown-ibp", "crown"),
     wanted: Bool[np.ndarray, " points"] | None = None,
-    rounding: str = "outward",
-    unit_roundoff: float | None = None,
+    rounding: Rounding = "outward",
     batch_size: int = 64,
     progress: bool = False,
 ) -> Cascade:
@@ -61,11 +61,11 @@ def cascade(
             `jax.vmap(lambda x: ball(x, eps))(xs)`.
         x: the nominal inputs, shape (N, ...); the sets' centers by default.
         outputs: "logits" or "probabilities", as for `decision`; "joint" takes logits.
-        methods: of the bounds, cheap ones first: those of `bnncert.bound`, and "joint".
+        methods: of the bounds, cheap ones first: those of `bnncert.bound`, by name or as objects
+            with options, and "joint".
         wanted: points to certify at all, e.g. those that are classified correctly, which only the
             first method then sees; all by default.
         rounding: as for `decision`.
-        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
         batch_size: points at once; the last batch is filled up.
         progress: shows a bar for each method.
 
@@ -91,8 +91,9 @@ def cascade(
     """
     if not is_set(x_sets):
         raise TypeError(f"x_sets is a {type(x_sets).__name__}: give a batched Box or LpBall.")
-    unknown = [m for m in methods if m not in STAGES]
-    if unknown or not methods or len(set(methods)) < len(methods):
+    unknown = [m for m in methods if isinstance(m, str) and m not in STAGES]
+    stages = [m if unknown or m == "joint" else method_of(m) for m in methods]
+    if unknown or not methods or len(set(stages)) < len(stages):
         raise ValueError(f"methods = {tuple(methods)}: name each once, of {', '.join(STAGES)}.")
     if "joint" in methods and outputs == "probabilities":
         raise ValueError(f'methods = {tuple(methods)}: "joint" takes logits, not probabilities.')
@@ -110,10 +111,10 @@ def cascade(
     for place, method in enumerate(methods):
         if not len(open_points):
             break
-        one = jax.jit(
-            jax.vmap(stage_of(apply, method, rounding, outputs, unit_roundoff), (None, 0, 0))
-        )
-        with tqdm(total=len(open_points), desc=method, unit="point", disable=not progress) as bar:
+        one = jax.jit(jax.vmap(stage_of(apply, method, rounding, outputs), (None, 0, 0)))
+        with tqdm(
+            total=len(open_points), desc=_name_of(method), unit="point", disable=not progress
+        ) as bar:
             for start in range(0, len(open_points), batch_size):
                 rows = open_points[start : start + batch_size]
                 filled = np.resize(rows, min(batch_size, number))
@@ -131,6 +132,10 @@ def cascade(
     return Cascade(Decision(**fields, probability=probability, arithmetic=arithmetic), stage)
 
 
+def _name_of(method: str | Method) -> str:
+    return method if isinstance(method, str) else repr(method)
+
+
 def _check_points(x_sets: Set, inputs: Array) -> None:
     """Raises ValueError at a set that is empty or does not hold its input: `jit` would not."""
     valid, inside = jax.vmap(lambda s, x: (is_valid(s), holds(s, x)))(x_sets, inputs)
@@ -144,10 +149,9 @@ def _check_points(x_sets: Set, inputs: Array) -> None:
 
 def stage_of(
     apply: Apply,
-    method: str,
-    rounding: str = "outward",
+    method: str | Method,
+    rounding: Rounding = "outward",
     outputs: str = "logits",
-    unit_roundoff: float | None = None,
 ) -> Callable[..., Decision]:
     """`(samples, x_set, x) -> Decision` by one method of a cascade, for one point."""
 
@@ -155,11 +159,9 @@ def stage_of(
         if method == "joint":
             return joint_decision(
                 apply, samples, x_set, x=x, outputs=outputs, rounding=rounding,
-                unit_roundoff=unit_roundoff,
             )  # fmt: skip
         return decision(
             apply, samples, x_set, x=x, outputs=outputs, method=method, rounding=rounding,
-            unit_roundoff=unit_roundoff,
         )  # fmt: skip
 
     return certify

@@ -19,7 +19,8 @@ from numpy import ndarray
 from bnncert import prior as priors
 from bnncert.attack import pgd
 from bnncert.bounds import bound
-from bnncert.bounds.api import Rounding
+from bnncert.bounds.arithmetic import Rounding
+from bnncert.bounds.methods import CROWN, AlphaCROWN, Method, method_of
 from bnncert.certify.boxes import Claim
 from bnncert.posterior.leaves import unflatten
 from bnncert.sets import Box, LpBall
@@ -43,7 +44,7 @@ class Task(NamedTuple):
 
     apply: Apply
     names: tuple[str, ...]
-    method: str
+    method: str | Method
     rounding: Rounding
 
 
@@ -115,8 +116,9 @@ def _value(claim: Any, task: Task, data: Data, lower: Array, upper: Array, *rest
 def _gradient(
     claim: Any, task: Task, data: Data, lower: Array, upper: Array, *rest: Any
 ) -> tuple[Array, Array]:
-    if task.method == "alpha-crown":  # a guide need not be optimised
-        task = task._replace(method="crown")
+    method = method_of(task.method)
+    if isinstance(method, AlphaCROWN):  # a guide need not be optimised
+        task = task._replace(method=CROWN(method.lower_slope))
     return jax.grad(claim, argnums=(2, 3))(task, data, lower, upper, *rest)
 
 

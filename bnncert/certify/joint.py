@@ -60,6 +60,7 @@ wrong sign, by their errors, both forms hold up to these.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -68,8 +69,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bnncert.bounds import mean_bound
-from bnncert.bounds.api import Rounding, resolved
+from bnncert.bounds.arithmetic import Rounding, arithmetic_of
 from bnncert.bounds.margins import differences, margin_bounds
+from bnncert.bounds.methods import LinearMethod, linear_method_of
 from bnncert.certify.predictive import (
     Decision,
     check_region,
@@ -116,10 +118,8 @@ def joint_decision(
     *,
     x: Float[Array, "..."] | None = None,
     outputs: str = "logits",
-    method: str = "crown",
-    rounding: str = "outward",
-    unit_roundoff: float | None = None,
-    lower_slope: str = "zero",
+    method: str | LinearMethod = "crown",
+    rounding: Rounding = "outward",
 ) -> Decision:
     """Certifies the decision of the posterior predictive, jointly and separately.
 
@@ -129,10 +129,10 @@ def joint_decision(
         x_set: a `Box` or an `LpBall` of inputs, for one example; `jax.vmap` for a batch.
         x: as for `bnncert.certify.decision`.
         outputs: "logits" alone: what is relaxed here is a softmax of them.
-        method: "crown" or "crown-ibp"; by the latter margins are only as good as their IBP box.
+        method: "crown" or "crown-ibp"; by the latter margins are only as good as their IBP box. By
+            a name, joint bounds have lines of slope 0 under a ReLU that crosses, which suits
+            averages; an object (`bnncert.CROWN(lower_slope=)`) is taken as it is.
         rounding: as for `bnncert.certify.decision`.
-        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
-        lower_slope: under a ReLU that crosses, of the joint bounds.
 
     Returns:
         A `Decision`, its margins never below those of `decision` by the same method and rounding.
@@ -159,18 +159,18 @@ def joint_decision(
     check_region(x_set)
     if x is not None:
         x, x_set = nominal_input(x, x_set)
-    exactly = resolved(rounding, unit_roundoff)
-    alone = decision(
-        apply, samples, x_set, x=x, method=method, rounding=rounding, unit_roundoff=unit_roundoff
-    )
+    alone = decision(apply, samples, x_set, x=x, method=method, rounding=rounding)
     apply, c, margins = classifier(apply, outputs), alone.predicted, alone.margins
-    box_of = margin_bounds(apply, method, rounding=exactly)
+    box_of = margin_bounds(apply, method, rounding=rounding)
     boxes = jax.lax.map(lambda params: box_of(params, x_set, c), samples)
     below = partial(difference_below, apply)
-    mean = mean_bound(below, method, rounding=exactly, lower_slope=lower_slope)
-    slack = rounding_slack(exactly, margins, num_samples(samples))
+    jointly = linear_method_of(method)
+    if isinstance(method, str):
+        jointly = replace(jointly, lower_slope="zero")
+    mean = mean_bound(below, jointly, rounding=rounding)
+    slack = rounding_slack(rounding, margins, num_samples(samples))
     for anchor in ANCHORS:
-        terms = jax.vmap(partial(corner_terms, anchor=anchor, rounding=exactly))(boxes)
+        terms = jax.vmap(partial(corner_terms, anchor=anchor, rounding=rounding))(boxes)
         lower = mean((samples, terms), x_set, c).lower - slack
         margins = jnp.where(lower > margins, lower, margins)  # a NaN is no bound
     others = jnp.arange(margins.shape[0]) != c
@@ -218,10 +218,11 @@ def corner_terms(box: Box, anchor: float, rounding: Rounding = "nearest") -> Cor
     # The constant where that overflowed, squares did not keep their digits, or more is charged
     # than the derivation allows.
     fits = jnp.all(jnp.isfinite(box.upper)) & (e * e >= 4 * tiny / unit)
-    if rounding != "nearest":
+    arithmetic = arithmetic_of(rounding)
+    if arithmetic is not None:
         fits &= charge < 0.5
     value = jnp.where(fits, value, least_differences(box))
-    if rounding != "nearest":
+    if arithmetic is not None:
         value = value - charge
     # The predicted class against itself: 0.
     itself = (box.lower == 0) & (box.upper == 0)

@@ -31,9 +31,9 @@ from jaxtyping import Array, Float
 
 from bnncert import prior as priors
 from bnncert._emptiness import unbounded_unless
-from bnncert.bounds.arithmetic import Arithmetic
+from bnncert.bounds import arithmetic
 from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError, trace
-from bnncert.bounds.operands import Ref
+from bnncert.bounds.graph.operands import Ref
 from bnncert.bounds.rounding import tracking
 from bnncert.bounds.rules.affine import constant_magnitude, has_constant, magnitude
 from bnncert.certify.predictive import check_region
@@ -98,7 +98,7 @@ def expectation(apply: Apply, posterior: Posterior, x_set: Set) -> Expectation:
         )
     check_region(x_set)
     check_structure(posterior.loc, posterior.scale, "scale")
-    graph = trace(apply, (_points(posterior), x_set), {}, tracking(Arithmetic()))
+    graph = trace(apply, (_points(posterior), x_set), {}, tracking(arithmetic.Float()))
     _check_constants(graph)
     output = graph.outputs[0]
     if len(graph.outputs) != 1 or not isinstance(output, Ref):

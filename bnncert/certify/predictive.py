@@ -43,10 +43,10 @@ from jaxtyping import Array, Float
 
 from bnncert._emptiness import empty_unless, holds
 from bnncert.bounds import bound
-from bnncert.bounds.api import Rounding, resolved
-from bnncert.bounds.arithmetic import Arithmetic
+from bnncert.bounds.arithmetic import Rounding, arithmetic_of
+from bnncert.bounds.graph.precision import asked_of
 from bnncert.bounds.margins import all_margin_bounds, margin_bounds
-from bnncert.bounds.precision import asked_of
+from bnncert.bounds.methods import Method
 from bnncert.outputs import classifier, look_at_ending, normalised, probabilities
 from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import Box, Set, check_set, is_concrete, is_set
@@ -68,9 +68,9 @@ class Decision:
             a continuous posterior, from draws of it (`bnncert.certify.statistical`).
         arithmetic: what is proved is proved of the predictor in "float32" (or the dtype of its
             outputs), by `rounding="outward"`; in "tensorfloat32" or "bfloat16" where the factors of
-            its matrix products are rounded to that (`bnncert.bounds.precision`); in "unit roundoff
-            u", where that was given; in "real" arithmetic, up to the rounding of the bounds
-            themselves, by "nearest".
+            its matrix products are rounded to that (`bnncert.bounds.graph.precision`); in
+            "unit roundoff u", where that was given; in "real" arithmetic, up to the rounding of the
+            bounds themselves, by "nearest".
     """
 
     # Any, as in `Box`: a batch axis under `vmap`, and transformations put other things here.
@@ -89,9 +89,8 @@ def decision(
     *,
     x: Float[Array, "..."] | None = None,
     outputs: str = "logits",
-    method: str = "crown-ibp",
-    rounding: str = "outward",
-    unit_roundoff: float | None = None,
+    method: str | Method = "crown-ibp",
+    rounding: Rounding = "outward",
     batch_size: int | None = None,
 ) -> Decision:
     """Certifies the decision of the posterior predictive over a set of inputs.
@@ -109,7 +108,6 @@ def decision(
         rounding: "outward" covers the rounding of network, predictor and bounds; "nearest" speaks
             of real arithmetic, up to the rounding of bounds: no proof where that matters. It knows
             every operation (as for `bnncert.bound`).
-        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
         batch_size: samples at once; one by default, which suits convolutions on a CPU.
 
     Returns:
@@ -144,16 +142,15 @@ def decision(
     predicted = jnp.argmax(average)
     classes = average.shape[0]
 
-    arithmetic = resolved(rounding, unit_roundoff)
-    bounded = class_bounds(network, outputs, method, arithmetic)
+    bounded = class_bounds(network, outputs, method, rounding)
     differences, around = _sweep(lambda w: bounded(w, x_set, predicted), samples, batch_size)
-    slack = rounding_slack(arithmetic, average, num_samples(samples))
+    slack = rounding_slack(rounding, average, num_samples(samples))
     least = jnp.where(valid, differences.mean(0) - slack, -1.0)
     lower = jnp.where(jnp.arange(classes) == predicted, 0.0, least)
     robust = jnp.all((lower > 0) | (jnp.arange(classes) == predicted))
     probability = _mean(around, slack, valid)
     first = jax.tree.map(lambda leaf: leaf[0], samples)
-    name = arithmetic_name(arithmetic, average.dtype, network, first, nominal)
+    name = arithmetic_name(rounding, average.dtype, network, first, nominal)
     return Decision(predicted, robust, lower, probability, jnp.ones(()), name)
 
 
@@ -163,9 +160,8 @@ def predictive(
     x_set: Set,
     *,
     outputs: str = "logits",
-    method: str = "crown-ibp",
-    rounding: str = "outward",
-    unit_roundoff: float | None = None,
+    method: str | Method = "crown-ibp",
+    rounding: Rounding = "outward",
     batch_size: int | None = None,
 ) -> Box:
     """Bounds on every class's posterior predictive probability over a set of inputs.
@@ -177,7 +173,6 @@ def predictive(
         outputs: "logits" or "probabilities", as for `decision`.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.bound`.
-        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
         batch_size: samples at once; one by default.
 
     Returns:
@@ -196,22 +191,21 @@ def predictive(
         >>> [round(float(v), 3) for v in box.lower]
         [0.5, 0.5]
     """
-    arithmetic = resolved(rounding, unit_roundoff)
     _check(samples, x_set, batch_size)
 
     look_at_ending(apply, outputs, samples, x_set.center)
     network, valid = classifier(apply, outputs), jnp.asarray(True)
     if outputs == "probabilities":
         each = _sweep(lambda w: network(w, x_set.center), samples, batch_size)
-        valid, bounded = normalised(each, outputs), bound(network, method, rounding=arithmetic)
+        valid, bounded = normalised(each, outputs), bound(network, method, rounding=rounding)
     else:
-        margins = all_margin_bounds(network, method, rounding=arithmetic)
+        margins = all_margin_bounds(network, method, rounding=rounding)
 
         def bounded(params: Params, region: Set) -> Box:
             return jax.vmap(probability_box)(margins(params, region))
 
     boxes = _sweep(lambda w: bounded(w, x_set), samples, batch_size)
-    return _mean(boxes, rounding_slack(arithmetic, boxes.lower[0], num_samples(samples)), valid)
+    return _mean(boxes, rounding_slack(rounding, boxes.lower[0], num_samples(samples)), valid)
 
 
 def num_samples(samples: Samples) -> int:
@@ -232,7 +226,7 @@ def num_samples(samples: Samples) -> int:
 
 
 def class_bounds(
-    network: Apply, outputs: str, method: str, rounding: Rounding
+    network: Apply, outputs: str, method: str | Method, rounding: Rounding
 ) -> Callable[[Params, Set, Array], tuple[Float[Array, " classes"], Box]]:
     """Bounds on what one network says of a class over a set.
 
@@ -302,18 +296,18 @@ def rounding_slack(rounding: Rounding, probabilities: Array, count: int) -> floa
     """What a difference of two averaged probabilities gives way by, as the module derives.
 
     Args:
-        rounding: "outward" or an arithmetic, or "nearest" (0).
+        rounding: as for `bnncert.bound`; 0 by "nearest".
         probabilities: an array of their dtype whose first axis counts the classes.
         count: networks averaged.
 
     Raises:
         ValueError: it would be 1 or more, which no difference of two probabilities exceeds.
     """
-    if rounding == "nearest":
+    arithmetic = arithmetic_of(rounding)
+    if arithmetic is None:
         return 0.0
-    unit = 0.5 * float(jnp.finfo(probabilities.dtype).eps)
-    if isinstance(rounding, Arithmetic):
-        unit = max(unit, rounding.unit_roundoff or 0.0)
+    own = 0.5 * float(jnp.finfo(probabilities.dtype).eps)
+    unit = max(own, arithmetic.unit_roundoff or 0.0)
     classes = probabilities.shape[0]
     slack = (400 + 8 * classes + 4 * count) * unit
     if slack >= 1:
@@ -334,7 +328,7 @@ def arithmetic_name(
     """In which arithmetic something is proved of a network: `Decision.arithmetic`.
 
     Args:
-        rounding: "nearest", "outward" or an arithmetic.
+        rounding: as for `bnncert.bound`.
         dtype: of what the network returns.
         network: `(params, x) -> outputs`.
         params: of one network, or their shapes and dtypes.
@@ -344,10 +338,11 @@ def arithmetic_name(
         "real"; the dtype; "tensorfloat32" or "bfloat16" where factors of matrix products are
         rounded to that; or the unit roundoff that was given.
     """
-    if rounding == "nearest":
+    arithmetic = arithmetic_of(rounding)
+    if arithmetic is None:
         return "real"
-    if isinstance(rounding, Arithmetic) and rounding.unit_roundoff is not None:
-        return f"unit roundoff {rounding.unit_roundoff:g}"
+    if arithmetic.unit_roundoff is not None:
+        return f"unit roundoff {arithmetic.unit_roundoff:g}"
     asked = asked_of(network, params, x)
     return str(dtype) if asked == "float32" else str(asked)
 

@@ -39,8 +39,8 @@ import numpy as np
 from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError
+from bnncert.bounds.graph.operands import Ref
 from bnncert.bounds.interval import hull
-from bnncert.bounds.operands import Ref
 from bnncert.bounds.rules import AFFINE, affine_rule
 from bnncert.bounds.rules.affine import MIXING, constant_magnitude, has_constant, magnitude
 from bnncert.certify import rectified

@@ -27,6 +27,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from bnncert._varying import axes_of, varying
 from bnncert.attack import AttackResult, pgd, transfer
 from bnncert.attack.geometry import spread_out
+from bnncert.bounds.arithmetic import Rounding
+from bnncert.bounds.methods import Method
 from bnncert.certify.predictive import Decision, decision
 from bnncert.certify.sampling import statistical
 from bnncert.outputs import logits_of, look_at_ending
@@ -75,9 +77,8 @@ def radius(
     p: float | int = jnp.inf,
     clip: tuple[float, float] | None = None,
     outputs: str = "logits",
-    method: str = "crown-ibp",
-    rounding: str = "outward",
-    unit_roundoff: float | None = None,
+    method: str | Method = "crown-ibp",
+    rounding: Rounding = "outward",
     batch_size: int | None = None,
 ) -> CertifiedRadius:
     """The certified radius of the posterior predictive's decision at an input: the exact tier.
@@ -93,7 +94,6 @@ def radius(
         outputs: "logits" or "probabilities", as for `bnncert.certify.decision`.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.certify.decision`.
-        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
         batch_size: as for `bnncert.certify.decision`.
 
     Returns:
@@ -116,7 +116,6 @@ def radius(
     def certify(region: Set) -> Decision:
         return decision(
             apply, samples, region, x=x, outputs=outputs, method=method, rounding=rounding,
-            unit_roundoff=unit_roundoff,
             batch_size=batch_size,
         )  # fmt: skip
 

@@ -33,7 +33,8 @@ from jaxtyping import ArrayLike, Float
 from numpy import ndarray
 
 from bnncert import prior as priors
-from bnncert.bounds.api import resolved
+from bnncert.bounds.arithmetic import Rounding
+from bnncert.bounds.methods import Method
 from bnncert.certify import mass as masses
 from bnncert.certify.boxes import Claim, Gaussian, Proof, search
 from bnncert.certify.claims import Constraints, Data, Task, claim_at
@@ -140,9 +141,8 @@ def safety(
     x_set: Set,
     constraints: Constraints,
     *,
-    method: str = "crown-ibp",
-    rounding: str = "outward",
-    unit_roundoff: float | None = None,
+    method: str | Method = "crown-ibp",
+    rounding: Rounding = "outward",
     num_boxes: int = 16,
     rounds: int = 3,
     steps: int = 12,
@@ -161,7 +161,6 @@ def safety(
             its numbers are rounded to the weights' dtype first.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.bound`.
-        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
         num_boxes: parts of the space of weights that are examined, >= 1; with the same key, more
             never leave a wider gap between the bounds.
         rounds: of growing a box, with sides by the bound's derivatives after the first, >= 1.
@@ -198,8 +197,7 @@ def safety(
         jnp.asarray(constraints.matrix, dtype), jnp.asarray(constraints.offset, dtype)
     )
     _check_constraints(apply, posterior.loc, x_set, rows)
-    exactly = resolved(rounding, unit_roundoff)
-    task = Task(apply, names, method, exactly)
+    task = Task(apply, names, method, rounding)
     data = Data(posterior.loc, x_set, rows)
     draws = iter(range(2 * num_boxes + 2))
 
@@ -228,7 +226,7 @@ def safety(
         unsafe_boxes,
         np.stack(inputs) if inputs else np.zeros((0, *shape), dtype),
         np.array([p.witness[1] for p in unsafe], int),
-        arithmetic_name(exactly, dtype, apply, posterior.loc, x_set.center),
+        arithmetic_name(rounding, dtype, apply, posterior.loc, x_set.center),
     )
 
 

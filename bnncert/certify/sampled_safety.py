@@ -25,8 +25,9 @@ from jaxtyping import Array, Int
 
 from bnncert._emptiness import is_valid
 from bnncert.bounds import bound
-from bnncert.bounds.api import resolved
+from bnncert.bounds.arithmetic import Rounding
 from bnncert.bounds.margins import margin_bounds
+from bnncert.bounds.methods import Method
 from bnncert.certify import confidence
 from bnncert.certify.predictive import check_region
 from bnncert.certify.sampling import check_posterior, over_draws
@@ -142,9 +143,8 @@ def proves_class(
     label: Int[Array, ""] | int,
     *,
     outputs: str = "logits",
-    method: str = "crown-ibp",
-    rounding: str = "outward",
-    unit_roundoff: float | None = None,
+    method: str | Method = "crown-ibp",
+    rounding: Rounding = "outward",
 ) -> Callable[[Params], Array]:
     """`params -> bool`: whether one network is proved to choose a class on the whole set, strictly.
 
@@ -156,7 +156,6 @@ def proves_class(
             speaks for (`bnncert.certify.decision`); of C, the largest is chosen of either.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.bound`; by "nearest" what is proved is proved up to rounding.
-        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
 
     Returns:
         The predicate, for `sampled_safety`.
@@ -168,7 +167,7 @@ def proves_class(
     """
     check_region(x_set)
     network = classifier(apply, outputs)
-    bounded = margin_bounds(network, method, rounding=resolved(rounding, unit_roundoff))
+    bounded = margin_bounds(network, method, rounding=rounding)
 
     def predicate(params: Params) -> Array:
         classes = jax.eval_shape(lambda s: network(params, s.center), x_set).shape[0]
@@ -183,9 +182,8 @@ def proves_outputs(
     x_set: Set,
     within: Box,
     *,
-    method: str = "crown-ibp",
-    rounding: str = "outward",
-    unit_roundoff: float | None = None,
+    method: str | Method = "crown-ibp",
+    rounding: Rounding = "outward",
 ) -> Callable[[Params], Array]:
     """`params -> bool`: whether one network's outputs are proved to stay in a box: regression.
 
@@ -195,7 +193,6 @@ def proves_outputs(
         within: the box of safe outputs, which broadcasts with them.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.bound`; by "nearest" what is proved is proved up to rounding.
-        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
 
     Returns:
         The predicate, for `sampled_safety`.
@@ -206,7 +203,7 @@ def proves_outputs(
     Cost: a call bounds the outputs.
     """
     check_region(x_set)
-    bounded = bound(apply, method, rounding=rounding, unit_roundoff=unit_roundoff)
+    bounded = bound(apply, method, rounding=rounding)
 
     def predicate(params: Params) -> Array:
         box = bounded(params, x_set)

@@ -33,7 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bnncert.bounds.api import resolved
+from bnncert.bounds.arithmetic import Rounding
+from bnncert.bounds.methods import Method
 from bnncert.certify import confidence
 from bnncert.certify.predictive import (
     Decision,
@@ -63,9 +64,8 @@ def statistical(
     num_stages: int = 1,
     num_pilot: int = 100,
     outputs: str = "logits",
-    method: str = "crown-ibp",
-    rounding: str = "outward",
-    unit_roundoff: float | None = None,
+    method: str | Method = "crown-ibp",
+    rounding: Rounding = "outward",
     inequality: str = "best",
     batch_size: int | None = None,
 ) -> Decision:
@@ -89,7 +89,6 @@ def statistical(
             at in the further ones.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `decision`.
-        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
         inequality: "best", "hoeffding" or "bernstein".
         batch_size: draws at once, as for `decision`.
 
@@ -126,7 +125,6 @@ def statistical(
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} = {value}: it must be at least 1.")
-    exactly = resolved(rounding, unit_roundoff)
     pilot, main = jax.random.split(key)
     nominal, x_set = nominal_input(x, x_set)
     look_at_ending(apply, outputs, jax.eval_shape(lambda: posterior.sample(key, 1)), nominal)
@@ -136,7 +134,7 @@ def statistical(
     valid = normalised(each, outputs)
     average = probabilities(each, outputs).mean(0)
     predicted, classes = jnp.argmax(average), average.shape[0]
-    bounded = class_bounds(network, outputs, method, exactly)
+    bounded = class_bounds(network, outputs, method, rounding)
 
     def certify(params: Params) -> tuple[Array, Array, Array]:
         least, around = bounded(params, x_set, predicted)
@@ -149,7 +147,7 @@ def statistical(
         confidence.slack(d, share, width, inequality)
         for d, width in zip(draws, widths, strict=True)
     ]
-    error = rounding_slack(exactly, average, num_samples)
+    error = rounding_slack(rounding, average, num_samples)
     itself = jnp.arange(classes) == predicted
     least = jnp.where(valid, draws[0].mean(0) - slacks[0] - error, -1.0)
     margins = jnp.where(itself, 0.0, least)
@@ -157,7 +155,7 @@ def statistical(
     upper = draws[2].mean(0) + slacks[2] + 0.5 * error
     probability = Box(jnp.where(valid, lower, -jnp.inf), jnp.where(valid, upper, jnp.inf))
     one = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], posterior.sample(key, 1)))
-    arithmetic = arithmetic_name(exactly, average.dtype, network, one, nominal)
+    arithmetic = arithmetic_name(rounding, average.dtype, network, one, nominal)
     robust = jnp.all((margins > 0) | itself)
     return Decision(predicted, robust, margins, probability, jnp.asarray(stated(delta)), arithmetic)
 

@@ -44,6 +44,8 @@ from jaxtyping import Array, Float
 
 from bnncert._varying import axes_of, varying
 from bnncert.bounds import bound
+from bnncert.bounds.arithmetic import Rounding
+from bnncert.bounds.methods import Method
 from bnncert.certify.predictive import check_region, num_samples, predictive
 from bnncert.outputs import tolerance
 from bnncert.sets import Box, Set
@@ -85,9 +87,8 @@ def uncertainty(
     x_set: Set,
     *,
     outputs: str = "logits",
-    method: str = "crown-ibp",
-    rounding: str = "outward",
-    unit_roundoff: float | None = None,
+    method: str | Method = "crown-ibp",
+    rounding: Rounding = "outward",
     batch_size: int | None = None,
 ) -> Uncertainty:
     """Bounds on the predictive's confidence and entropy over a set of inputs.
@@ -99,7 +100,6 @@ def uncertainty(
         outputs: "logits" or "probabilities", as for `bnncert.certify.decision`.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.certify.decision`.
-        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
         batch_size: as for `bnncert.certify.decision`.
 
     Returns:
@@ -120,7 +120,7 @@ def uncertainty(
     """
     box = predictive(
         apply, samples, x_set, outputs=outputs, method=method, rounding=rounding,
-        unit_roundoff=unit_roundoff, batch_size=batch_size,
+        batch_size=batch_size,
     )  # fmt: skip
     classes, dtype = box.lower.size, box.lower.dtype
     # By how much what apply returns may fail to add up to 1.
@@ -136,9 +136,8 @@ def mean_and_variance(
     samples: Samples,
     x_set: Set,
     *,
-    method: str = "crown-ibp",
-    rounding: str = "outward",
-    unit_roundoff: float | None = None,
+    method: str | Method = "crown-ibp",
+    rounding: Rounding = "outward",
     batch_size: int | None = None,
 ) -> Moments:
     """Bounds on mean and variance over samples of a regression's outputs over a set of inputs.
@@ -149,7 +148,6 @@ def mean_and_variance(
         x_set: as for `uncertainty`.
         method: of the bounds, as for `bnncert.bound`.
         rounding: as for `bnncert.bound`.
-        unit_roundoff: of the network's arithmetic, as for `bnncert.bound`.
         batch_size: samples at once; one by default.
 
     Returns:
@@ -170,7 +168,7 @@ def mean_and_variance(
     """
     count = num_samples(samples)
     check_region(x_set)
-    bounded = bound(apply, method, rounding=rounding, unit_roundoff=unit_roundoff)
+    bounded = bound(apply, method, rounding=rounding)
 
     def one(params: Params) -> Box:
         return bounded(params, x_set)

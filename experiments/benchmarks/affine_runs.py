@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array
 
 from bnncert import ball, bound
-from bnncert.bounds.api import ROUNDINGS
+from bnncert.bounds.arithmetic import ROUNDINGS
 from bnncert.likelihood import clean_categorical, robust_categorical
 from bnncert.types import Threat
 from experiments.allocator import keep_freed_pages

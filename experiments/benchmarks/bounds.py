@@ -43,7 +43,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnncert import ball, bound
-from bnncert.bounds.api import METHODS, ROUNDINGS
+from bnncert.bounds.arithmetic import ROUNDINGS
+from bnncert.bounds.methods import METHODS, AlphaCROWN
 from experiments.allocator import keep_freed_pages
 from experiments.data import Dataset, Split
 from experiments.models import build, ibp_normal
@@ -267,8 +268,8 @@ def _time_model(name: str, options: argparse.Namespace) -> list[Timing]:
 def _bounds(
     net: Network, method: str, rounding: str, options: argparse.Namespace
 ) -> Callable[..., Any]:
-    chosen = {"steps": options.steps} if method == "alpha-crown" else {}
-    bounds = bound(margins_of(net.apply), method, rounding=rounding, **chosen)
+    chosen = AlphaCROWN(options.steps) if method == "alpha-crown" else method
+    bounds = bound(margins_of(net.apply), chosen, rounding=rounding)
     return bounds if options.ends == "both" else partial(_lower, bounds)
 
 

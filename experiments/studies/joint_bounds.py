@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 from bnncert import attack, ball, bound, certify
 from bnncert.bounds import mean_bound
+from bnncert.bounds.methods import LinearMethod, linear_method_of
 from bnncert.certify.joint import ANCHORS, corner_terms, difference_below, margins_of
 from bnncert.posterior import stack
 from bnncert.sets import Box
@@ -194,8 +195,11 @@ def certifiers(apply: Apply, method: str) -> dict[tuple[str, str], Certifier]:
     def joint(f: Callable, samples: Any, region: Any, x: Array, c: Array) -> Array:
         return mean_bound(f, method)(samples, region, c).lower
 
+    def sloped(slope: str) -> LinearMethod:
+        return dataclasses.replace(linear_method_of(method), lower_slope=slope)
+
     def margin_boxes(slope: str, samples: Any, region: Any, c: Array) -> Box:
-        bounds = bound(margins_of(apply), method, lower_slope=slope)
+        bounds = bound(margins_of(apply), sloped(slope))
         return jax.lax.map(lambda params: bounds(params, region, c), samples)
 
     def corner_alone(slope: str, samples: Any, region: Any, x: Array, c: Array) -> Array:
@@ -203,7 +207,7 @@ def certifiers(apply: Apply, method: str) -> dict[tuple[str, str], Certifier]:
 
     def corner(slope: str, samples: Any, region: Any, x: Array, c: Array) -> Array:
         boxes = margin_boxes(slope, samples, region, c)
-        mean = mean_bound(partial(difference_below, apply), method, lower_slope=slope)
+        mean = mean_bound(partial(difference_below, apply), sloped(slope))
         found = []
         for anchor in ANCHORS:
             terms = jax.vmap(partial(corner_terms, anchor=anchor))(boxes)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnncert.bounds import bound
+from bnncert.bounds import CROWN, AlphaCROWN, bound
 from bnncert.sets import Box
 
 
@@ -47,7 +47,7 @@ def test_it_lies_inside_crown_and_is_a_tenth_narrower(f, float64):
     ratios = []
     for seed in range(3):
         crown = compiled(f, "crown")(network(seed), region(seed))
-        alpha = jax.jit(bound(f, "alpha-crown", steps=20))(network(seed), region(seed))
+        alpha = jax.jit(bound(f, AlphaCROWN(20)))(network(seed), region(seed))
         assert (alpha.lower >= crown.lower - 1e-12).all()
         assert (alpha.upper <= crown.upper + 1e-12).all()
         ratios.append(float(alpha.radius.sum() / crown.radius.sum()))
@@ -80,8 +80,8 @@ def test_every_family_of_free_planes_lies_inside_crown_and_is_sound(float64):
 
     @jax.jit
     def run(x):
-        methods = ("crown", "alpha-crown")
-        return [bound(partial(families, params), m, steps=3)(x) for m in methods]
+        methods = ("crown", AlphaCROWN(3))
+        return [bound(partial(families, params), m)(x) for m in methods]
 
     for eps in (0.1, 0.5):
         corners = rng.choice([-1.0, 0.0, 1.0], (300, 4))
@@ -96,9 +96,7 @@ def test_every_family_of_free_planes_lies_inside_crown_and_is_sound(float64):
 
 def test_more_steps_never_lose(float64):
     """All steps are intersected."""
-    few, many = (
-        jax.jit(bound(mlp, "alpha-crown", steps=steps))(network(), region()) for steps in (2, 12)
-    )
+    few, many = (jax.jit(bound(mlp, AlphaCROWN(steps)))(network(), region()) for steps in (2, 12))
     assert (many.lower >= few.lower - 1e-12).all() and (many.upper <= few.upper + 1e-12).all()
     assert many.radius.sum() < 0.999 * few.radius.sum()
 
@@ -107,7 +105,7 @@ def test_it_is_differentiable(float64):
     """By weights and by the set; a step along the gradient changes the bound as it says."""
 
     def width(params, x):
-        return bound(mlp, "alpha-crown", steps=3)(params, x).radius.sum()
+        return bound(mlp, AlphaCROWN(3))(params, x).radius.sum()
 
     params, x = network(), region()
     value_and_slope = jax.jit(jax.value_and_grad(width, argnums=(0, 1)))
@@ -124,7 +122,7 @@ def test_it_is_differentiable(float64):
 @pytest.mark.parametrize("steps", [0, -1])
 def test_no_steps_is_an_error(steps):
     with pytest.raises(ValueError, match=f"steps = {steps}"):
-        bound(mlp, "alpha-crown", steps=steps)
+        AlphaCROWN(steps)
 
 
 @pytest.mark.parametrize("batch_size", [1024, 3])
@@ -138,7 +136,7 @@ def test_rows_of_unstable_units_are_all_that_crown_needs(batch_size, float64):
         for depth in (1, 2):
             params, x = network(seed, (4, *[12] * (depth + 1), 3)), region(seed)
             all_rows = compiled(mlp, "crown")(params, x)
-            some = compiled(mlp, "crown", unstable_only=True, batch_size=batch_size)(params, x)
+            some = compiled(mlp, CROWN(unstable_only=True), batch_size=batch_size)(params, x)
             least = compiled(mlp, "crown-ibp")(params, x)
             assert (some.lower >= least.lower - 1e-12).all()
             assert (some.upper <= least.upper + 1e-12).all()

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 import bnncert.bounds
-from bnncert.bounds import bound, crown, ibp, linear_bounds
-from bnncert.bounds.api import METHODS
+from bnncert.bounds import CROWN, AlphaCROWN, Forward, bound, crown, ibp, linear_bounds
+from bnncert.bounds.methods import METHODS as KINDS
 from bnncert.sets import Box, LpBall, ball
+
+METHODS = tuple(KINDS)
 
 W = jnp.array([[1.0, -2.0, 0.5], [0.3, 0.8, -1.0]])
 X = jnp.array([0.2, -0.4, 0.6])
@@ -148,9 +150,14 @@ def test_linear_bounds_have_the_structure_of_the_arguments():
     [
         (lambda: bound(f, "forwards"), ValueError, "method = 'forwards'.*'crown-ibp'"),
         (lambda: bound(f, rounding="upward"), ValueError, "rounding = 'upward'"),
-        (lambda: bound(f, lower_slope="steep"), ValueError, "lower_slope = 'steep'"),
+        (lambda: CROWN(lower_slope="steep"), ValueError, "lower_slope = 'steep'"),
+        (lambda: Forward(lower_slope="1"), ValueError, "lower_slope = '1'.*'zero'"),
+        (lambda: bound(f, CROWN), TypeError, r"did you mean CROWN\(\)"),
+        (lambda: bound(f, None), TypeError, r"method = None.*IBP\(\)"),
+        (lambda: linear_bounds(f, AlphaCROWN()), TypeError, r"AlphaCROWN.*CROWNIBP\(\)"),
+        (lambda: bound(f, rounding=None), TypeError, r"rounding = None.*bnncert.Float"),
         (lambda: bound(f, batch_size=0), ValueError, "batch_size = 0"),
-        (lambda: bound(f, "alpha-crown", steps=0), ValueError, "steps = 0"),
+        (lambda: AlphaCROWN(steps=0), ValueError, "steps = 0"),
         (lambda: linear_bounds(f, "ibp"), ValueError, "method = 'ibp'"),
         (lambda: linear_bounds(f, batch_size=-1), ValueError, "batch_size = -1"),
         (lambda: bound(f)(W, X), ValueError, "no set among the arguments.*bnncert.ball"),

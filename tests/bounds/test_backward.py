@@ -1,5 +1,6 @@
 """Backward rows: Jacobians of affine functions, chunks, and concretisation by the dual norm."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnncert.bounds import bound, linear_bounds
-from bnncert.bounds.backward import Coefficients, Offset, Row, concretize
+from bnncert.bounds import CROWN, bound, linear_bounds
+from bnncert.bounds.methods import method_of
+from bnncert.bounds.methods.rows import Coefficients, Offset, Row, concretize
 from bnncert.bounds.relaxations import LOWER_SLOPES
 from bnncert.sets import Box, LpBall, ball
 from tests.bounds import networks
@@ -81,7 +83,7 @@ def test_linear_bounds_concretise_to_the_crown_box(float64):
 def test_every_lower_slope_is_sound(lower_slope, float64):
     params, args = networks.member(networks.sample("clipped", jnp.float64), 0)
     f = partial(KINDS["clipped"].apply, params)
-    box = jax.jit(bound(f, "crown", lower_slope=lower_slope))(*args)
+    box = jax.jit(bound(f, CROWN(lower_slope)))(*args)
     points = networks.starts(np.random.default_rng(3), args, 500)
     values = jax.vmap(f)(*points)
     assert (box.lower <= values + 1e-12).all() and (values <= box.upper + 1e-12).all()
@@ -164,7 +166,7 @@ def extremum_of_layers(method, lower_slope):
         return apply
 
     networks_ = network(jnp.minimum), network(lambda a, b: -jnp.maximum(-a, -b))
-    both = [bound(f, method, lower_slope=lower_slope) for f in networks_]
+    both = [bound(f, replace(method_of(method), lower_slope=lower_slope)) for f in networks_]
     return jax.jit(lambda params, box: [g(params, box) for g in both])
 
 

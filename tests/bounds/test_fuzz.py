@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from bnncert.bounds import bound
 from bnncert.sets import Box, LpBall, is_set
 from tests.bounds import architectures, networks
+from tests.bounds.networks import in_few_steps
 
 SUITES = (
     ("ibp", "forward"),
@@ -62,7 +63,7 @@ def compiled(architecture, methods, rounding):
             def f(*points):
                 return architecture.apply(params, *points)
 
-            return bound(f, method, rounding=rounding, steps=3)(*sets)
+            return bound(f, in_few_steps(method, 3), rounding=rounding)(*sets)
 
         def total(params, sets):
             box = one("crown-ibp", params, sets)

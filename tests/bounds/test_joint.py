@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnncert.bounds import bound, mean_bound
+from bnncert.bounds import Float, bound, mean_bound
 from bnncert.sets import Box, LpBall
 from tests.bounds import networks
 
@@ -178,4 +178,4 @@ def test_more_samples_than_a_dtype_can_average_are_an_error():
     with pytest.raises(ValueError, match="no error bound"):
         mean_bound(jnp.dot, rounding="outward")(w, Box(w[0], w[0]))
     with pytest.raises(ValueError, match="unit_roundoff"):
-        mean_bound(jnp.dot, unit_roundoff=2.0**-11)
+        mean_bound(jnp.dot, rounding=Float(2.0))

@@ -13,7 +13,7 @@ from bnncert.bounds.graph import trace
 from bnncert.bounds.margins import all_margin_bounds, margin_bounds
 from bnncert.sets import Box, LpBall, ball
 from experiments.benchmarks import affine_runs
-from tests.bounds.networks import METHODS, starts
+from tests.bounds.networks import METHODS, in_few_steps, starts
 
 pytestmark = pytest.mark.slow
 
@@ -119,7 +119,9 @@ def test_crown_sweeps_the_runs_that_intervals_have_not_merged(float64, monkeypat
 
     def widths(budget):
         no_budget(monkeypatch, budget)
-        boxes = jax.jit(lambda r: {m: bound(two_convolutions, m, steps=2)(r) for m in methods})
+        boxes = jax.jit(
+            lambda r: {m: bound(two_convolutions, in_few_steps(m, 2))(r) for m in methods}
+        )
         return {m: np.asarray(box.upper - box.lower) for m, box in boxes(region).items()}
 
     few, many = widths(0.0), widths(math.inf)

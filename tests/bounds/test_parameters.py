@@ -11,10 +11,10 @@ import pytest
 from jax import lax
 
 from bnncert.bounds import UnsupportedPrimitiveError, bound
-from bnncert.bounds.equations import CALLS
-from bnncert.bounds.graph import _IDENTITIES
-from bnncert.bounds.parameters import PARAMETERS
-from bnncert.bounds.rewriting import REWRITES
+from bnncert.bounds.graph.equations import CALLS
+from bnncert.bounds.graph.parameters import PARAMETERS
+from bnncert.bounds.graph.rewriting import REWRITES
+from bnncert.bounds.graph.tracing import _IDENTITIES
 from bnncert.bounds.rules import SUPPORTED
 from bnncert.sets import Box
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from bnncert.bounds import UnsupportedPrimitiveError, bound, precision
+from bnncert.bounds import Float, UnsupportedPrimitiveError, bound
+from bnncert.bounds.graph import precision
 from bnncert.sets import Box, ball
 
 METHODS = ("ibp", "forward", "crown-ibp", "crown")
@@ -123,7 +124,7 @@ def test_formats_of_smaller_range_are_refused_and_a_unit_roundoff_is_the_way_out
     f = partial(network, params, asked=lax.DotAlgorithmPreset.F16_F16_F32)
     with pytest.raises(UnsupportedPrimitiveError, match=r"F16_F16_F32.*unit_roundoff"):
         bound(f, "ibp", rounding="outward")(Box(x, x))
-    box = bound(f, "ibp", rounding="outward", unit_roundoff=2.0**-11)(Box(x, x))
+    box = bound(f, "ibp", rounding=Float(2.0**-11))(Box(x, x))
     assert (box.upper - box.lower > 2.0**-11).all()
 
 
@@ -132,6 +133,6 @@ def test_a_coarser_unit_roundoff_covers_the_factors():
     widths = []
     for asked in ("highest", "tensorfloat32"):
         f = partial(network, params, asked=asked)
-        box = bound(f, "ibp", rounding="outward", unit_roundoff=2.0**-8)(Box(x, x))
+        box = bound(f, "ibp", rounding=Float(2.0**-8))(Box(x, x))
         widths.append(box.upper - box.lower)
     np.testing.assert_array_equal(*widths)

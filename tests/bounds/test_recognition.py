@@ -6,7 +6,7 @@ import pytest
 
 from bnncert.bounds import bound
 from bnncert.bounds.graph import trace
-from bnncert.bounds.recognition import find_runs
+from bnncert.bounds.graph.recognition import find_runs
 from bnncert.sets import Box
 
 X = jnp.ones((2, 3))

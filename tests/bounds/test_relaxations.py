@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnncert.bounds.graph import Node, Ref
+from bnncert.bounds.graph import Node
+from bnncert.bounds.graph.operands import Ref
 from bnncert.bounds.relaxations import (
     FREE,
     LINES,

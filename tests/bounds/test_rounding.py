@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bnncert.bounds import bound, linear_bounds
-from bnncert.bounds.arithmetic import Arithmetic, gamma
+from bnncert.bounds.arithmetic import Float, gamma
 from bnncert.bounds.function_errors import CURVATURES, FUNCTION_ERRORS, curvature
 from bnncert.bounds.graph import UnsupportedPrimitiveError, trace
 from bnncert.bounds.relaxations import LINES
@@ -19,6 +19,7 @@ from bnncert.bounds.rounding import EXACT, affine_errors
 from bnncert.bounds.rules import AFFINE, SUPPORTED
 from bnncert.sets import Box, LpBall, ball
 from experiments.studies import roundoff
+from tests.bounds.networks import in_few_steps
 
 METHODS = ("ibp", "forward", "crown-ibp", "crown")
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -26,8 +27,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 def bounds_of(f, method, region, **options):
     """Lower and upper ends, of a compiled call."""
-    chosen = {"steps": 3} if method == "alpha-crown" else {}
-    box = jax.jit(bound(f, method, **chosen, **options))(region)
+    box = jax.jit(bound(f, in_few_steps(method, 3), **options))(region)
     return np.asarray(box.lower), np.asarray(box.upper)
 
 
@@ -201,9 +201,8 @@ def test_the_worst_arithmetic_of_the_model_is_bounded(method, float64):
         region = Box(jnp.asarray(center - eps), jnp.asarray(center + eps))
         corners = center + eps * rng.choice([-1.0, 1.0], (6, SIZES[0]))
         values = roughest(params, corners, ROUGH)
-        options = {"rounding": "outward"}
-        assert outside(values, bounds_of(f, method, region, unit_roundoff=ROUGH, **options)) < 0
-        idle = bounds_of(f, method, region, unit_roundoff=ROUGH / 10, **options)
+        assert outside(values, bounds_of(f, method, region, rounding=Float(ROUGH))) < 0
+        idle = bounds_of(f, method, region, rounding=Float(ROUGH / 10))
         reached.append(outside(values, idle))
     assert reached[0] > 0
 
@@ -219,7 +218,7 @@ def test_what_is_multiplied_by_alpha_is_off_by_as_much(method, activation, float
         exact = np.expm1(inner)
         off = alpha * (relative * np.abs(exact) + absolute) * ROUGH
         f = partial(activation, alpha=alpha)
-        options = {"rounding": "outward", "unit_roundoff": ROUGH}
+        options = {"rounding": Float(ROUGH)}
         ends = bounds_of(f, method, Box(jnp.asarray(x), jnp.asarray(x)), **options)
         assert outside([alpha * exact - off, alpha * exact + off], ends) < 0
 
@@ -255,7 +254,7 @@ def test_what_logaddexp_is_off_by(method, float64):
         tail = np.log1p(np.exp(-gap) * (1 + t)) * (1 + v)
         found.append((np.maximum(a, b) + tail) * (1 + w))
     sets = [Box(jnp.asarray(v), jnp.asarray(v)) for v in (a, b)]
-    run = bound(jnp.logaddexp, method, rounding="outward", unit_roundoff=ROUGH)
+    run = bound(jnp.logaddexp, method, rounding=Float(ROUGH))
     box = jax.jit(run)(*sets)
     assert outside(found, (np.asarray(box.lower), np.asarray(box.upper))) < 0
 
@@ -275,7 +274,7 @@ def test_a_cast_s_transpose_rounds_in_the_dtype_it_comes_to(float64):
     """Coefficients of a float32 value that is cast to float64 are float32 again."""
     region = Box(jnp.float32([1.0, 2.0]), jnp.float32([1.0, 2.0]))
     graph = trace(lambda x: x.astype(jnp.float64) / 3, (region,), {})
-    found = affine_errors(graph, [region, region], Arithmetic(), EXACT)
+    found = affine_errors(graph, [region, region], Float(), EXACT)
     error = {**found.charged, **found.carried}[1]
     assert (error >= 2.0**-24 * region.upper).all()
 
@@ -303,7 +302,7 @@ def test_a_network_in_bfloat16_is_bounded_by_its_unit_roundoff(method):
     values = [np.asarray(run(in_bfloat16)(x), np.float32) for run in (jax.jit, lambda g: g)]
     region = Box(x.astype(jnp.float32), x.astype(jnp.float32))
     assert outside(values, bounds_of(f, method, region)) > 0
-    wide = bounds_of(f, method, region, rounding="outward", unit_roundoff=2.0**-8)
+    wide = bounds_of(f, method, region, rounding=Float(2.0**-8))
     assert outside(values, wide) < 0
 
 
@@ -444,14 +443,13 @@ def test_one_compilation_serves_all_values():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"unit_roundoff": 2.0**-8}, 'unit_roundoff = 0.00390625 with rounding="nearest"'),
-        ({"rounding": "outward", "unit_roundoff": 1.0}, r"unit_roundoff = 1\.0"),
-        ({"rounding": "up"}, "rounding = 'up'.*'outward'"),
+        (lambda: Float(1.0), r"unit_roundoff = 1\.0"),
+        (lambda: "up", "rounding = 'up'.*'outward'"),
     ],
 )
 def test_bad_options_are_refused(options, text):
     with pytest.raises(ValueError, match=text):
-        bound(jnp.sin, **options)
+        bound(jnp.sin, rounding=options())
 
 
 @pytest.mark.parametrize("method", ("ibp", "crown"))
@@ -462,6 +460,6 @@ def test_what_nobody_knows_the_rounding_of_is_refused(method):
 
 
 def test_sums_that_are_too_long_are_refused():
-    run = bound(jnp.sum, "ibp", rounding="outward", unit_roundoff=2.0**-8)
+    run = bound(jnp.sum, "ibp", rounding=Float(2.0**-8))
     with pytest.raises(ValueError, match="no error bound at unit roundoff"):
         run(Box(jnp.zeros(200), jnp.ones(200)))

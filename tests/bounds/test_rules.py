@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from bnncert.bounds import bound
-from bnncert.bounds.graph import Node, Ref, trace
+from bnncert.bounds.graph import Node, trace
+from bnncert.bounds.graph.operands import Ref
 from bnncert.bounds.relaxations.products import chord
 from bnncert.bounds.rules import AFFINE, MONOTONE, REDUCTIONS, affine_rule, interval
 from bnncert.sets import Box

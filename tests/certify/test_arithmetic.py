@@ -30,7 +30,7 @@ def test_a_decision_names_the_format_that_products_are_computed_in():
     assert name("tensorfloat32") == name(lax.Precision.HIGH) == "tensorfloat32"
     assert name("bfloat16") == "bfloat16"
     assert name("bfloat16", rounding="nearest") == "real"
-    assert name("bfloat16", unit_roundoff=2.0**-11) == "unit roundoff 0.000488281"
+    assert name("bfloat16", rounding=bc.Float(2.0**-11)) == "unit roundoff 0.000488281"
     with jax.default_matmul_precision("bfloat16"):
         assert name() == "bfloat16"
 
@@ -49,7 +49,7 @@ def test_a_format_that_nothing_is_known_of_is_refused():
     proves = bc.certify.proves_class(apply, REGION, 0)
     with pytest.raises(UnsupportedPrimitiveError, match="unit_roundoff"):
         proves(SAMPLES[0])
-    bc.certify.proves_class(apply, REGION, 0, unit_roundoff=2.0**-11)(SAMPLES[0])
+    bc.certify.proves_class(apply, REGION, 0, rounding=bc.Float(2.0**-11))(SAMPLES[0])
 
 
 KEY = jax.random.key(0)
@@ -61,26 +61,30 @@ def posterior_apply(w, x):
 
 
 CERTIFICATES = {
-    "decision": lambda u: bc.certify.decision(network, SAMPLES, REGION, unit_roundoff=u).margins,
-    "predictive": lambda u: bc.certify.predictive(network, SAMPLES, REGION, unit_roundoff=u).lower,
+    "decision": lambda u: (
+        bc.certify.decision(network, SAMPLES, REGION, rounding=bc.Float(u)).margins
+    ),
+    "predictive": lambda u: (
+        bc.certify.predictive(network, SAMPLES, REGION, rounding=bc.Float(u)).lower
+    ),
     "uncertainty": lambda u: (
-        bc.certify.uncertainty(network, SAMPLES, REGION, unit_roundoff=u).confidence.lower
+        bc.certify.uncertainty(network, SAMPLES, REGION, rounding=bc.Float(u)).confidence.lower
     ),
     "mean_and_variance": lambda u: (
-        bc.certify.mean_and_variance(network, SAMPLES, REGION, unit_roundoff=u).mean.lower
+        bc.certify.mean_and_variance(network, SAMPLES, REGION, rounding=bc.Float(u)).mean.lower
     ),
     "statistical": lambda u: (
         bc.certify.statistical(
-            KEY, posterior_apply, POSTERIOR, REGION, num_samples=20, unit_roundoff=u
+            KEY, posterior_apply, POSTERIOR, REGION, num_samples=20, rounding=bc.Float(u)
         ).probability.lower
     ),
     "cascade": lambda u: (
         bc.certify.cascade(
-            network, SAMPLES, jax.tree.map(lambda v: v[None], REGION), unit_roundoff=u
+            network, SAMPLES, jax.tree.map(lambda v: v[None], REGION), rounding=bc.Float(u)
         ).decision.margins
     ),
     "radius": lambda u: (
-        bc.certify.radius(network, SAMPLES, X, largest=1.0, steps=14, unit_roundoff=u).radius
+        bc.certify.radius(network, SAMPLES, X, largest=1.0, steps=14, rounding=bc.Float(u)).radius
     ),
 }
 
@@ -96,13 +100,13 @@ def test_proofs_of_one_network_take_it_too():
     outputs = network(SAMPLES[0], X)
     within = bc.Box(outputs - 0.01, outputs + 0.01)
     for proves in (
-        lambda u: bc.certify.proves_class(network, REGION, label, unit_roundoff=u),
-        lambda u: bc.certify.proves_outputs(network, REGION, within, unit_roundoff=u),
+        lambda u: bc.certify.proves_class(network, REGION, label, rounding=bc.Float(u)),
+        lambda u: bc.certify.proves_outputs(network, REGION, within, rounding=bc.Float(u)),
     ):
         assert bool(proves(None)(SAMPLES[0])) and not bool(proves(2.0**-4)(SAMPLES[0]))
     rows = bc.certify.class_stays(label, 3)
     found = bc.certify.safety(
-        KEY, network, POSTERIOR, REGION, rows, num_boxes=1, unit_roundoff=2.0**-13
+        KEY, network, POSTERIOR, REGION, rows, num_boxes=1, rounding=bc.Float(2.0**-13)
     )
     assert found.arithmetic == "unit roundoff 0.00012207"
 
@@ -110,6 +114,6 @@ def test_proofs_of_one_network_take_it_too():
 @pytest.mark.parametrize("bad", (0.0, 0.5, -1.0))
 def test_a_bad_unit_roundoff_is_refused(bad):
     with pytest.raises(ValueError, match="unit_roundoff"):
-        bc.certify.decision(network, SAMPLES, REGION, unit_roundoff=bad)
+        bc.certify.decision(network, SAMPLES, REGION, rounding=bc.Float(bad))
     with pytest.raises(ValueError, match="nearest"):
-        bc.certify.decision(network, SAMPLES, REGION, rounding="nearest", unit_roundoff=2.0**-11)
+        bc.certify.decision(network, SAMPLES, REGION, rounding="to nearest")

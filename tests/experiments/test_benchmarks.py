@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnncert.bounds.api import METHODS
+from bnncert.bounds.methods import METHODS
 from experiments.benchmarks import affine_runs, bounds, inference_step, training_step
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from jaxtyping import Array, ArrayLike
 
 from bnncert.bounds.graph import Node
-from bnncert.bounds.operands import Ref
+from bnncert.bounds.graph.operands import Ref
 from bnncert.bounds.relaxations import curves, hinges, powers, waves
 from bnncert.bounds.relaxations.lines import (
     DEFAULT,
@@ -26,6 +26,7 @@ from bnncert.bounds.relaxations.lines import (
     Choice,
     Lines,
     absolute,
+    check_lower_slope,
     clip,
     constant,
     hard_tanh,
@@ -48,6 +49,7 @@ __all__ = [
     "Choice",
     "Lines",
     "Planes",
+    "check_lower_slope",
     "constant",
     "from_lines",
     "has_lines",

@@ -24,6 +24,14 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 LOWER_SLOPES = ("adaptive", "zero", "one", "chord")
+"""Of the line below a ReLU that crosses 0: 0 or 1, what leaves less area; 0; 1; the chord's."""
+
+
+def check_lower_slope(lower_slope: str) -> None:
+    """Raises ValueError unless it is one of `LOWER_SLOPES`."""
+    if lower_slope not in LOWER_SLOPES:
+        ways = ", ".join(map(repr, LOWER_SLOPES))
+        raise ValueError(f"lower_slope = {lower_slope!r}: choose one of {ways}.")
 
 
 class Lines(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from bnncert.bounds.arithmetic import (
-    Arithmetic,
+    Float,
     gamma,
     magnitude,
     own_unit,
@@ -46,9 +46,7 @@ EXACT = Errors()
 """Of real arithmetic."""
 
 
-def affine_errors(
-    graph: Graph, boxes: Sequence[Box], arithmetic: Arithmetic, known: Errors
-) -> Errors:
+def affine_errors(graph: Graph, boxes: Sequence[Box], arithmetic: Float, known: Errors) -> Errors:
     """The e_i of all affine nodes that have boxes.
 
     Args:
@@ -84,7 +82,7 @@ def affine_errors(
 
 
 def network_error(
-    graph: Graph, node: Node, operands: Sequence[Box], arithmetic: Arithmetic
+    graph: Graph, node: Node, operands: Sequence[Box], arithmetic: Float
 ) -> Array | None:
     """What the network's value of an affine node is off by; None where it is exact."""
     terms = roundings(graph, node).forward
@@ -123,7 +121,7 @@ def _affine_error(
     graph: Graph,
     node: Node,
     boxes: Sequence[Box],
-    arithmetic: Arithmetic,
+    arithmetic: Float,
 ) -> Array | None:
     """e_i itself; None where the operation and its transpose are exact."""
     # The transpose of a cast rounds in the dtype of its operand.
@@ -149,9 +147,7 @@ def _affine_error(
     return rounded_up(graph, node, error) + 8 * (counts.forward + 2) * tiny(node)
 
 
-def _besides(
-    graph: Graph, node: Node, sizes: Sequence[Array], arithmetic: Arithmetic
-) -> Array | None:
+def _besides(graph: Graph, node: Node, sizes: Sequence[Array], arithmetic: Float) -> Array | None:
     """What a node is off by because its constants are, and because a compiler may reorder it."""
     found = (f(graph, node, sizes, arithmetic) for f in (constant_error, reordering_error))
     known = [error for error in found if error is not None]

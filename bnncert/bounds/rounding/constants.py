@@ -18,16 +18,17 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert.bounds.arithmetic import Arithmetic, gamma, own_unit, roundings
-from bnncert.bounds.constants import is_float
-from bnncert.bounds.graph import Graph, Node, unsupported
-from bnncert.bounds.operands import Ref
+from bnncert.bounds.arithmetic import Float, gamma, own_unit, roundings
+from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.graph.constants import is_float
+from bnncert.bounds.graph.nodes import unsupported
+from bnncert.bounds.graph.operands import Ref
 from bnncert.bounds.rules import affine_rule
 from bnncert.bounds.rules.affine import SCALING
 
 
 def constant_error(
-    graph: Graph, node: Node, sizes: Sequence[Array], arithmetic: Arithmetic
+    graph: Graph, node: Node, sizes: Sequence[Array], arithmetic: Float
 ) -> Array | None:
     """The largest change in a node's value for all that its constants may be.
 

@@ -13,7 +13,7 @@ from bnncert.bounds.arithmetic import (
     EXACT,
     REPEATING,
     SINGLE,
-    Arithmetic,
+    Float,
     gamma,
     magnitude,
     own_unit,
@@ -21,7 +21,8 @@ from bnncert.bounds.arithmetic import (
     tiny,
 )
 from bnncert.bounds.function_errors import EXACT_FUNCTIONS, function_error
-from bnncert.bounds.graph import Graph, Node, Tracking
+from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.graph.tracing import Tracking
 from bnncert.bounds.interval import propagate
 from bnncert.bounds.rounding.constants import constant_error
 from bnncert.bounds.rounding.reordering import histories, reordering_error
@@ -30,7 +31,7 @@ from bnncert.bounds.rules.affine import MIXING, constant_part, has_constant, mix
 from bnncert.sets import Box
 
 
-def outward_interval(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Arithmetic) -> Box:
+def outward_interval(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Float) -> Box:
     """The interval of what a node computes, from those of its bounded operands.
 
     Raises:
@@ -45,7 +46,7 @@ def outward_interval(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic:
     return box
 
 
-def tracking(arithmetic: Arithmetic) -> Tracking:
+def tracking(arithmetic: Float) -> Tracking:
     """What `graph.trace` is to know of constants, in an arithmetic."""
 
     def boxes(graph: Graph) -> list[Box]:
@@ -57,7 +58,7 @@ def tracking(arithmetic: Arithmetic) -> Tracking:
     return Tracking(boxes, histories)
 
 
-def _rounded(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Arithmetic) -> Box:
+def _rounded(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Float) -> Box:
     """As `outward_interval`, for the constants as they are."""
     if node.op in EXACT or node.op in REPEATING or node.op in EXACT_FUNCTIONS:
         return rules.interval(node, *boxes)
@@ -77,7 +78,7 @@ def widened(box: Box, relative: ArrayLike, absolute: ArrayLike) -> Box:
     )
 
 
-def _sum_interval(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Arithmetic) -> Box:
+def _sum_interval(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Float) -> Box:
     """Of an operation that is linear in each operand: its rule on widened operands.
 
     Where each value is one rounded result there is nothing to widen before it: its error is

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert.bounds.arithmetic import Arithmetic, gamma, magnitude, own_unit, roundings, tiny
+from bnncert.bounds.arithmetic import Float, gamma, magnitude, own_unit, roundings, tiny
 from bnncert.bounds.function_errors import (
     CURVATURES,
     EXACT_FUNCTIONS,
@@ -28,7 +28,7 @@ def outward_planes(
     planes: Planes,
     boxes: Sequence[Box],
     carried: Mapping[int, Array],
-    arithmetic: Arithmetic,
+    arithmetic: Float,
     free: bool = False,
 ) -> Planes:
     """Planes that enclose what a node computes, errors carried to it included.
@@ -70,7 +70,7 @@ def _lines_error(
     index: int,
     lines: Lines,
     boxes: Sequence[Box],
-    arithmetic: Arithmetic,
+    arithmetic: Float,
     free: bool,
 ) -> Array:
     """Of lines around a function of one value."""
@@ -99,7 +99,7 @@ def _lines_error(
     return rounded_up(graph, node, error) + 16 * tiny(node)
 
 
-def _planes_error(graph: Graph, index: int, boxes: Sequence[Box], arithmetic: Arithmetic) -> Array:
+def _planes_error(graph: Graph, index: int, boxes: Sequence[Box], arithmetic: Float) -> Array:
     """Of planes that are functions: of products, of functions of two values, of extrema."""
     node = graph.nodes[index]
     own = own_unit(node)
@@ -128,7 +128,7 @@ def _planes_error(graph: Graph, index: int, boxes: Sequence[Box], arithmetic: Ar
 
 
 def _logaddexp_error(
-    node: Node, size: Array, value: Array, boxes: Sequence[Box], arithmetic: Arithmetic
+    node: Node, size: Array, value: Array, boxes: Sequence[Box], arithmetic: Float
 ) -> Array:
     """As `_lines_error`, for lines of softplus on a difference of at most `size`, slopes 0 to 1."""
     own, unit = own_unit(node), arithmetic.unit(node)

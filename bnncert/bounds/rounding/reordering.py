@@ -35,14 +35,14 @@ from bnncert.bounds.arithmetic import (
     EXACT,
     REPEATING,
     SUMMING,
-    Arithmetic,
+    Float,
     gamma,
     roundings,
     tiny,
 )
-from bnncert.bounds.equations import is_neutral
 from bnncert.bounds.graph import Graph, Node
-from bnncert.bounds.operands import Ref
+from bnncert.bounds.graph.equations import is_neutral
+from bnncert.bounds.graph.operands import Ref
 
 
 class History(NamedTuple):
@@ -85,7 +85,7 @@ def histories(graph: Graph, starts: Sequence[History | None]) -> tuple[History, 
 
 
 def reordering_error(
-    graph: Graph, node: Node, sizes: Sequence[Array], arithmetic: Arithmetic
+    graph: Graph, node: Node, sizes: Sequence[Array], arithmetic: Float
 ) -> Array | None:
     """What a node may be off by in another order of operations.
 

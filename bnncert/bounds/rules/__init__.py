@@ -13,9 +13,10 @@ in IBP, CROWN-IBP and CROWN alike. That is derived here from the tables, and sta
 
 from collections.abc import Callable
 
-from bnncert.bounds.advice import instead_of
-from bnncert.bounds.graph import Node, UnsupportedPrimitiveError, unsupported
-from bnncert.bounds.operands import Ref
+from bnncert.bounds.graph import Node, UnsupportedPrimitiveError
+from bnncert.bounds.graph.advice import instead_of
+from bnncert.bounds.graph.nodes import unsupported
+from bnncert.bounds.graph.operands import Ref
 from bnncert.bounds.rules.affine import AFFINE, AffineRule
 from bnncert.bounds.rules.bilinear import BILINEAR
 from bnncert.bounds.rules.elementwise import ELEMENTWISE

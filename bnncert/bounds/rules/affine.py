@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from bnncert.bounds.graph import Node
-from bnncert.bounds.operands import Operand, Ref
+from bnncert.bounds.graph.operands import Operand, Ref
 from bnncert.sets import Box
 
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert.bounds.graph import Node, unsupported
+from bnncert.bounds.graph import Node
+from bnncert.bounds.graph.nodes import unsupported
 from bnncert.sets import Box
 
 

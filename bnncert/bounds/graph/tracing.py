@@ -28,8 +28,8 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from bnncert._emptiness import settled
 from bnncert._varying import axes_of, varying
-from bnncert.bounds.advice import instead_of
-from bnncert.bounds.constants import (
+from bnncert.bounds.graph.advice import instead_of
+from bnncert.bounds.graph.constants import (
     Rounded,
     around,
     distance,
@@ -38,7 +38,7 @@ from bnncert.bounds.constants import (
     unknown_among,
     values_of,
 )
-from bnncert.bounds.equations import (
+from bnncert.bounds.graph.equations import (
     bind,
     called,
     has_plain_body,
@@ -50,8 +50,8 @@ from bnncert.bounds.equations import (
     summed_on,
     with_literals,
 )
-from bnncert.bounds.fusion import fused
-from bnncert.bounds.nodes import (
+from bnncert.bounds.graph.fusion import fused
+from bnncert.bounds.graph.nodes import (
     Graph,
     Node,
     UnsupportedPrimitiveError,
@@ -60,12 +60,12 @@ from bnncert.bounds.nodes import (
     unsupported,
     users,
 )
-from bnncert.bounds.operands import Operand, Ref
-from bnncert.bounds.parameters import refusal
-from bnncert.bounds.primitives import own_name
-from bnncert.bounds.randomness import advised, refuse_random_masks
-from bnncert.bounds.recognition import Recognised, find_runs, is_logaddexp, recognise
-from bnncert.bounds.rewriting import REWRITES
+from bnncert.bounds.graph.operands import Operand, Ref
+from bnncert.bounds.graph.parameters import refusal
+from bnncert.bounds.graph.primitives import own_name
+from bnncert.bounds.graph.randomness import advised, refuse_random_masks
+from bnncert.bounds.graph.recognition import Recognised, find_runs, is_logaddexp, recognise
+from bnncert.bounds.graph.rewriting import REWRITES
 from bnncert.sets import Box, Set, check_set, is_set
 
 __all__ = ["Graph", "Node", "Tracking", "UnsupportedPrimitiveError", "trace", "unsupported"]

@@ -1,4 +1,4 @@
-"""Which nodes are bounded by backward rows, and over which relaxations: CROWN and CROWN-IBP.
+"""CROWN and CROWN-IBP: which nodes are bounded by backward rows, and over which relaxations.
 
 | method    | relaxed on                  | bounded by rows                     |
 |-----------|-----------------------------|-------------------------------------|
@@ -7,122 +7,138 @@
 
 Where a nonlinearity has two sets of planes neither of which is always the better (`has_variants`),
 rows are swept through both, and their bounds intersected.
+
+Sources: Zhang et al., NeurIPS 2018 (CROWN); Zhang et al., ICLR 2020 (CROWN-IBP).
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert.bounds import rounding
-from bnncert.bounds.arithmetic import Arithmetic
-from bnncert.bounds.backward import (
-    Step,
-    Steps,
-    affine_steps,
-    charged_step,
-    concretize,
-    linear_row,
-    planes_step,
-    row_bounds,
-    unit_row,
+from bnncert.bounds.graph import Graph
+from bnncert.bounds.interval import intersect, nominal, output_nodes, relaxed_operands
+from bnncert.bounds.merging import exact_prefix
+from bnncert.bounds.methods.ibp import interval_bounds
+from bnncert.bounds.methods.rows import Step, Steps, concretize, linear_row, row_bounds, unit_row
+from bnncert.bounds.methods.sweeper import (
+    Options,
+    Sweeper,
+    affine,
+    affine_errors,
+    boxes_by_node,
+    end_sets,
+    relaxed_step,
+    sweeper,
 )
-from bnncert.bounds.graph import Graph, Node
-from bnncert.bounds.interval import (
-    Refine,
-    frontier,
-    intersect,
-    nominal,
-    output_nodes,
-    propagate,
-    relaxed_operands,
-)
-from bnncert.bounds.merging import exact_prefix, merged_runs
-from bnncert.bounds.norms import first_sum, first_sums
-from bnncert.bounds.relax import has_variants, is_relaxed, relax
-from bnncert.bounds.relaxations import Choice, Planes
-from bnncert.bounds.rounding import EXACT, Errors
-from bnncert.sets import Box, Set
+from bnncert.bounds.relax import has_variants, is_relaxed
+from bnncert.bounds.relaxations import Choice, check_lower_slope
+from bnncert.bounds.rounding import EXACT
+from bnncert.sets import Box
 
 
-class Options(NamedTuple):
-    """How rows are swept.
+@dataclass(frozen=True)
+class CROWNIBP:
+    """Backward linear bounds of the outputs, over relaxations on intervals.
+
+    Never wider than IBP, with which it is intersected.
 
     Attributes:
-        batch_size: rows at once.
-        lower_slope: of a ReLU that crosses 0.
-        unstable_only: bound by rows only what a kink crosses.
-        arithmetic: of the network, which its bounds are to hold in; None: real arithmetic.
-        margins: whether the outputs are differences of the last layer's, to be merged with it.
+        lower_slope: of the line below a ReLU that crosses 0: "adaptive", "zero", "one" or "chord".
+
+    Raises:
+        ValueError: an unknown slope.
+
+    Cost: IBP, and one backward pass for each output.
+
+    Source: Zhang et al., "Towards Stable and Efficient Training of Verifiably Robust Neural
+    Networks", ICLR 2020.
+
+    Example:
+        >>> from bnncert import bound
+        >>> box = Box(-jnp.ones(1), jnp.ones(1))
+        >>> found = bound(lambda x: jax.nn.relu(x) - 0.5 * x, CROWNIBP("chord"))(box)
+        >>> found.lower.tolist(), found.upper.tolist()                  # by IBP [-0.5, 1.5]
+        ([0.0], [0.5])
     """
 
-    batch_size: int
+    lower_slope: str = "adaptive"
+    name: ClassVar[str] = "crown-ibp"
+
+    def __post_init__(self) -> None:
+        check_lower_slope(self.lower_slope)
+
+    def boxes(self, graph: Graph, options: Options) -> list[Box]:
+        """A box for each node of a traced function."""
+        sweep = self.sweeper(graph, options)
+        return output_bounds(sweep, interval_bounds(sweep))
+
+    def sweeper(self, graph: Graph, options: Options) -> Sweeper:
+        """The traced function, to be swept as this method does."""
+        return sweeper(graph, options._replace(lower_slope=self.lower_slope))
+
+    def relaxed_on(self, sweep: Sweeper) -> tuple[list[Box], list[Box]]:
+        """The intervals of all nodes, and what the nonlinearities are relaxed on."""
+        boxes = interval_bounds(sweep)
+        return boxes, boxes
+
+
+@dataclass(frozen=True)
+class CROWN:
+    """Backward linear bounds of every node that a nonlinearity acts on, and of the outputs.
+
+    Never wider than CROWN-IBP, with which it is intersected.
+
+    Attributes:
+        lower_slope: of the line below a ReLU that crosses 0: "adaptive", "zero", "one" or "chord".
+        unstable_only: bound by rows only units that a ReLU's kink crosses: the others are relaxed
+            exactly whatever their bounds (what is wider are later intervals, which rows are
+            intersected with). For large networks of which few units cross; a loop of unknown
+            length, so that reverse-mode differentiation is lost.
+
+    Raises:
+        ValueError: an unknown slope.
+
+    Cost: CROWN-IBP, and one backward pass for each unit of each hidden layer after the first, and
+    of the first where it is several affine operations that are not merged.
+
+    Source: Zhang et al., "Efficient Neural Network Robustness Certification with General Activation
+    Functions", NeurIPS 2018.
+
+    Example:
+        >>> from bnncert import bound
+        >>> twice = lambda x: jax.nn.relu(jax.nn.relu(x) - x)           # relu(-x)
+        >>> found = bound(twice, CROWN(lower_slope="one"))(Box(-jnp.ones(1), jnp.ones(1)))
+        >>> found.lower.tolist(), found.upper.tolist()
+        ([0.0], [1.0])
+    """
+
     lower_slope: str = "adaptive"
     unstable_only: bool = False
-    arithmetic: Arithmetic | None = None
-    margins: bool = False
+    name: ClassVar[str] = "crown"
 
+    def __post_init__(self) -> None:
+        check_lower_slope(self.lower_slope)
 
-class Sweeper(NamedTuple):
-    """A traced function, ready to be swept.
+    def boxes(self, graph: Graph, options: Options) -> list[Box]:
+        """A box for each node of a traced function."""
+        sweep = self.sweeper(graph, options)
+        boxes = output_bounds(sweep, interval_bounds(sweep))
+        return output_bounds(sweep, intermediate_bounds(sweep, boxes))
 
-    Attributes:
-        graph: the traced function.
-        affine: steps of its affine nodes, made when first asked for.
-        options: how rows are swept.
-    """
+    def sweeper(self, graph: Graph, options: Options) -> Sweeper:
+        """The traced function, to be swept as this method does."""
+        own = {"lower_slope": self.lower_slope, "unstable_only": self.unstable_only}
+        return sweeper(graph, options._replace(**own))
 
-    graph: Graph
-    affine: Callable[[], Mapping[int, Step]]
-    options: Options
-
-
-def sweeper(graph: Graph, options: Options) -> Sweeper:
-    """Of a traced function; its affine steps are made once for all sweeps."""
-    return Sweeper(graph, cache(lambda: affine_steps(graph)), options)
-
-
-def boxes_by_node(sweep: Sweeper, refine: Refine, also: Collection[int] = ()) -> list[Box]:
-    """`interval.propagate`, in the arithmetic asked for."""
-    graph, arithmetic = sweep.graph, sweep.options.arithmetic
-    if arithmetic is None:
-        return propagate(graph, refine, also=also)
-
-    def rule(node: Node, *boxes: Box) -> Box:
-        return rounding.outward_interval(graph, node, boxes, arithmetic)
-
-    return propagate(graph, refine, rule, also)
-
-
-def end_sets(sweep: Sweeper, sets: Sequence[Set]) -> list[Set]:
-    """What rows are concretised over, in the arithmetic asked for."""
-    if sweep.options.arithmetic is None:
-        return list(sets)
-    return [rounding.outward_set(sweep.graph, region) for region in sets]
-
-
-def interval_bounds(sweep: Sweeper) -> list[Box]:
-    """IBP: a box for each node, affine runs merged where that is sharper and within the budget."""
-    graph, errors = sweep.graph, EXACT
-    runs, normed = merged_runs(graph, sweep.options.margins), first_sums(graph)
-
-    def merge(index: int, boxes: list[Box]) -> Box | None:
-        nonlocal errors
-        if index in normed:
-            return first_sum(graph, index, boxes, sweep.options.arithmetic)
-        if index not in runs:
-            return None
-        errors = affine_errors(sweep, boxes, errors)
-        sets, steps = end_sets(sweep, frontier(graph, boxes)), affine(sweep, errors)
-        passing = {i: steps.passing[i] for i in runs[index].passed}
-        steps = steps._replace(passing=passing)
-        return row_bounds(graph, index, steps, sets, sweep.options.batch_size)
-
-    return boxes_by_node(sweep, merge, normed.union(runs))
+    def relaxed_on(self, sweep: Sweeper) -> tuple[list[Box], list[Box]]:
+        """The intervals of all nodes, and what the nonlinearities are relaxed on."""
+        boxes = interval_bounds(sweep)
+        return boxes, intermediate_bounds(sweep, boxes)
 
 
 def intermediate_bounds(sweep: Sweeper, boxes: Sequence[Box]) -> list[Box]:
@@ -180,40 +196,6 @@ def relaxed_steps(sweep: Sweeper, boxes: Sequence[Box]) -> list[Steps]:
         )
         for v in _variants(sweep.graph)
     ]
-
-
-def affine_errors(sweep: Sweeper, boxes: Sequence[Box], known: Errors = EXACT) -> Errors:
-    """What affine nodes may be off by, over the boxes so far; nothing in real arithmetic."""
-    if sweep.options.arithmetic is None:
-        return known
-    return rounding.affine_errors(sweep.graph, boxes, sweep.options.arithmetic, known)
-
-
-def relaxed_step(
-    sweep: Sweeper, index: int, boxes: Sequence[Box], errors: Errors, *choices: Choice
-) -> Step:
-    """Passes a relaxed node by the planes of one choice, or of one for each side of a row."""
-    graph, arithmetic, lower_slope = (
-        sweep.graph,
-        sweep.options.arithmetic,
-        sweep.options.lower_slope,
-    )
-
-    def planes(choice: Choice) -> Planes:
-        found = relax(graph, index, boxes, choice._replace(lower_slope=lower_slope))
-        if arithmetic is None:
-            return found
-        free = choice.lower is not None or choice.upper is not None
-        return rounding.outward_planes(graph, index, found, boxes, errors.carried, arithmetic, free)
-
-    return planes_step(graph, *map(planes, choices))
-
-
-def affine(sweep: Sweeper, errors: Errors) -> Steps:
-    """How to pass affine nodes, what they are off by allowed for."""
-    steps = sweep.affine()
-    charged = {i: charged_step(steps[i], error) for i, error in errors.charged.items()}
-    return Steps({**steps, **charged}, errors.carried, errors.floors)
 
 
 def _variants(graph: Graph) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from bnncert.bounds.primitives import own_name
+from bnncert.bounds.graph.primitives import own_name
 
 FACTOR_UNITS: Mapping[str, float] = {"float32": 0.0, "tensorfloat32": 2.0**-11, "bfloat16": 2.0**-8}
 """The unit roundoff of each format of factors; 0: that of the operands' own dtype."""

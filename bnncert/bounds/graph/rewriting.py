@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert.bounds.operands import Operand, Ref
-from bnncert.bounds.windows import places, repeats, stacked
+from bnncert.bounds.graph.operands import Operand, Ref
+from bnncert.bounds.graph.windows import places, repeats, stacked
 
 Add = Callable[..., Ref]
 Rewrite = Callable[[Add, Sequence[Any], Mapping[str, Any]], list[Operand]]

@@ -22,8 +22,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core
 
-from bnncert.bounds.equations import with_literals
-from bnncert.bounds.primitives import own_name
+from bnncert.bounds.graph.equations import with_literals
+from bnncert.bounds.graph.primitives import own_name
 
 
 class Recognised(NamedTuple):

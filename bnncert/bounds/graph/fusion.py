@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from bnncert.bounds.operands import Ref
+from bnncert.bounds.graph.operands import Ref
 
 Nodes = Sequence[Any]
 Fusion = Callable[[Nodes, Any], Any]

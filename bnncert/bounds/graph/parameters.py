@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from bnncert.bounds.primitives import is_jax_own
-from bnncert.bounds.windows import empty_window
+from bnncert.bounds.graph.primitives import is_jax_own
+from bnncert.bounds.graph.windows import empty_window
 
 
 class Parameter(NamedTuple):

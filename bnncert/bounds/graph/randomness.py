@@ -21,7 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core
 
-from bnncert.bounds.equations import called, is_call, source_of
+from bnncert.bounds.graph.equations import called, is_call, source_of
 
 _DRAWS = (
     "random_bits",

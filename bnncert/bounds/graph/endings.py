@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from bnncert.bounds.equations import called, is_call
-from bnncert.bounds.randomness import advised
+from bnncert.bounds.graph.equations import called, is_call
+from bnncert.bounds.graph.randomness import advised
 
 _MOVES = (
     "broadcast_in_dim",

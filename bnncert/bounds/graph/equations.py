@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.extend import core, source_info_util
 
 from bnncert._varying import axes_of, varying
-from bnncert.bounds.primitives import is_jax_own, own_name
+from bnncert.bounds.graph.primitives import is_jax_own, own_name
 
 CALLS = {
     "jit": "jaxpr",

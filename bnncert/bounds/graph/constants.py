@@ -21,7 +21,7 @@ from jax.core import Tracer
 from jax.extend import core
 from jaxtyping import Array
 
-from bnncert.bounds.primitives import is_jax_own
+from bnncert.bounds.graph.primitives import is_jax_own
 from bnncert.sets import Box
 
 

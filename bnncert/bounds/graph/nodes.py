@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array
 
-from bnncert.bounds.constants import Rounded
-from bnncert.bounds.operands import Operand, Ref
+from bnncert.bounds.graph.constants import Rounded
+from bnncert.bounds.graph.operands import Operand, Ref
 from bnncert.sets import Set
 
 
