@@ -2,6 +2,8 @@
 
     python -m experiments.certify RUN --method crown --radius 0.05 0.1
     python -m experiments.certify RUN --method ibp crown-ibp crown      # each on what is left open
+    python -m experiments.certify RUN --method "alpha-crown(steps=100)"
+    python -m experiments.certify RUN --unit-roundoff 0.00048828125     # where products are in TF32
 
 Writes certify-METHOD-RADIUS.npz and .json into the run's folder, a pair for each radius, and shows
 them in its report.html. What is certified is the predictor that the run deployed; certificates of
@@ -16,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bnncert import certify
+from bnncert import Float, certify
 from bnncert.certify.cascade import STAGES, stage_of
 from bnncert.sets import ball
 from experiments.commands import (
@@ -30,6 +32,7 @@ from experiments.commands import (
 )
 from experiments.finished import Finished, Rows, Stage, in_stages
 from experiments.settings import PIXELS
+from experiments.spelling import method_of, slug
 
 _BEST = {
     "robust": np.logical_or,
@@ -53,7 +56,9 @@ def certified(run: Finished, options: argparse.Namespace, radius: float) -> Reco
         SoundnessError: an image that an attack broke was certified.
         ValueError: there is a result, or a part of one, of other settings.
     """
-    name = f"certify-{'+'.join(options.method)}-{of_norm(options.norm)}{radius:g}"
+    unit = options.unit_roundoff
+    methods = "+".join(map(slug, options.method)) + ("" if unit is None else f"-u{unit:g}")
+    name = f"certify-{methods}-{of_norm(options.norm)}{radius:g}"
     settings = {
         "method": options.method,
         "eps": radius,
@@ -62,9 +67,14 @@ def certified(run: Finished, options: argparse.Namespace, radius: float) -> Reco
     }
     if "joint" in options.method:  # results in real arithmetic are neither kept nor carried on
         settings["rounding"] = "outward"
+    if unit is not None:
+        settings["unit_roundoff"] = unit
 
     def compute() -> tuple[Record, Rows]:
-        stages = {method: _stage(run, method, radius, options.norm) for method in options.method}
+        stages = {
+            method: _stage(run, method, radius, options.norm, Float(unit))
+            for method in options.method
+        }
         rows = in_stages(run, name, settings, stages, _open, _BEST, options.batch_size)
         rows["label"], correct = run.test.y, rows["predicted"] == run.test.y
         rows["certified"] = rows["robust"] & correct
@@ -74,7 +84,7 @@ def certified(run: Finished, options: argparse.Namespace, radius: float) -> Reco
             "certified_accuracy": float(rows["certified"].mean()),
             "certified_by": {m: int(np.sum(places == i)) for i, m in enumerate(options.method)},
             "tier": "exact",
-            "arithmetic": "float32",
+            "arithmetic": "float32" if unit is None else f"unit roundoff {unit:g}",
         }, rows
 
     return kept_or_computed(run, "certify", name, settings, compute)
@@ -90,9 +100,9 @@ def summary(record: Record) -> str:
     )
 
 
-def _stage(run: Finished, method: str, radius: float, norm: str) -> Stage:
+def _stage(run: Finished, method: str, radius: float, norm: str, rounding: Float) -> Stage:
     clip = PIXELS if norm == "inf" else None  # an l2 ball is not cut: more is proved
-    one_method = stage_of(run.apply, method)
+    one_method = stage_of(run.apply, method if method == "joint" else method_of(method), rounding)
 
     @jax.jit
     def batch(samples: Any, x: Any) -> certify.Decision:
@@ -134,16 +144,39 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--method",
         nargs="+",
         default=["crown-ibp"],
-        choices=STAGES,
-        help="bounds; several are a cascade, each on the images that the ones before it leave "
-        "open: cheap ones first; joint is one linear bound for all samples by CROWN (default: "
-        "crown-ibp)",
+        type=_method,
+        metavar="METHOD",
+        help=f"bounds: {', '.join(STAGES)}, or with options, 'alpha-crown(steps=100)', "
+        "'crown(lower_slope=zero)'; several are a cascade, each on the images that the ones "
+        "before it leave open: cheap ones first; joint is one linear bound for all samples by "
+        "CROWN (default: crown-ibp)",
+    )
+    parser.add_argument(
+        "--unit-roundoff",
+        type=float,
+        metavar="U",
+        help="of the network's arithmetic, where it is less exact than float32: 2^-11 for TF32 "
+        "(0.00048828125), 2^-8 for bfloat16 (default: as float32)",
     )
     options = parser.parse_args(arguments)
     if len(set(options.method)) < len(options.method):
         parser.error(f"--method {' '.join(options.method)}: name each once")
+    try:
+        Float(options.unit_roundoff)
+    except ValueError as error:
+        parser.error(f"--unit-roundoff {options.unit_roundoff}: {error}")
     check_common(parser, options, options.radius, "--radius")
     return options
+
+
+def _method(text: str) -> str:
+    """A method as it was written, which is also its name in results."""
+    if text != "joint":
+        try:
+            method_of(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return text.replace(" ", "")
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ ROUNDINGS: Mapping[str, type[Arithmetic]] = {"nearest": Real, "outward": Float}
 """The short forms: what bounds allow for rounding."""
 
 
-def arithmetic_of(rounding: Rounding) -> Float | None:
+def arithmetic_of(rounding: object) -> Float | None:
     """The floating-point arithmetic that bounds are to hold in; None: real arithmetic.
 
     Raises:

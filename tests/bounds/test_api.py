@@ -11,7 +11,9 @@ import pytest
 
 import bnncert.bounds
 from bnncert.bounds import CROWN, AlphaCROWN, Forward, bound, crown, ibp, linear_bounds
+from bnncert.bounds.arithmetic import arithmetic_of
 from bnncert.bounds.methods import METHODS as KINDS
+from bnncert.bounds.methods import linear_method_of, method_of
 from bnncert.sets import Box, LpBall, ball
 
 METHODS = tuple(KINDS)
@@ -152,10 +154,10 @@ def test_linear_bounds_have_the_structure_of_the_arguments():
         (lambda: bound(f, rounding="upward"), ValueError, "rounding = 'upward'"),
         (lambda: CROWN(lower_slope="steep"), ValueError, "lower_slope = 'steep'"),
         (lambda: Forward(lower_slope="1"), ValueError, "lower_slope = '1'.*'zero'"),
-        (lambda: bound(f, CROWN), TypeError, r"did you mean CROWN\(\)"),
-        (lambda: bound(f, None), TypeError, r"method = None.*IBP\(\)"),
-        (lambda: linear_bounds(f, AlphaCROWN()), TypeError, r"AlphaCROWN.*CROWNIBP\(\)"),
-        (lambda: bound(f, rounding=None), TypeError, r"rounding = None.*bnncert.Float"),
+        (lambda: method_of(CROWN), TypeError, r"did you mean CROWN\(\)"),
+        (lambda: method_of(None), TypeError, r"method = None.*IBP\(\)"),
+        (lambda: linear_method_of(AlphaCROWN()), TypeError, r"AlphaCROWN.*CROWNIBP\(\)"),
+        (lambda: arithmetic_of(None), TypeError, r"rounding = None.*bnncert.Float"),
         (lambda: bound(f, batch_size=0), ValueError, "batch_size = 0"),
         (lambda: AlphaCROWN(steps=0), ValueError, "steps = 0"),
         (lambda: linear_bounds(f, "ibp"), ValueError, "method = 'ibp'"),

@@ -201,6 +201,15 @@ def test_an_attack_on_a_certified_image_stops_it(added: Path, tmp_path: Path) ->
         (certify, ["--radius", "8"], 2, r"--radius 8: a radius must be finite"),
         (certify, ["--method", "ibp", "ibp"], 2, "name each once"),
         (certify, ["--method", "corwn"], 2, "invalid choice: 'corwn'"),
+        (
+            certify,
+            ["--method", "crown(slope=one)"],
+            2,
+            "the options: lower_slope=, unstable_only=",
+        ),
+        (certify, ["--method", "alpha-crown(steps=0)"], 2, "steps = 0"),
+        (certify, ["--method", "ibp(steps=3)"], 2, "ibp has the options: none"),
+        (certify, ["--unit-roundoff", "2"], 2, "give a number in (0, 0.5)"),
         (certify, ["--images", "400"], 1, "--images 400: the test set has 360"),
         (certify, ["--batch-size", "0"], 2, "--batch-size 0: at least 1"),
         (attack, ["--eps", "-0.1"], 2, "--eps -0.1: a radius must be finite"),
@@ -274,3 +283,27 @@ def test_certificates_are_timed(original: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         timed.main([str(original), "--samples", "0"])
     assert "--samples 0: at least 1" in capsys.readouterr().err
+
+
+def test_a_method_may_be_written_with_its_options(original: Path, tmp_path: Path) -> None:
+    """Coarser arithmetic proves less, and alpha-CROWN no less than what it starts from."""
+    folder = tmp_path / "run"
+    shutil.copytree(original, folder)
+    few = ["--images", "12", "--batch-size", "12"]
+    for options in (
+        ["--method", "crown-ibp"],
+        ["--method", "crown-ibp", "--unit-roundoff", "0.001"],
+        ["--method", "alpha-crown(steps=2)"],
+    ):
+        status, _, errors = call(certify, str(folder), *options, *few)
+        assert status == 0, errors
+    names = ("crown-ibp", "crown-ibp-u0.001", "alpha-crown-steps=2")
+    fine, coarse, alpha = (rows(folder, f"certify-{name}-0.05") for name in names)
+    assert (coarse["margin"] < fine["margin"]).all()
+    assert (alpha["margin"] >= fine["margin"] - 1e-6).all()
+    its = record(folder, "certify-crown-ibp-u0.001-0.05")
+    assert its["unit_roundoff"] == its_unit(its) == 0.001
+
+
+def its_unit(its: dict[str, Any]) -> float:
+    return float(its["arithmetic"].removeprefix("unit roundoff "))

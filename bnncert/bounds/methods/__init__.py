@@ -29,7 +29,7 @@ METHODS: Mapping[str, type[Method]] = {
 """From fast to tight, but for `forward`, which is for few inputs."""
 
 
-def method_of(method: str | Method) -> Method:
+def method_of(method: object) -> Method:
     """The method that a name is short for.
 
     Raises:
@@ -39,7 +39,7 @@ def method_of(method: str | Method) -> Method:
     return _found(method, METHODS)
 
 
-def linear_method_of(method: str | LinearMethod) -> LinearMethod:
+def linear_method_of(method: object) -> LinearMethod:
     """As `method_of`, for those that have linear bounds: CROWN-IBP and CROWN."""
     return _found(method, {kind.name: kind for kind in (CROWNIBP, CROWN)})
 
