@@ -42,17 +42,17 @@ from bnncert.types import Algorithm, Batch, Threat  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CROWN",
-    "CROWNIBP",
-    "IBP",
+__all__ = [  # noqa: RUF022
     "Affine",
     "Algorithm",
     "AlphaCROWN",
     "Batch",
     "Box",
+    "CROWN",
+    "CROWNIBP",
     "Float",
     "Forward",
+    "IBP",
     "LinearBounds",
     "LpBall",
     "MeanField",

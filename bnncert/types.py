@@ -14,7 +14,7 @@ Key: TypeAlias = PRNGKeyArray
 Params: TypeAlias = PyTree[Array]
 """The weights of one network: any pytree of floating-point arrays."""
 
-Samples: TypeAlias = PyTree[Array]
+Stacked: TypeAlias = PyTree[Array]
 """The weights of S networks, stacked: as `Params`, every leaf with a leading axis S."""
 
 Apply: TypeAlias = Callable[[Params, Array], Array]
@@ -77,7 +77,7 @@ class Algorithm(NamedTuple):
 class Posterior(Protocol):
     """A distribution over `Params`."""
 
-    def sample(self, key: Key, n: int) -> Samples: ...
+    def sample(self, key: Key, n: int) -> Stacked: ...
 
     def log_prob(self, params: Params) -> Float[Array, ""]: ...
 

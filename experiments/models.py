@@ -23,7 +23,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from bnncert.types import Prepare, Samples
+from bnncert.types import Prepare, Stacked
 from experiments.data import Dataset, check_name
 
 EPSILON = 1e-5
@@ -95,7 +95,7 @@ def of_module(network: nn.Module, shape: tuple[int, int, int]) -> Model:
     return Model(apply, init, prepare if getattr(network, "normalised", False) else None)
 
 
-def freeze(model: Model, samples: Samples, images: Array | np.ndarray) -> Samples:
+def freeze(model: Model, samples: Stacked, images: Array | np.ndarray) -> Stacked:
     """Networks that are functions of one image: each sample with its own statistics of the images.
 
     Args:

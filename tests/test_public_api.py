@@ -56,7 +56,7 @@ def test_bounds():
     options = inspect.signature(bc.bound).parameters
     assert options["method"].default == "crown-ibp"
     assert options["rounding"].default == "nearest"
-    assert options["lower_slope"].default == "adaptive" and "batch_size" in options
+    assert bc.CROWN().lower_slope == "adaptive" and "batch_size" in options
     assert starts_with(bc.linear_bounds, "f", "method", "*")
     assert inspect.signature(bc.linear_bounds).parameters["method"].default == "crown"
     assert starts_with(bc.ibp, "f") and starts_with(bc.crown, "f")
@@ -219,3 +219,18 @@ def test_the_contract_documents_each_argument(f):
     assert "Args:" in doc and "Returns:" in doc
     for name in inspect.signature(f).parameters:
         assert f"\n    {name}: " in doc, f"{f.__qualname__} does not document {name}"
+
+
+def test_the_wheel_installs_one_package():
+    """A top-level `experiments` in everybody's site-packages would hide their own."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert settings["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == ["bnncert"]
+
+
+def test_methods_and_arithmetics_are_values():
+    """They compare, are hashed, and so are static arguments under `jit`."""
+    for kind in (bc.IBP, bc.Forward, bc.CROWNIBP, bc.CROWN, bc.AlphaCROWN, bc.Real, bc.Float):
+        assert kind() == kind() and hash(kind()) == hash(kind())
+    assert bc.CROWN(lower_slope="zero") != bc.CROWN() and bc.Float(2.0**-11) != bc.Float()
+    run = jax.jit(lambda m, box: bc.bound(jnp.sin, m)(box), static_argnums=0)
+    assert run(bc.IBP(), bc.Box(jnp.zeros(1), jnp.ones(1))).lower.tolist() == [0.0]

@@ -50,7 +50,7 @@ from bnncert.attack.predictive import (
     worse,
 )
 from bnncert.outputs import logits_of, look_at_ending
-from bnncert.types import Apply, Key, Samples
+from bnncert.types import Apply, Key, Stacked
 
 LOSSES = ("ce", "dlr")
 _MOMENTUM = 0.75
@@ -60,7 +60,7 @@ _ENOUGH = 0.75  # of the steps between checkpoints have to raise the loss
 def apgd(
     key: Key,
     apply: Apply,
-    samples: Samples,
+    samples: Stacked,
     x: Float[Array, "..."],
     y: Int[ArrayLike, ""],
     eps: Float[ArrayLike, ""],
@@ -139,7 +139,7 @@ def apgd(
 def targeted_apgd(
     key: Key,
     apply: Apply,
-    samples: Samples,
+    samples: Stacked,
     x: Float[Array, "..."],
     y: Int[ArrayLike, ""],
     eps: Float[ArrayLike, ""],

@@ -32,13 +32,13 @@ from bnncert.attack.gradient import pgd
 from bnncert.attack.predictive import AttackResult, log_predictive, none_yet, result_at, worse
 from bnncert.attack.query import square
 from bnncert.outputs import logits_of, look_at_ending
-from bnncert.types import Apply, Key, Samples
+from bnncert.types import Apply, Key, Stacked
 
 
 def strongest(
     key: Key,
     apply: Apply,
-    samples: Samples,
+    samples: Stacked,
     x: Float[Array, "..."],
     y: Int[ArrayLike, ""],
     eps: Float[ArrayLike, ""],
@@ -48,7 +48,7 @@ def strongest(
     restarts: int = 1,
     num_targets: int | None = None,
     queries: int = 200,
-    surrogate: Samples | None = None,
+    surrogate: Stacked | None = None,
     clip: tuple[float, float] | None = None,
     p: float | int = jnp.inf,
     batch_size: int | None = None,
@@ -112,7 +112,7 @@ def strongest(
 def battery(
     key: Key,
     apply: Apply,
-    samples: Samples,
+    samples: Stacked,
     x: Float[Array, "..."],
     y: Int[ArrayLike, ""],
     eps: Float[ArrayLike, ""],
@@ -122,7 +122,7 @@ def battery(
     restarts: int = 1,
     num_targets: int | None = None,
     queries: int = 200,
-    surrogate: Samples | None = None,
+    surrogate: Stacked | None = None,
     clip: tuple[float, float] | None = None,
     p: float | int = jnp.inf,
     batch_size: int | None = None,
@@ -180,7 +180,7 @@ def battery(
 
 def transfer(
     apply: Apply,
-    samples: Samples,
+    samples: Stacked,
     candidates: Float[Array, "candidates ..."],
     y: Int[ArrayLike, ""],
     *,

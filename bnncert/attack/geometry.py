@@ -17,7 +17,7 @@ from bnncert._emptiness import is_valid
 from bnncert._varying import axes_of, is_sharded, varying
 from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import ball, check_center, check_clip, check_radius, is_concrete
-from bnncert.types import Apply, Key, Samples
+from bnncert.types import Apply, Key, Stacked
 
 
 class Geometry(NamedTuple):
@@ -84,7 +84,7 @@ def usable(
     return valid & jnp.all((jnp.asarray(low, x.dtype) <= x) & (x <= jnp.asarray(high, x.dtype)))
 
 
-def spread_out(apply: Apply, samples: Samples, x: Array, *others: Any) -> Array:
+def spread_out(apply: Apply, samples: Stacked, x: Array, *others: Any) -> Array:
     """The input, varying over each mesh axis that the attack on it varies over.
 
     Each device attacks its own networks: derivatives by an input that others shared would be summed
@@ -103,7 +103,7 @@ def spread_out(apply: Apply, samples: Samples, x: Array, *others: Any) -> Array:
 
 
 def check_arguments(
-    samples: Samples,
+    samples: Stacked,
     x: Array,
     y: ArrayLike,
     eps: ArrayLike,

@@ -31,13 +31,13 @@ from bnncert.attack.geometry import (
 from bnncert.attack.predictive import Ascent, AttackResult, ascent, none_yet, result_at, worse
 from bnncert.outputs import logits_of, look_at_ending
 from bnncert.sets import check_radius
-from bnncert.types import Apply, Key, Samples
+from bnncert.types import Apply, Key, Stacked
 
 
 def pgd(
     key: Key,
     apply: Apply,
-    samples: Samples,
+    samples: Stacked,
     x: Float[Array, "..."],
     y: Int[ArrayLike, ""],
     eps: Float[ArrayLike, ""],
@@ -119,7 +119,7 @@ def pgd(
 
 def fgsm(
     apply: Apply,
-    samples: Samples,
+    samples: Stacked,
     x: Float[Array, "..."],
     y: Int[ArrayLike, ""],
     eps: Float[ArrayLike, ""],

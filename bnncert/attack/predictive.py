@@ -33,7 +33,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from bnncert._varying import axes_of, varying
 from bnncert.bounds.convolution import canonical
 from bnncert.sets import is_concrete
-from bnncert.types import Apply, Params, Samples
+from bnncert.types import Apply, Params, Stacked
 
 Loss = Callable[[Array], Array]
 """`loss(log pi (C,)) -> scalar`, the same for log pi + constant; attacks make it large."""
@@ -68,7 +68,7 @@ class Ascent(NamedTuple):
 
 
 def ascent(
-    apply: Apply, samples: Samples, x: Array, y: ArrayLike, batch_size: int | None
+    apply: Apply, samples: Stacked, x: Array, y: ArrayLike, batch_size: int | None
 ) -> Ascent:
     """The predictive at x and the direction in which its loss at y grows.
 
@@ -107,7 +107,7 @@ def ascent(
 
 
 def loss_ascent(
-    apply: Apply, samples: Samples, x: Array, y: ArrayLike, loss: Loss, batch_size: int | None
+    apply: Apply, samples: Stacked, x: Array, y: ArrayLike, loss: Loss, batch_size: int | None
 ) -> tuple[Array, Array]:
     """The vector log pi (C,) at x, and the gradient of a loss of it; y is only checked.
 
@@ -136,7 +136,7 @@ def loss_ascent(
 
 
 def log_predictive(
-    apply: Apply, samples: Samples, x: Array, y: ArrayLike, batch_size: int | None
+    apply: Apply, samples: Stacked, x: Array, y: ArrayLike, batch_size: int | None
 ) -> Array:
     """The vector log pi (C,) at x, plus log S, by forward passes alone; y is only checked."""
     return jax.nn.logsumexp(_log_each(apply, samples, x, y, batch_size), axis=0)
@@ -169,7 +169,7 @@ def worse(new: AttackResult, old: AttackResult) -> AttackResult:
 
 
 def _log_each(
-    apply: Apply, samples: Samples, x: Array, y: ArrayLike, batch_size: int | None
+    apply: Apply, samples: Stacked, x: Array, y: ArrayLike, batch_size: int | None
 ) -> Array:
     """Every log p_s(c), shape (S, C)."""
 
@@ -185,7 +185,7 @@ def _log_each(
 
 
 def _fold(
-    one: Callable, add: Callable, total: Any, samples: Samples, batch_size: int | None
+    one: Callable, add: Callable, total: Any, samples: Stacked, batch_size: int | None
 ) -> Any:
     """Fold `add` over the samples' terms, in chunks; the last chunk may be shorter."""
     num = jax.tree.leaves(samples)[0].shape[0]

@@ -25,7 +25,7 @@ from bnncert._varying import axes_of, varying
 from bnncert.attack.geometry import GEOMETRIES, check_arguments, spread_out, usable
 from bnncert.attack.predictive import AttackResult, log_predictive, none_yet, result_at, worse
 from bnncert.outputs import logits_of, look_at_ending
-from bnncert.types import Apply, Key, Samples
+from bnncert.types import Apply, Key, Stacked
 
 _HALVINGS = np.array([10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000]) / 10_000
 
@@ -33,7 +33,7 @@ _HALVINGS = np.array([10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000]) / 10_000
 def square(
     key: Key,
     apply: Apply,
-    samples: Samples,
+    samples: Stacked,
     x: Float[Array, "..."],
     y: Int[ArrayLike, ""],
     eps: Float[ArrayLike, ""],

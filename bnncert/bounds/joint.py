@@ -51,7 +51,7 @@ from bnncert.bounds.methods.sweeper import Options, end_sets, sweeper
 from bnncert.bounds.rounding import outward_set, tracking
 from bnncert.bounds.rounding.intervals import widened
 from bnncert.sets import Box, LpBall, Set
-from bnncert.types import Samples
+from bnncert.types import Stacked
 
 
 def mean_bound(
@@ -99,7 +99,7 @@ def mean_bound(
     def traced(*args: Any) -> Graph:
         return trace(f, args, {}, arithmetic and tracking(arithmetic))
 
-    def bounded(samples: Samples, *args: Any) -> PyTree:
+    def bounded(samples: Stacked, *args: Any) -> PyTree:
         count = _num_samples(samples)
         first = jax.tree.map(lambda leaf: leaf[0], samples)
         graph = traced(first, *args)
@@ -198,7 +198,7 @@ def _magnitudes(region: Set) -> Set:
     return Box(size, size)
 
 
-def _num_samples(samples: Samples) -> int:
+def _num_samples(samples: Stacked) -> int:
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(samples)}
     if len(sizes) != 1 or sizes == {()}:
         raise ValueError(

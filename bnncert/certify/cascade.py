@@ -21,7 +21,7 @@ from bnncert.certify.joint import joint_decision
 from bnncert.certify.predictive import Decision, decision, num_samples
 from bnncert.outputs import classifier, normalised
 from bnncert.sets import Box, Set, check_set, is_concrete, is_set
-from bnncert.types import Apply, Samples
+from bnncert.types import Apply, Stacked
 
 STAGES = (*METHODS, "joint")
 """Methods of a cascade: those of `bnncert.bound`, and `joint_decision` by CROWN."""
@@ -41,7 +41,7 @@ class Cascade(NamedTuple):
 
 def cascade(
     apply: Apply,
-    samples: Samples,
+    samples: Stacked,
     x_sets: Set,
     *,
     x: Array | None = None,
@@ -168,7 +168,7 @@ def stage_of(
 
 
 def _number_of_points(
-    apply: Apply, samples: Samples, x_sets: Set, x: Array | None, wanted: Any
+    apply: Apply, samples: Stacked, x_sets: Set, x: Array | None, wanted: Any
 ) -> int:
     """Checks that all there is belongs to one batch of sets, and counts these."""
     num_samples(samples)

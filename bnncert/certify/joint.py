@@ -83,7 +83,7 @@ from bnncert.certify.predictive import (
 )
 from bnncert.outputs import classifier
 from bnncert.sets import Box, Set
-from bnncert.types import Apply, Samples
+from bnncert.types import Apply, Stacked
 
 ANCHORS = (0.5, 1.0)
 """Where 1/S is touched, from Sl (0) to Su (1)."""
@@ -113,7 +113,7 @@ class CornerTerms(NamedTuple):
 
 def joint_decision(
     apply: Apply,
-    samples: Samples,
+    samples: Stacked,
     x_set: Set,
     *,
     x: Float[Array, "..."] | None = None,

@@ -50,7 +50,7 @@ from bnncert.bounds.methods import Method
 from bnncert.outputs import classifier, look_at_ending, normalised, probabilities
 from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import Box, Set, check_set, is_concrete, is_set
-from bnncert.types import Apply, Params, Samples
+from bnncert.types import Apply, Params, Stacked
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +84,7 @@ class Decision:
 
 def decision(
     apply: Apply,
-    samples: Samples,
+    samples: Stacked,
     x_set: Set,
     *,
     x: Float[Array, "..."] | None = None,
@@ -156,7 +156,7 @@ def decision(
 
 def predictive(
     apply: Apply,
-    samples: Samples,
+    samples: Stacked,
     x_set: Set,
     *,
     outputs: str = "logits",
@@ -208,7 +208,7 @@ def predictive(
     return _mean(boxes, rounding_slack(rounding, boxes.lower[0], num_samples(samples)), valid)
 
 
-def num_samples(samples: Samples) -> int:
+def num_samples(samples: Stacked) -> int:
     """The number S of stacked weights.
 
     Raises:
@@ -382,14 +382,14 @@ def check_region(x_set: Set) -> None:
     check_set(x_set, "x_set")
 
 
-def _check(samples: Samples, x_set: Set, batch_size: int | None) -> None:
+def _check(samples: Stacked, x_set: Set, batch_size: int | None) -> None:
     num_samples(samples)
     check_region(x_set)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}: at least one sample must be swept at once.")
 
 
-def _sweep(one: Callable[[Params], Any], samples: Samples, batch_size: int | None) -> Any:
+def _sweep(one: Callable[[Params], Any], samples: Stacked, batch_size: int | None) -> Any:
     return jax.lax.map(one, samples, batch_size=batch_size)
 
 

@@ -34,7 +34,7 @@ from bnncert.certify.sampling import statistical
 from bnncert.outputs import logits_of, look_at_ending
 from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import Set, ball, check_radius
-from bnncert.types import Apply, Key, Posterior, Samples
+from bnncert.types import Apply, Key, Posterior, Stacked
 
 
 class CertifiedRadius(NamedTuple):
@@ -69,7 +69,7 @@ class AttackedRadius(NamedTuple):
 
 def radius(
     apply: Apply,
-    samples: Samples,
+    samples: Stacked,
     x: Float[Array, "..."],
     *,
     largest: float,
@@ -181,7 +181,7 @@ def statistical_radius(
 def attacked_radius(
     key: Key,
     apply: Apply,
-    samples: Samples,
+    samples: Stacked,
     x: Float[Array, "..."],
     y: Int[ArrayLike, ""],
     *,

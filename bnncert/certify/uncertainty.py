@@ -49,7 +49,7 @@ from bnncert.bounds.methods import Method
 from bnncert.certify.predictive import check_region, num_samples, predictive
 from bnncert.outputs import tolerance
 from bnncert.sets import Box, Set
-from bnncert.types import Apply, Params, Samples
+from bnncert.types import Apply, Params, Stacked
 
 _SLOPES = np.linspace(-4.0, 12.0, 65)
 """Values of mu that are tried: h' is -1 at 1, and 12 at 2e-6."""
@@ -83,7 +83,7 @@ class Moments(NamedTuple):
 
 def uncertainty(
     apply: Apply,
-    samples: Samples,
+    samples: Stacked,
     x_set: Set,
     *,
     outputs: str = "logits",
@@ -133,7 +133,7 @@ def uncertainty(
 
 def mean_and_variance(
     apply: Apply,
-    samples: Samples,
+    samples: Stacked,
     x_set: Set,
     *,
     method: str | Method = "crown-ibp",

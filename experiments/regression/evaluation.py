@@ -34,7 +34,7 @@ from scipy.special import logsumexp
 from bnncert import certify
 from bnncert.posterior import MeanField
 from bnncert.sets import Box, ball
-from bnncert.types import Apply, Samples
+from bnncert.types import Apply, Stacked
 from experiments.evaluation import SoundnessError
 from experiments.regression.data import Table
 from experiments.regression.settings import Settings
@@ -46,7 +46,7 @@ Columns = dict[str, np.ndarray]
 WIDTH = 2.0
 """Of half a predictive interval, in its standard deviations."""
 
-Examine = Callable[[Any, Samples, Float[np.ndarray, "num features"], float], Columns]
+Examine = Callable[[Any, Stacked, Float[np.ndarray, "num features"], float], Columns]
 """`(posterior, samples, x, eps) -> Columns`: what does not depend on the targets."""
 
 
@@ -62,10 +62,10 @@ def examiner(settings: Settings, apply: Apply) -> Examine:
         outside its certified interval.
     """
 
-    def outputs(samples: Samples, x: Array) -> Array:
+    def outputs(samples: Stacked, x: Array) -> Array:
         return jax.vmap(lambda params: jax.vmap(apply, (None, 0))(params, x)[:, 0])(samples)
 
-    def bounds(posterior: Any, samples: Samples, x: Array, eps: Array) -> dict[str, Array]:
+    def bounds(posterior: Any, samples: Stacked, x: Array, eps: Array) -> dict[str, Array]:
         region = ball(x, eps)
         found = certify.mean_and_variance(apply, samples, region, method=settings.certify_method)
         columns = {
@@ -83,7 +83,7 @@ def examiner(settings: Settings, apply: Apply) -> Examine:
             }
         return {name: column[0] for name, column in columns.items()}
 
-    def reach(samples: Samples, x: Array, eps: Array, i: Array) -> tuple[Array, Array]:
+    def reach(samples: Stacked, x: Array, eps: Array, i: Array) -> tuple[Array, Array]:
         key = jax.random.fold_in(jax.random.key(settings.seed), i)
         mean = lambda x: jax.vmap(apply, (0, None))(samples, x).mean()  # noqa: E731
         region: Any = ball(x, eps)
@@ -91,7 +91,7 @@ def examiner(settings: Settings, apply: Apply) -> Examine:
         starts = jnp.clip(x + eps * draws, region.lower, region.upper).at[0].set(x)
         return extremes(mean, region, starts, settings.attack_steps)
 
-    def examine(posterior: Any, samples: Samples, x: np.ndarray, eps: float) -> Columns:
+    def examine(posterior: Any, samples: Stacked, x: np.ndarray, eps: float) -> Columns:
         radius, number = jnp.float32(eps), jnp.arange(len(x))
         # Bounds are those of products at full precision; on CPUs there is no other.
         with jax.default_matmul_precision("highest"):

@@ -292,17 +292,17 @@ def test_a_method_may_be_written_with_its_options(original: Path, tmp_path: Path
     few = ["--images", "12", "--batch-size", "12"]
     for options in (
         ["--method", "crown-ibp"],
-        ["--method", "crown-ibp", "--unit-roundoff", "0.001"],
+        ["--method", "crown-ibp", "--unit-roundoff", "0.00002"],
         ["--method", "alpha-crown(steps=2)"],
     ):
         status, _, errors = call(certify, str(folder), *options, *few)
         assert status == 0, errors
-    names = ("crown-ibp", "crown-ibp-u0.001", "alpha-crown-steps=2")
+    names = ("crown-ibp", "crown-ibp-u2e-05", "alpha-crown-steps=2")
     fine, coarse, alpha = (rows(folder, f"certify-{name}-0.05") for name in names)
     assert (coarse["margin"] < fine["margin"]).all()
     assert (alpha["margin"] >= fine["margin"] - 1e-6).all()
-    its = record(folder, "certify-crown-ibp-u0.001-0.05")
-    assert its["unit_roundoff"] == its_unit(its) == 0.001
+    its = record(folder, "certify-crown-ibp-u2e-05-0.05")
+    assert its["unit_roundoff"] == its_unit(its) == 2e-05
 
 
 def its_unit(its: dict[str, Any]) -> float:
