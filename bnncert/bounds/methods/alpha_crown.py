@@ -85,8 +85,8 @@ class AlphaCROWN:
     def boxes(self, graph: Graph, options: Options) -> list[Box]:
         """A box for each node of a traced function."""
         start = CROWN(self.lower_slope)
-        sweep = start.sweeper(graph, options)
-        return optimized(sweep, start.boxes(graph, options), self.steps)
+        sweep = start.sweeper(graph, options)  # one: what it keeps must not be made inside the loop
+        return optimized(sweep, start.swept(sweep), self.steps)
 
 
 class Free(NamedTuple):

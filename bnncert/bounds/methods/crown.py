@@ -126,7 +126,10 @@ class CROWN:
 
     def boxes(self, graph: Graph, options: Options) -> list[Box]:
         """A box for each node of a traced function."""
-        sweep = self.sweeper(graph, options)
+        return self.swept(self.sweeper(graph, options))
+
+    def swept(self, sweep: Sweeper) -> list[Box]:
+        """The boxes, of a traced function that is made ready."""
         boxes = output_bounds(sweep, interval_bounds(sweep))
         return output_bounds(sweep, intermediate_bounds(sweep, boxes))
 
