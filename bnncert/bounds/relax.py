@@ -75,8 +75,9 @@ def lines(node: Node, operand: Box, choice: Choice) -> Lines:
     inside = jnp.where(usual, l, 1), jnp.where(usual, u, 1)  # with finite gradients
     found = LINES[node.op](*inside, *_constants(node), choice=choice)
     values = interval(node, Box(l, u))
-    # Of piecewise linear ones lines have closed forms, which lose nothing but to the range.
-    ends = () if node.op in KINKS else (l, u)
+    # Piecewise linear functions have closed forms, which lose nothing but to the range; those of a
+    # leaky ReLU cancel where its slope is steep.
+    ends = () if node.op in KINKS and node.op != "leaky_relu" else (l, u)
     at_ends = [(end, node.evaluate(*node.fill([end]))) for end in ends]
     below = _holds(found.lower_slope, found.lower_offset, size, at_ends)
     below |= _is_constant(found.lower_slope, found.lower_offset, values.lower)
