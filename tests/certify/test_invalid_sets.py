@@ -16,6 +16,7 @@ import bnncert as bc
 from bnncert import attack, certify, likelihood
 from bnncert.bounds import mean_bound
 from bnncert.sets import Box, LpBall, ball
+from tests.bounds.networks import in_few_steps
 
 pytestmark = pytest.mark.slow
 
@@ -94,8 +95,7 @@ def test_decisions_and_bounds_by_every_method(method, rounding):
     @jax.jit
     def run(region, x):
         def one(region, x):
-            steps: dict[str, Any] = {"steps": 2} if method == "alpha-crown" else {}
-            box = bc.bound(mlp, method, rounding=rounding, **steps)(PARAMS, region)
+            box = bc.bound(mlp, in_few_steps(method, 2), rounding=rounding)(PARAMS, region)
             found = certify.decision(mlp, SAMPLES, region, x=x, method=method, rounding=rounding)
             return box, found
 
