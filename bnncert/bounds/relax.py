@@ -26,6 +26,7 @@ from bnncert.bounds.relaxations import (
     initial_choice,
     products,
     reductions,
+    with_finite_gradients,
 )
 from bnncert.bounds.rules import BILINEAR, affine_rule, interval
 from bnncert.bounds.rules.extremes import least, magnitude, off_subnormal
@@ -72,7 +73,7 @@ def lines(node: Node, operand: Box, choice: Choice) -> Lines:
     l, u = _ends(node, off_subnormal(operand))
     size = magnitude(Box(l, u))
     usual = size <= 0.25 * float(jnp.finfo(node.dtype).max)
-    inside = jnp.where(usual, l, 1), jnp.where(usual, u, 1)  # with finite gradients
+    inside = with_finite_gradients(jnp.where(usual, l, 1), jnp.where(usual, u, 1))
     found = LINES[node.op](*inside, *_constants(node), choice=choice)
     values = interval(node, Box(l, u))
     # Piecewise linear functions have closed forms, which lose nothing but to the range; those of a
@@ -214,7 +215,7 @@ def _pair_ends(node: Node, boxes: Sequence[Box]) -> tuple[Array, Array]:
     """The range of a - b, which the relu of max(a, b) is of; for a min, that of b - a."""
     a, b, difference = (boxes[i] for i in node.refs)
     box = intersect(difference, Box(a.lower - b.upper, a.upper - b.lower))
-    l, u = _ends(node, box)
+    l, u = with_finite_gradients(*_ends(node, box))
     return (-u, -l) if node.op == "min" else (l, u)
 
 

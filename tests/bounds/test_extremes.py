@@ -192,3 +192,44 @@ def test_what_overflows_has_no_bound_on_that_side(method):
     for i, part in enumerate(box):
         assert (part.lower < jnp.inf).all() and (part.upper > -jnp.inf).all()
         assert (part.lower == -jnp.inf).all() if i == 1 else (part.upper == jnp.inf).all()
+
+
+def narrow_intervals(dtype, count=400):
+    """Around 0 and numbers of every magnitude, from the width of a subnormal number on."""
+    rng = np.random.default_rng(3)
+    least = np.log2(float(jnp.finfo(dtype).tiny)) - 3
+    size = np.exp2(rng.uniform(least, 2, count)) * rng.choice([-1, 0, 0, 1], count)
+    width, share = np.exp2(rng.uniform(least, -3, count)), rng.random(count)
+    return (jnp.asarray(v, dtype) for v in (size - share * width, size + (1 - share) * width))
+
+
+SINGULAR = ("log", "sqrt", "rsqrt", "reciprocal", "pow")
+"""Functions whose own derivatives overflow beside 0."""
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize(
+    "name", [n for n, (op, c) in CASES.items() if op not in SINGULAR and c not in ((-2,), (-3,))]
+)
+def test_the_gradient_of_a_narrow_interval_is_a_number(name, dtype):
+    l, u = narrow_intervals(dtype)
+
+    @jax.jit
+    @jax.grad
+    def gradient(ends):
+        node = trace(function(name), (Box(*ends),), {}).nodes[-1]
+        found = lines(node, Box(*ends), Choice())
+        return sum(jnp.sum(jnp.where(jnp.isfinite(field), field, 0)) for field in found)
+
+    for part in gradient((l, u)):
+        assert not jnp.isnan(part).any(), [v[jnp.isnan(part)][:3] for v in (l, u)]
+
+
+def test_the_gradient_of_a_clipped_dead_unit_is_finite():
+    """Rounded outward, what is 0 for every input is an interval of some subnormal numbers."""
+
+    def total(w):
+        dead = bound(lambda x: w * jnp.clip(4 * x, 0, 6), "crown-ibp", rounding="outward")
+        return dead(Box(jnp.zeros(1), jnp.zeros(1))).upper[0]
+
+    assert np.isfinite(jax.jit(jax.grad(total))(jnp.float32(2.0)))

@@ -34,6 +34,7 @@ from bnncert.bounds.relaxations.lines import (
     maximum,
     minimum,
     relu,
+    with_finite_gradients,
 )
 from bnncert.bounds.relaxations.planes import Planes, from_lines
 from bnncert.bounds.relaxations.powers import POWERS
@@ -55,6 +56,7 @@ __all__ = [
     "has_lines",
     "initial_choice",
     "relu",
+    "with_finite_gradients",
 ]
 
 KINKS: Mapping[str, Callable[..., Lines]] = {

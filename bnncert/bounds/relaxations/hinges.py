@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
 from bnncert.bounds.relaxations import curves
-from bnncert.bounds.relaxations.lines import DEFAULT, Choice, Lines
+from bnncert.bounds.relaxations.lines import DEFAULT, Choice, Lines, with_finite_gradients
 from bnncert.bounds.relaxations.smooth import CURVES
 
 
@@ -54,7 +54,8 @@ def _default(l: Array, u: Array) -> Array:
 def _hinge(op: str, l: Array, u: Array, *constants: ArrayLike) -> Hinge:
     curve = CURVES[op](*constants)
     crossing = (l < 0) & (u > 0)
-    steep = curves.chord_slope(curve, jnp.where(crossing, l, -1), jnp.zeros_like(l))
+    ends = with_finite_gradients(jnp.where(crossing, l, -1), jnp.zeros_like(l))
+    steep = curves.chord_slope(curve, *ends)
     flat = curve.slope(jnp.ones_like(l))
     return Hinge(steep, flat, crossing & (steep > flat))
 

@@ -17,8 +17,10 @@ Source: Zhang et al., "Efficient Neural Network Robustness Certification with Ge
 Functions", NeurIPS 2018, section 3.2; Xu et al., "Fast and Complete", ICLR 2021 (free slopes).
 """
 
+import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
@@ -61,6 +63,17 @@ class Choice(NamedTuple):
 
 
 DEFAULT = Choice()
+
+
+def with_finite_gradients(l: Array, u: Array) -> tuple[Array, Array]:
+    """The ends of an interval, as constants where they are so close that quotients overflow.
+
+    The derivative of a quotient has the square of its divisor below: of an interval narrower than
+    the root of the smallest normal number it is infinite, or NaN, and says nothing of the lines.
+    """
+    narrow = u - l < math.sqrt(jnp.finfo(l.dtype).tiny)
+    fixed_l, fixed_u = jax.lax.stop_gradient((l, u))
+    return jnp.where(narrow, fixed_l, l), jnp.where(narrow, fixed_u, u)
 
 
 def constant(lower: Array, upper: Array) -> Lines:

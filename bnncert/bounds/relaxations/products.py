@@ -27,7 +27,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bnncert.bounds.relaxations.lines import Choice
+from bnncert.bounds.relaxations.lines import Choice, with_finite_gradients
 from bnncert.bounds.relaxations.planes import Planes
 from bnncert.sets import Box
 
@@ -43,6 +43,7 @@ class Chord(NamedTuple):
 
 def chord(x: Box) -> Chord:
     """`lam` and `m` of the module's formula."""
+    x = Box(*with_finite_gradients(x.lower, x.upper))
     width = x.upper - x.lower
     safe = jnp.where(width > 0, width, 1.0)
     below_zero = (x.lower < 0).astype(width.dtype)

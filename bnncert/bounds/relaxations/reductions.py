@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from bnncert.bounds.relaxations import curves
-from bnncert.bounds.relaxations.lines import DEFAULT, Choice, relu
+from bnncert.bounds.relaxations.lines import DEFAULT, Choice, relu, with_finite_gradients
 from bnncert.bounds.relaxations.smooth import CURVES
 from bnncert.sets import Box
 
@@ -62,7 +62,7 @@ def maximum(x: Box, choice: Choice, repeats: Array | None = None) -> Pair:
     l, u = (jnp.sum(jnp.where(top_u > 0, end, 0), -1) for end in (x.lower, x.upper))
     if repeats is not None:
         others = jnp.where(jnp.sum(~repeats, -1) == 1, l, others)
-    lines = relu(l - others, u - others)
+    lines = relu(*with_finite_gradients(l - others, u - others))
     above, offset = lines.upper_slope, lines.upper_offset + (1 - lines.upper_slope) * others
     if choice.variant:
         certain = l >= others
