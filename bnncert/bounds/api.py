@@ -34,8 +34,7 @@ from bnncert.bounds.graph.constants import around
 from bnncert.bounds.graph.nodes import unknown_constant
 from bnncert.bounds.graph.operands import Ref
 from bnncert.bounds.methods import LinearMethod, Method, linear_method_of, method_of
-from bnncert.bounds.methods.crown import relaxed_steps
-from bnncert.bounds.methods.rows import Steps, linear_row, map_rows
+from bnncert.bounds.methods.rows import Row, Steps, linear_rows, map_rows
 from bnncert.bounds.methods.sweeper import Options
 from bnncert.bounds.rounding import tracking
 from bnncert.sets import Box
@@ -199,10 +198,10 @@ def linear_outputs(
 ) -> tuple[list[Box], list[list[LinearBounds]]]:
     """Intervals of the outputs, and for each variant of the relaxations their linear bounds."""
     sweep = method.sweeper(graph, options)
-    intervals, boxes = method.relaxed_on(sweep)
+    intervals, ways = method.relaxed_on(sweep)
     variants = [
         [_linear_output(graph, o, steps, options.batch_size) for o in graph.outputs]
-        for steps in relaxed_steps(sweep, boxes)
+        for steps in ways
     ]
     return [_output(o, intervals) for o in graph.outputs], variants
 
@@ -254,22 +253,19 @@ def _linear_output(graph: Graph, output: Any, steps: Steps, batch_size: int) -> 
         )
     node = graph.nodes[output.index]
 
-    def one(unit: Array) -> Any:
-        row = linear_row(output.index, unit, steps)
+    def known_only(row: Row) -> tuple[list[Array], Array]:
+        """Coefficients and offset; of a function that is not finite, 0 and -inf."""
         zeros = [jnp.zeros(graph.nodes[i].shape, node.dtype) for i in range(len(graph.inputs))]
-        sides = []
-        for side, unknown in enumerate((-jnp.inf, jnp.inf)):
-            parts = [
-                row.coefficients[i][side] if i in row.coefficients else z
-                for i, z in enumerate(zeros)
-            ]
-            offset = jnp.asarray(row.offset[side])
-            known = jnp.isfinite(offset)
-            for part in parts:
-                known &= jnp.isfinite(part).all()
-            parts = [jnp.where(known, part, 0) for part in parts]
-            sides.append((parts, jnp.where(known, offset, unknown)))
-        return sides
+        parts = [row.coefficients.get(i, z) for i, z in enumerate(zeros)]
+        offset = row.offset - row.lost
+        known = jnp.isfinite(offset)
+        for part in parts:
+            known &= jnp.isfinite(part).all()
+        return [jnp.where(known, part, 0) for part in parts], jnp.where(known, offset, -jnp.inf)
+
+    def one(unit: Array) -> Any:
+        lower, upper = map(known_only, linear_rows(output.index, unit, steps))
+        return lower, jax.tree.map(jnp.negative, upper)
 
     lower, upper = (
         Affine(

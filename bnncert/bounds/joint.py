@@ -46,7 +46,7 @@ from bnncert.bounds.arithmetic import Rounding, arithmetic_of, gamma, magnitude
 from bnncert.bounds.graph import Graph, trace
 from bnncert.bounds.interval import drop_nan, hull, intersect
 from bnncert.bounds.methods import LinearMethod, linear_method_of
-from bnncert.bounds.methods.rows import Coefficients, Offset, Row, concretize
+from bnncert.bounds.methods.rows import Row, concretize
 from bnncert.bounds.methods.sweeper import Options, end_sets, sweeper
 from bnncert.bounds.rounding import outward_set, tracking
 from bnncert.bounds.rounding.intervals import widened
@@ -138,16 +138,17 @@ def concretized(bounds: LinearBounds, sets: Sequence[Set]) -> Box:
         bounds: of one output leaf, as `linear_bounds` returns them.
         sets: those among the arguments, in order.
     """
-    below, above = (jax.tree.leaves(side.A) for side in bounds)
-    shape = bounds.lower.b.shape
-    flat = [
-        Coefficients(*(a.reshape(-1, *jnp.shape(region.center)) for a in pair))
-        for *pair, region in zip(below, above, sets, strict=True)
-    ]
-    offsets = Offset(bounds.lower.b.reshape(-1), bounds.upper.b.reshape(-1))
-    rows = Row(dict(enumerate(flat)), offsets)
-    box = jax.vmap(lambda row: concretize(row, sets))(rows)
-    return Box(box.lower.reshape(shape), box.upper.reshape(shape))
+
+    def rows(side: Affine) -> Row:
+        leaves = zip(jax.tree.leaves(side.A), sets, strict=True)
+        parts = [a.reshape(-1, *jnp.shape(region.center)) for a, region in leaves]
+        offset = side.b.reshape(-1)
+        return Row(dict(enumerate(parts)), offset, jnp.zeros_like(offset))
+
+    above = jax.tree.map(jnp.negative, bounds.upper)
+    both = rows(bounds.lower), rows(above)
+    box = jax.vmap(lambda lower, upper: concretize(lower, upper, sets))(*both)
+    return jax.tree.map(lambda end: end.reshape(bounds.lower.b.shape), box)
 
 
 def _intersected(

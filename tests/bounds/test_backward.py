@@ -10,7 +10,7 @@ import pytest
 
 from bnncert.bounds import CROWN, bound, linear_bounds
 from bnncert.bounds.methods import method_of
-from bnncert.bounds.methods.rows import Coefficients, Offset, Row, concretize
+from bnncert.bounds.methods.rows import Row, concretize
 from bnncert.bounds.relaxations import LOWER_SLOPES
 from bnncert.sets import Box, LpBall, ball
 from tests.bounds import networks
@@ -95,8 +95,8 @@ def test_concretisation_is_the_dual_norm(region, float64):
     center, eps = jnp.arange(6.0).reshape(2, 3), 0.5
     ball_ = LpBall(center, eps, region) if region != np.inf else Box(center - eps, center + eps)
     norm = {1: jnp.abs(a).max(), 2: jnp.sqrt((a**2).sum()), np.inf: jnp.abs(a).sum()}[region]
-    row = Row({0: Coefficients(a, 2 * a)}, Offset(1.0, 3.0))
-    box = concretize(row, [ball_])
+    below, above = Row({0: a}, 1.0, 0.0), Row({0: -2 * a}, -3.0, 0.0)
+    box = concretize(below, above, [ball_])
     np.testing.assert_allclose(box.lower, jnp.vdot(a, center) - eps * norm + 1.0, rtol=1e-12)
     np.testing.assert_allclose(
         box.upper, 2 * jnp.vdot(a, center) + 2 * eps * norm + 3.0, rtol=1e-12

@@ -26,7 +26,16 @@ from bnncert.bounds.graph import Graph
 from bnncert.bounds.interval import bounded_nodes, drop_nan, intersect, output_nodes
 from bnncert.bounds.merging import affine_prefix
 from bnncert.bounds.methods.crown import CROWN
-from bnncert.bounds.methods.rows import Step, concretize, linear_row, map_rows
+from bnncert.bounds.methods.rows import (
+    Row,
+    Step,
+    affine_row,
+    both_signs,
+    least,
+    map_rows,
+    relaxed_row,
+    shaped,
+)
 from bnncert.bounds.methods.sweeper import (
     Options,
     Sweeper,
@@ -90,19 +99,19 @@ class AlphaCROWN:
 
 
 class Free(NamedTuple):
-    """Fractions of one relaxation, for the two sides of a row.
+    """Fractions of one relaxation, for a row and its negative: leading axis 2.
 
     Attributes:
-        lower: of (the plane below, the plane above) where the row bounds from below.
-        upper: likewise where it bounds from above.
+        below: of the plane below.
+        above: of the plane above.
     """
 
-    lower: tuple[Array | None, Array | None]
-    upper: tuple[Array | None, Array | None]
+    below: Array | None
+    above: Array | None
 
 
 Fractions: TypeAlias = dict[int, dict[int, Free]]
-"""For each node that is bounded, for each relaxation on its way; leading axis: rows, or 1."""
+"""For each node that is bounded, for each relaxation on its way; leading axes: rows (or 1), 2."""
 
 
 def optimized(sweep: Sweeper, boxes: Sequence[Box], num_steps: int) -> list[Box]:
@@ -191,11 +200,17 @@ def fraction_bounds(sweep: Sweeper, boxes: Sequence[Box], fractions: Fractions) 
         for i in _ancestors(graph, index):
             if i not in fixed and i not in fractions[index] and is_relaxed(graph.nodes[i]):
                 fixed[i] = relaxed_step(sweep, i, tighter, errors, Choice())
-        unfree = unfree.and_passing(fixed)
+        unfree = unfree.and_relaxed(fixed)
 
         def one(row: Array, free: dict[int, Free]) -> Box:
-            steps = unfree.and_passing(_free_steps(sweep, tighter, errors, free))
-            return concretize(linear_row(index, row, steps), sets)
+            start = affine_row(index, row, unfree, {*fixed, *free})
+
+            def lower(row: Row, free: dict[int, Free]) -> Array:
+                steps = unfree.and_relaxed(_free_steps(sweep, tighter, errors, free))
+                return least(relaxed_row(row, steps), sets)
+
+            low, high = jax.vmap(lower)(both_signs(start), free)
+            return drop_nan(Box(low, -high))
 
         node = graph.nodes[index]
         leading = {leaf.shape[0] for leaf in jax.tree.leaves(fractions[index])}
@@ -204,8 +219,7 @@ def fraction_bounds(sweep: Sweeper, boxes: Sequence[Box], fractions: Fractions) 
             box = map_rows(lambda row: one(row, shared), node, batch_size)
         else:
             box = map_rows(one, node, batch_size, fractions[index])
-        ends = (end.reshape(node.shape).astype(node.dtype) for end in (box.lower, box.upper))
-        swept = drop_nan(Box(*ends))
+        swept = shaped(box, node)
         if index in outputs:
             outputs[index] = swept
         return intersect(swept, boxes[index])
@@ -218,17 +232,16 @@ def _free_steps(
     sweep: Sweeper, boxes: Sequence[Box], errors: Errors, free: Mapping[int, Free]
 ) -> dict[int, Step]:
     return {
-        i: relaxed_step(sweep, i, boxes, errors, Choice(*each.lower), Choice(*each.upper))
+        i: relaxed_step(sweep, i, boxes, errors, Choice(each.below, each.above))
         for i, each in free.items()
     }
 
 
 def _repeated(choice: Choice, rows: int) -> Free:
     def repeat(leaf: Array) -> Array:
-        return jnp.broadcast_to(leaf, (rows, *leaf.shape))
+        return jnp.broadcast_to(leaf, (rows, 2, *leaf.shape))
 
-    below, above = jax.tree.map(repeat, (choice.lower, choice.upper))
-    return Free((below, above), (below, above))
+    return Free(*jax.tree.map(repeat, (choice.lower, choice.upper)))
 
 
 def _ancestors(graph: Graph, index: int) -> list[int]:

@@ -12,7 +12,7 @@ Sources: Zhang et al., NeurIPS 2018 (CROWN); Zhang et al., ICLR 2020 (CROWN-IBP)
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,19 +24,19 @@ from bnncert.bounds.graph import Graph
 from bnncert.bounds.interval import intersect, nominal, output_nodes, relaxed_operands
 from bnncert.bounds.merging import exact_prefix
 from bnncert.bounds.methods.ibp import interval_bounds
-from bnncert.bounds.methods.rows import Step, Steps, concretize, linear_row, row_bounds, unit_row
+from bnncert.bounds.methods.rows import Step, Steps, row_bounds, row_box, unit_row
 from bnncert.bounds.methods.sweeper import (
     Options,
     Sweeper,
     affine,
     affine_errors,
     boxes_by_node,
+    default_steps,
     end_sets,
-    relaxed_step,
     sweeper,
 )
-from bnncert.bounds.relax import has_variants, is_relaxed
-from bnncert.bounds.relaxations import Choice, check_lower_slope
+from bnncert.bounds.relax import is_relaxed
+from bnncert.bounds.relaxations import check_lower_slope
 from bnncert.bounds.rounding import EXACT
 from bnncert.sets import Box
 
@@ -81,10 +81,10 @@ class CROWNIBP:
         """The traced function, to be swept as this method does."""
         return sweeper(graph, options._replace(lower_slope=self.lower_slope))
 
-    def relaxed_on(self, sweep: Sweeper) -> tuple[list[Box], list[Box]]:
-        """The intervals of all nodes, and what the nonlinearities are relaxed on."""
+    def relaxed_on(self, sweep: Sweeper) -> tuple[list[Box], list[Steps]]:
+        """The intervals of all nodes, and how rows pass every node, for each variant."""
         boxes = interval_bounds(sweep)
-        return boxes, boxes
+        return boxes, relaxed_steps(sweep, boxes)
 
 
 @dataclass(frozen=True)
@@ -131,53 +131,68 @@ class CROWN:
     def swept(self, sweep: Sweeper) -> list[Box]:
         """The boxes, of a traced function that is made ready."""
         boxes = output_bounds(sweep, interval_bounds(sweep))
-        return output_bounds(sweep, intermediate_bounds(sweep, boxes))
+        boxes, variants = intermediate_bounds(sweep, boxes)
+        return output_bounds(sweep, boxes, variants)
 
     def sweeper(self, graph: Graph, options: Options) -> Sweeper:
         """The traced function, to be swept as this method does."""
         own = {"lower_slope": self.lower_slope, "unstable_only": self.unstable_only}
         return sweeper(graph, options._replace(**own))
 
-    def relaxed_on(self, sweep: Sweeper) -> tuple[list[Box], list[Box]]:
-        """The intervals of all nodes, and what the nonlinearities are relaxed on."""
+    def relaxed_on(self, sweep: Sweeper) -> tuple[list[Box], list[Steps]]:
+        """The intervals of all nodes, and how rows pass every node, for each variant."""
         boxes = interval_bounds(sweep)
-        return boxes, intermediate_bounds(sweep, boxes)
+        return boxes, intermediate_bounds(sweep, boxes)[1]
 
 
-def intermediate_bounds(sweep: Sweeper, boxes: Sequence[Box]) -> list[Box]:
-    """The boxes, those that a nonlinearity acts on swept first to last over those found so far."""
+def intermediate_bounds(sweep: Sweeper, boxes: Sequence[Box]) -> tuple[list[Box], list[Steps]]:
+    """The boxes, those that a nonlinearity acts on swept first to last over those found so far.
+
+    Returns:
+        The boxes, and over them how rows pass every node, for each variant: a nonlinearity is
+        relaxed once, when all that it acts on is found.
+    """
     graph = sweep.graph
-    exact, relaxed = exact_prefix(graph, sweep.options.margins), relaxed_operands(graph)
-    variants = _variants(graph)
-    passed: list[dict[int, Step]] = [{} for _ in variants]
+    exact, acted_on = exact_prefix(graph, sweep.options.margins), relaxed_operands(graph)
+    relaxed: dict[int, tuple[Step, ...]] = {}
     errors = EXACT
 
-    def refine(index: int, tighter: list[Box]) -> Box | None:
+    def variants_up_to(index: int, tighter: Sequence[Box]) -> list[Steps]:
         nonlocal errors
-        found = boxes[index]
-        if index in exact or index not in relaxed:
-            return found
         errors = affine_errors(sweep, tighter, errors)
-        through = affine(sweep, errors)
-        for variant, steps in zip(variants, passed, strict=True):
-            for i in range(index + 1):
-                if i not in steps and is_relaxed(graph.nodes[i]):
-                    steps[i] = relaxed_step(sweep, i, tighter, errors, Choice(variant=variant))
-            found = intersect(found, _rows(sweep, index, through.and_passing(steps), found))
+        for i in range(index):
+            if i not in relaxed and is_relaxed(graph.nodes[i]):
+                relaxed[i] = default_steps(sweep, i, tighter, errors)
+        return _variants(affine(sweep, errors), relaxed)
+
+    def refine(index: int, tighter: list[Box]) -> Box | None:
+        found = boxes[index]
+        if index in exact or index not in acted_on:
+            return found
+        for steps in variants_up_to(index + 1, tighter):
+            found = intersect(found, _rows(sweep, index, steps, found))
         return found
 
-    return boxes_by_node(sweep, refine)
+    found = boxes_by_node(sweep, refine)
+    return found, variants_up_to(len(graph.nodes), found)
 
 
-def output_bounds(sweep: Sweeper, boxes: Sequence[Box]) -> list[Box]:
+def output_bounds(
+    sweep: Sweeper, boxes: Sequence[Box], variants: Sequence[Steps] | None = None
+) -> list[Box]:
     """The boxes, those of the outputs intersected with linear bounds over the others.
 
     Neither end is computed from the other, so that XLA drops the end that nobody asks for, and half
     of the cost. Both enclose the value at the centres of the sets, which keeps them in order.
+
+    Args:
+        sweep: the traced function.
+        boxes: of all nodes.
+        variants: how rows pass every node over these boxes, for each variant, if that is known.
     """
     graph, found = sweep.graph, list(boxes)
     values, sets = nominal(graph), end_sets(sweep, graph.inputs)
-    for steps in relaxed_steps(sweep, boxes):
+    for steps in relaxed_steps(sweep, boxes) if variants is None else variants:
         for index in output_nodes(graph):
             swept = row_bounds(graph, index, steps, sets, sweep.options.batch_size)
             lower = jnp.maximum(found[index].lower, swept.lower)
@@ -189,21 +204,19 @@ def output_bounds(sweep: Sweeper, boxes: Sequence[Box]) -> list[Box]:
 
 
 def relaxed_steps(sweep: Sweeper, boxes: Sequence[Box]) -> list[Steps]:
-    """How to pass every node, for each variant."""
-    relaxed = [i for i, node in enumerate(sweep.graph.nodes) if is_relaxed(node)]
+    """How to pass every node over some boxes, for each variant."""
     errors = affine_errors(sweep, boxes)
-    through = affine(sweep, errors)
-    return [
-        through.and_passing(
-            {i: relaxed_step(sweep, i, boxes, errors, Choice(variant=v)) for i in relaxed}
-        )
-        for v in _variants(sweep.graph)
-    ]
+    nodes = enumerate(sweep.graph.nodes)
+    relaxed = {i: default_steps(sweep, i, boxes, errors) for i, node in nodes if is_relaxed(node)}
+    return _variants(affine(sweep, errors), relaxed)
 
 
-def _variants(graph: Graph) -> tuple[int, ...]:
-    relaxed = [i for i, node in enumerate(graph.nodes) if is_relaxed(node)]
-    return (0, 1) if any(has_variants(graph, i) for i in relaxed) else (0,)
+def _variants(affine: Steps, relaxed: Mapping[int, tuple[Step, ...]]) -> list[Steps]:
+    """One or two ways through a graph: by the first steps of all nodes, and by the last."""
+    firsts = affine.and_relaxed({i: steps[0] for i, steps in relaxed.items()})
+    if all(len(steps) == 1 for steps in relaxed.values()):
+        return [firsts]
+    return [firsts, affine.and_relaxed({i: steps[-1] for i, steps in relaxed.items()})]
 
 
 def _rows(sweep: Sweeper, index: int, steps: Steps, known: Box) -> Box:
@@ -212,7 +225,7 @@ def _rows(sweep: Sweeper, index: int, steps: Steps, known: Box) -> Box:
     thresholds = _thresholds(graph, index) if sweep.options.unstable_only else None
     if thresholds is None:
         sets = end_sets(sweep, graph.inputs)
-        return row_bounds(graph, index, steps, sets, sweep.options.batch_size)
+        return row_bounds(graph, index, steps, sets, sweep.options.batch_size, at_once=True)
     return _unstable_rows(sweep, index, steps, known, thresholds)
 
 
@@ -254,7 +267,7 @@ def _unstable_rows(
     sets = end_sets(sweep, graph.inputs)
 
     def one(i: Array) -> Box:
-        return concretize(linear_row(index, unit_row(node, i), steps), sets)
+        return row_box(index, unit_row(node, i), steps, sets, at_once=True)
 
     def more(state: tuple[Array, Array, Array]) -> Array:
         return state[0] < count

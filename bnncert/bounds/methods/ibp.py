@@ -70,8 +70,7 @@ def interval_bounds(sweep: Sweeper) -> list[Box]:
             return None
         errors = affine_errors(sweep, boxes, errors)
         sets, steps = end_sets(sweep, frontier(graph, boxes)), affine(sweep, errors)
-        passing = {i: steps.passing[i] for i in runs[index].passed}
-        steps = steps._replace(passing=passing)
+        steps = steps._replace(affine={i: steps.affine[i] for i in runs[index].passed})
         return row_bounds(graph, index, steps, sets, sweep.options.batch_size)
 
     return boxes_by_node(sweep, merge, normed.union(runs))

@@ -1,22 +1,24 @@
 """Backward linear bounds (CROWN): from one coordinate of a node back to where the values come from.
 
-A row holds, for each node i still to be passed, coefficients with
+A row bounds a linear form of a node's value from below: for each node i still to be passed it holds
+coefficients a_i, with
 
-    sum_i <lower_i, v_i> + lower_offset  <=  value  <=  sum_i <upper_i, v_i> + upper_offset
+    sum_i <a_i, v_i> + offset - lost  <=  <row, value>
 
-starting from one entry 1 at the target. Nodes are passed last to first. An affine node is passed by
-its own transpose (`jax.vjp`: no rule for each operation), a nonlinearity by its two planes: a
-positive coefficient takes the plane on the same side, a negative one the other, and each is passed
-by its transpose again. What remains stands on the frontier (the sets, or any node that is not
-passed), and is concretised there by the dual norm.
+starting from a_target = row. Nodes are passed last to first. An affine node is passed by its own
+transpose (`jax.vjp`: no rule for each operation), a nonlinearity by its two planes: a positive
+coefficient takes the plane below, a negative one the plane above, and each is passed by its
+transpose again. What remains stands on the frontier (the sets, or any node that is not passed), and
+is concretised there by the dual norm. `lost` is what the row allows for rounding.
 
-Rows are vmapped. Lower and upper coefficients stay one array until the first relaxation.
+A bound from above is that from below of the negated row, turned back. The two are one as long as
+only affine nodes are passed: they part at the first nonlinearity. Rows are vmapped.
 
 Source: Zhang et al., NeurIPS 2018 (CROWN); Xu et al., NeurIPS 2020 (on general graphs, auto_LiRPA).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,102 +35,175 @@ from bnncert.bounds.rules.affine import has_constant
 from bnncert.sets import Box, LpBall, Set, dual_norm
 
 
-class Coefficients(NamedTuple):
-    """Of one node's value in one row; the shape of the value. One object while they are equal."""
-
-    lower: Array
-    upper: Array
-
-
-class Offset(NamedTuple):
-    """The constant terms of one row."""
-
-    lower: Array | float
-    upper: Array | float
-
-
 class Row(NamedTuple):
-    """A linear bound: coefficients on the frontier, by node, and constants."""
+    """A linear bound from below.
 
-    coefficients: dict[int, Coefficients]
-    offset: Offset
+    Attributes:
+        coefficients: of the frontier, by node; the shapes of the values.
+        offset: the constant term.
+        lost: what the bound gives way by besides, never negative.
+    """
+
+    coefficients: dict[int, Array]
+    offset: Array
+    lost: Array
 
 
-Step = Callable[[Coefficients], tuple[list[tuple[int, Coefficients]], Offset]]
-"""How a row passes one node: coefficients of its operands, by node, and what the offset gains."""
+class Passed(NamedTuple):
+    """What a row gains by passing one node.
+
+    Attributes:
+        coefficients: of its operands, by node, in any order; a node may come more than once.
+        offset: what the constant term gains.
+        lost: what the bound gives way by.
+    """
+
+    coefficients: list[tuple[int, Array]]
+    offset: Array | float
+    lost: Array | float = 0.0
+
+
+Step = Callable[[Array], Passed]
+"""How a row passes one node, from its coefficients there."""
 
 
 class Steps(NamedTuple):
-    """How rows pass a graph.
+    """How rows pass a graph; where a node is not here, a row stops.
 
     Attributes:
-        passing: each node; where one is not here, a row stops.
+        affine: the nodes that rows of both signs pass alike.
+        relaxed: the nonlinearities.
         slack: what a row allows for at the node where it begins (`rounding.Errors.carried`).
         floors: what it allows for at every node it comes to: scalars.
     """
 
-    passing: Mapping[int, Step]
+    affine: Mapping[int, Step]
+    relaxed: Mapping[int, Step] = {}
     slack: Mapping[int, Array] = {}
     floors: Mapping[int, Array] = {}
 
-    def and_passing(self, more: Mapping[int, Step]) -> "Steps":
-        """With steps for more nodes."""
-        return self._replace(passing={**self.passing, **more})
+    def and_relaxed(self, more: Mapping[int, Step]) -> "Steps":
+        """With steps for more nonlinearities."""
+        return self._replace(relaxed={**self.relaxed, **more})
 
 
-def linear_row(target: int, row: Array, steps: Steps) -> Row:
-    """The linear bound of `<row, value of target>`.
+def affine_row(target: int, row: Array, steps: Steps, relaxed: Collection[int]) -> Row:
+    """`<row, value of target>`, passed back as far as no nonlinearity is met.
 
     Args:
         target: index of the node.
         row: the shape of its value.
         steps: how to pass each node.
+        relaxed: the nonlinearities that are to be passed after this.
     """
-    waiting = {target: Coefficients(row, row)}
-    remaining: dict[int, Coefficients] = {}
-    lower, upper = jnp.zeros((), row.dtype), jnp.zeros((), row.dtype)
-    if target in steps.slack:
-        slack = charge(row, steps.slack[target])
-        lower, upper = lower - slack, upper + slack
+    zero = jnp.zeros((), row.dtype)
+    lost = charge(row, steps.slack[target]) if target in steps.slack else zero
+    return _passed(Row({target: row}, zero, lost), steps, relaxed)
+
+
+def relaxed_row(row: Row, steps: Steps) -> Row:
+    """A row passed back to the frontier."""
+    return _passed(row, steps)
+
+
+def linear_rows(target: int, row: Array, steps: Steps) -> tuple[Row, Row]:
+    """The linear bounds of `<row, value of target>`, and of its negative, both from below."""
+    start = affine_row(target, row, steps, steps.relaxed)
+    return relaxed_row(start, steps), relaxed_row(negative(start), steps)
+
+
+def negative(row: Row) -> Row:
+    """The bound from below of the negated form, where a row is exact."""
+    return Row({i: -a for i, a in row.coefficients.items()}, -row.offset, row.lost)
+
+
+def _passed(row: Row, steps: Steps, until: Collection[int] = ()) -> Row:
+    """Passes nodes last to first, up to the first of some."""
+    waiting, ended = dict(row.coefficients), {}
+    offset, lost = row.offset, row.lost
     floors: list[Array] = []
-    for index in range(target, -1, -1):
+    for index in range(max(waiting, default=-1), -1, -1):
         if index not in waiting:
             continue
+        if index in until:
+            break
         coefficients = waiting.pop(index)
         if index in steps.floors:
             floors.append(steps.floors[index])
-        if index not in steps.passing:
-            remaining[index] = coefficients
+        step = steps.affine.get(index) or steps.relaxed.get(index)
+        if step is None:
+            ended[index] = coefficients
             continue
-        passed, gained = steps.passing[index](coefficients)
-        lower, upper = lower + gained.lower, upper + gained.upper
+        passed, gained, less = step(coefficients)
+        offset, lost = offset + gained, lost + less
         for operand, more in passed:
-            waiting[operand] = _add(waiting[operand], more) if operand in waiting else more
+            waiting[operand] = waiting[operand] + more if operand in waiting else more
     if floors:  # the same for all rows: one sum
-        floor = jnp.sum(jnp.stack(floors))
-        lower, upper = lower - floor, upper + floor
-    return Row(remaining, Offset(lower, upper))
+        lost = lost + jnp.sum(jnp.stack(floors))
+    return Row({**ended, **waiting}, offset, lost)
+
+
+def row_box(target: int, row: Array, steps: Steps, sets: Sequence[Set], at_once: bool) -> Box:
+    """Bounds on `<row, value of target>`.
+
+    Args:
+        target: index of the node.
+        row: the shape of its value.
+        steps: how to pass each node.
+        sets: for each node, what to concretise over where a row ends there.
+        at_once: whether both ends are computed as one, of a program of half the size; else XLA
+            drops the end that nobody asks for.
+    """
+    start = affine_row(target, row, steps, steps.relaxed)
+    if not any(i in steps.relaxed for i in start.coefficients):
+        return _extremes_of(start, sets)
+
+    def lower(row: Row) -> Array:
+        return least(relaxed_row(row, steps), sets)
+
+    if at_once:
+        low, high = jax.vmap(lower)(both_signs(start))
+    else:
+        low, high = lower(start), lower(negative(start))
+    return drop_nan(Box(low, -high))
+
+
+def both_signs(row: Row) -> Row:
+    """A row and its negative, stacked."""
+    return jax.tree.map(lambda *v: jnp.stack(v), row, negative(row))
 
 
 def row_bounds(
-    graph: Graph, target: int, steps: Steps, sets: Sequence[Set], batch_size: int
+    graph: Graph,
+    target: int,
+    steps: Steps,
+    sets: Sequence[Set],
+    batch_size: int,
+    at_once: bool = False,
 ) -> Box:
     """Bounds on each coordinate of a node, by one row each.
 
     Args:
         graph: the traced function.
         target: index of the node.
-        steps: as `linear_row`.
-        sets: for each node, what to concretise over where a row ends there.
+        steps: how to pass each node.
+        sets: as `row_box`.
         batch_size: rows at once. Memory: batch_size times the widest value passed.
+        at_once: as `row_box`.
     """
     node = graph.nodes[target]
 
     def one(row: Array) -> Box:
-        return concretize(linear_row(target, row, steps), sets)
+        return row_box(target, row, steps, sets, at_once)
 
-    box = map_rows(one, node, batch_size)
-    # A set of another dtype (the function casts) must not pass it on.
+    return shaped(map_rows(one, node, batch_size), node)
+
+
+def shaped(box: Box, node: Node) -> Box:
+    """The bounds of a node's coordinates, as of its value.
+
+    A set of another dtype (the function casts) must not pass it on.
+    """
     lower, upper = (end.reshape(node.shape).astype(node.dtype) for end in (box.lower, box.upper))
     return drop_nan(Box(lower, upper))
 
@@ -159,15 +234,27 @@ def unit_row(node: Node, i: Array) -> Array:
     return (jnp.arange(size) == i).astype(node.dtype).reshape(node.shape)
 
 
-def concretize(row: Row, sets: Sequence[Set]) -> Box:
-    """The extremes of a linear bound over the sets it ends on: `a.c - |a|.r`, or the dual norm."""
-    lower, upper = row.offset
-    for index, (below, above) in row.coefficients.items():
-        low, high = _extremes(below, sets[index])
-        if above is not below:
-            _, high = _extremes(above, sets[index])
+def least(row: Row, sets: Sequence[Set]) -> Array:
+    """The least value of a linear bound over the sets it ends on: `a.c - |a|.r`, or the dual norm.
+
+    NaN of an overflow in a plane.
+    """
+    ends = [_extremes(a, sets[index])[0] for index, a in row.coefficients.items()]
+    return sum(ends, row.offset - row.lost)
+
+
+def concretize(lower: Row, upper: Row, sets: Sequence[Set]) -> Box:
+    """The extremes of two linear bounds, the second of the negated value, both from below."""
+    return drop_nan(Box(least(lower, sets), -least(upper, sets)))
+
+
+def _extremes_of(row: Row, sets: Sequence[Set]) -> Box:
+    """Both ends of a row that is exact."""
+    lower, upper = row.offset - row.lost, row.offset + row.lost
+    for index, a in row.coefficients.items():
+        low, high = _extremes(a, sets[index])
         lower, upper = lower + low, upper + high
-    return drop_nan(Box(jnp.asarray(lower), jnp.asarray(upper)))  # of an overflow in a plane
+    return drop_nan(Box(lower, upper))
 
 
 def affine_steps(graph: Graph) -> dict[int, Step]:
@@ -178,12 +265,9 @@ def affine_steps(graph: Graph) -> dict[int, Step]:
 def charged_step(step: Step, error: Array) -> Step:
     """Passes a node whose value is off by up to `error`."""
 
-    def charged(coefficients: Coefficients) -> tuple[list[tuple[int, Coefficients]], Offset]:
-        passed, gained = step(coefficients)
-        below = charge(coefficients.lower, error)
-        same = coefficients.upper is coefficients.lower
-        above = below if same else charge(coefficients.upper, error)
-        return passed, Offset(gained.lower - below, gained.upper + above)
+    def charged(a: Array) -> Passed:
+        passed = step(a)
+        return passed._replace(lost=passed.lost + charge(a, error))
 
     return charged
 
@@ -193,55 +277,30 @@ def charge(row: Array, error: Array) -> Array:
     return _dot(jnp.abs(row), error)
 
 
-def planes_step(graph: Graph, planes: Planes, others: Planes | None = None) -> Step:
-    """Passes a relaxed node by its planes.
+def planes_step(graph: Graph, planes: Planes) -> Step:
+    """Passes a relaxed node: positive coefficients by the plane below, others by that above."""
+    if planes.lines is not None:
+        return _lines_step(planes.operands, planes.lines)
+    zeros = _zeros(graph, planes.operands)
+    at_zero, transpose = _transposed(planes.lower, zeros)
+    other_at_zero, other_transpose = _transposed(planes.upper, zeros)
 
-    Args:
-        graph: the traced function.
-        planes: for the rows' lower side; and for the upper side, unless there are
-        others: for the upper side.
-    """
-    lower_side = _sided(graph, planes, True)
-    upper_side = _sided(graph, planes if others is None else others, False)
-
-    def step(coefficients: Coefficients) -> tuple[list[tuple[int, Coefficients]], Offset]:
-        lower, lower_offset = lower_side(coefficients.lower)
-        upper, upper_offset = upper_side(coefficients.upper)
-        both = map(Coefficients, lower, upper)
-        return list(zip(planes.operands, both, strict=True)), Offset(lower_offset, upper_offset)
+    def step(a: Array) -> Passed:
+        parts = zip(transpose(jnp.maximum(a, 0)), other_transpose(jnp.minimum(a, 0)), strict=True)
+        summed = zip(planes.operands, (p + n for p, n in parts), strict=True)
+        return Passed(list(summed), _weighed(a, at_zero, other_at_zero))
 
     return step
 
 
-def _sided(
-    graph: Graph, planes: Planes, lower_side: bool
-) -> Callable[[Array], tuple[tuple[Array, ...], Array]]:
-    """Passes the coefficients of one side: positive ones by the plane of that side."""
-    if planes.lines is not None:
-        return _sided_lines(planes.lines, lower_side)
-    with_, against = (planes.lower, planes.upper) if lower_side else (planes.upper, planes.lower)
-    zeros = _zeros(graph, planes.operands)
-    at_zero, transpose = _transposed(with_, zeros)
-    other_at_zero, other_transpose = _transposed(against, zeros)
+def _lines_step(operands: tuple[int, ...], lines: Lines) -> Step:
+    (operand,) = operands
 
-    def through(a: Array) -> tuple[tuple[Array, ...], Array]:
-        parts = zip(transpose(jnp.maximum(a, 0)), other_transpose(jnp.minimum(a, 0)), strict=True)
-        return tuple(p + n for p, n in parts), _weighed(a, at_zero, other_at_zero)
+    def step(a: Array) -> Passed:
+        slopes = jnp.maximum(a, 0) * lines.lower_slope + jnp.minimum(a, 0) * lines.upper_slope
+        return Passed([(operand, slopes)], _weighed(a, lines.lower_offset, lines.upper_offset))
 
-    return through
-
-
-def _sided_lines(
-    lines: Lines, lower_side: bool
-) -> Callable[[Array], tuple[tuple[Array, ...], Array]]:
-    below, above = (lines.lower_slope, lines.lower_offset), (lines.upper_slope, lines.upper_offset)
-    (slope, offset), (other_slope, other_offset) = (below, above) if lower_side else (above, below)
-
-    def through(a: Array) -> tuple[tuple[Array, ...], Array]:
-        passed = jnp.maximum(a, 0) * slope + jnp.minimum(a, 0) * other_slope
-        return (passed,), _weighed(a, offset, other_offset)
-
-    return through
+    return step
 
 
 def _weighed(a: Array, positive: Array, negative: Array) -> Array:
@@ -258,17 +317,9 @@ def _affine_step(graph: Graph, node: Node) -> Step:
         lambda *values: node.evaluate(*node.fill(values)), _zeros(graph, node.refs)
     )
 
-    def through(row: Array) -> tuple[tuple[Array, ...], Array | float]:
-        return transpose(row), _dot(row, at_zero) if has_constant(node) else 0.0
-
-    def step(coefficients: Coefficients) -> tuple[list[tuple[int, Coefficients]], Offset]:
-        lower, lower_offset = through(coefficients.lower)
-        if coefficients.upper is coefficients.lower:
-            shared = [Coefficients(a, a) for a in lower]
-            return list(zip(node.refs, shared, strict=True)), Offset(lower_offset, lower_offset)
-        upper, upper_offset = through(coefficients.upper)
-        both = map(Coefficients, lower, upper)
-        return list(zip(node.refs, both, strict=True)), Offset(lower_offset, upper_offset)
+    def step(a: Array) -> Passed:
+        coefficients = list(zip(node.refs, transpose(a), strict=True))
+        return Passed(coefficients, _dot(a, at_zero) if has_constant(node) else 0.0)
 
     return step
 
@@ -288,13 +339,6 @@ def _transposed(
     at_zero, pullback = jax.vjp(lambda *values: varying(f(*values), axes), *zeros)
     transpose = canonical(pullback)
     return at_zero, lambda row: transpose(varying(row, axes))
-
-
-def _add(a: Coefficients, b: Coefficients) -> Coefficients:
-    lower = a.lower + b.lower
-    if a.upper is a.lower and b.upper is b.lower:
-        return Coefficients(lower, lower)
-    return Coefficients(lower, a.upper + b.upper)
 
 
 def _extremes(a: Array, region: Set) -> tuple[Array, Array]:

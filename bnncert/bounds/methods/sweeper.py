@@ -13,8 +13,8 @@ from bnncert.bounds.arithmetic import Float
 from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.interval import Refine, propagate
 from bnncert.bounds.methods.rows import Step, Steps, affine_steps, charged_step, planes_step
-from bnncert.bounds.relax import relax
-from bnncert.bounds.relaxations import Choice, Planes
+from bnncert.bounds.relax import has_variants, relax
+from bnncert.bounds.relaxations import Choice
 from bnncert.bounds.rounding import EXACT, Errors
 from bnncert.sets import Box, Set
 
@@ -83,27 +83,30 @@ def affine_errors(sweep: Sweeper, boxes: Sequence[Box], known: Errors = EXACT) -
 
 
 def relaxed_step(
-    sweep: Sweeper, index: int, boxes: Sequence[Box], errors: Errors, *choices: Choice
+    sweep: Sweeper, index: int, boxes: Sequence[Box], errors: Errors, choice: Choice
 ) -> Step:
-    """Passes a relaxed node by the planes of one choice, or of one for each side of a row."""
-    graph, arithmetic, lower_slope = (
-        sweep.graph,
-        sweep.options.arithmetic,
-        sweep.options.lower_slope,
-    )
-
-    def planes(choice: Choice) -> Planes:
-        found = relax(graph, index, boxes, choice._replace(lower_slope=lower_slope))
-        if arithmetic is None:
-            return found
+    """Passes a relaxed node by the planes of one choice."""
+    graph, arithmetic = sweep.graph, sweep.options.arithmetic
+    choice = choice._replace(lower_slope=sweep.options.lower_slope)
+    planes = relax(graph, index, boxes, choice)
+    if arithmetic is not None:
         free = choice.lower is not None or choice.upper is not None
-        return rounding.outward_planes(graph, index, found, boxes, errors.carried, arithmetic, free)
+        planes = rounding.outward_planes(
+            graph, index, planes, boxes, errors.carried, arithmetic, free
+        )
+    return planes_step(graph, planes)
 
-    return planes_step(graph, *map(planes, choices))
+
+def default_steps(
+    sweep: Sweeper, index: int, boxes: Sequence[Box], errors: Errors
+) -> tuple[Step, ...]:
+    """Passes a relaxed node by its default planes: one step, or two where it has variants."""
+    variants = (0, 1) if has_variants(sweep.graph, index) else (0,)
+    return tuple(relaxed_step(sweep, index, boxes, errors, Choice(variant=v)) for v in variants)
 
 
 def affine(sweep: Sweeper, errors: Errors) -> Steps:
     """How to pass affine nodes, what they are off by allowed for."""
     steps = sweep.affine()
     charged = {i: charged_step(steps[i], error) for i, error in errors.charged.items()}
-    return Steps({**steps, **charged}, errors.carried, errors.floors)
+    return Steps({**steps, **charged}, slack=errors.carried, floors=errors.floors)
