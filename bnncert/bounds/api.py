@@ -198,10 +198,10 @@ def linear_outputs(
 ) -> tuple[list[Box], list[list[LinearBounds]]]:
     """Intervals of the outputs, and for each variant of the relaxations their linear bounds."""
     sweep = method.sweeper(graph, options)
-    intervals, ways = method.relaxed_on(sweep)
+    intervals, steps = method.relaxed_on(sweep)
     variants = [
-        [_linear_output(graph, o, steps, options.batch_size) for o in graph.outputs]
-        for steps in ways
+        [_linear_output(graph, o, way, options.batch_size) for o in graph.outputs]
+        for way in steps.variants()
     ]
     return [_output(o, intervals) for o in graph.outputs], variants
 

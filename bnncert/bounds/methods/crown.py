@@ -12,7 +12,7 @@ Sources: Zhang et al., NeurIPS 2018 (CROWN); Zhang et al., ICLR 2020 (CROWN-IBP)
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,14 +24,14 @@ from bnncert.bounds.graph import Graph
 from bnncert.bounds.interval import intersect, nominal, output_nodes, relaxed_operands
 from bnncert.bounds.merging import exact_prefix
 from bnncert.bounds.methods.ibp import interval_bounds
-from bnncert.bounds.methods.rows import Step, Steps, row_bounds, row_box, unit_row
+from bnncert.bounds.methods.rows import Step, Steps, TwoSteps, row_bounds, row_box, unit_row
 from bnncert.bounds.methods.sweeper import (
     Options,
     Sweeper,
     affine,
     affine_errors,
     boxes_by_node,
-    default_steps,
+    default_step,
     end_sets,
     sweeper,
 )
@@ -81,8 +81,8 @@ class CROWNIBP:
         """The traced function, to be swept as this method does."""
         return sweeper(graph, options._replace(lower_slope=self.lower_slope))
 
-    def relaxed_on(self, sweep: Sweeper) -> tuple[list[Box], list[Steps]]:
-        """The intervals of all nodes, and how rows pass every node, for each variant."""
+    def relaxed_on(self, sweep: Sweeper) -> tuple[list[Box], Steps]:
+        """The intervals of all nodes, and how rows pass every node."""
         boxes = interval_bounds(sweep)
         return boxes, relaxed_steps(sweep, boxes)
 
@@ -131,55 +131,51 @@ class CROWN:
     def swept(self, sweep: Sweeper) -> list[Box]:
         """The boxes, of a traced function that is made ready."""
         boxes = output_bounds(sweep, interval_bounds(sweep))
-        boxes, variants = intermediate_bounds(sweep, boxes)
-        return output_bounds(sweep, boxes, variants)
+        boxes, steps = intermediate_bounds(sweep, boxes)
+        return output_bounds(sweep, boxes, steps)
 
     def sweeper(self, graph: Graph, options: Options) -> Sweeper:
         """The traced function, to be swept as this method does."""
         own = {"lower_slope": self.lower_slope, "unstable_only": self.unstable_only}
         return sweeper(graph, options._replace(**own))
 
-    def relaxed_on(self, sweep: Sweeper) -> tuple[list[Box], list[Steps]]:
-        """The intervals of all nodes, and how rows pass every node, for each variant."""
+    def relaxed_on(self, sweep: Sweeper) -> tuple[list[Box], Steps]:
+        """The intervals of all nodes, and how rows pass every node."""
         boxes = interval_bounds(sweep)
         return boxes, intermediate_bounds(sweep, boxes)[1]
 
 
-def intermediate_bounds(sweep: Sweeper, boxes: Sequence[Box]) -> tuple[list[Box], list[Steps]]:
+def intermediate_bounds(sweep: Sweeper, boxes: Sequence[Box]) -> tuple[list[Box], Steps]:
     """The boxes, those that a nonlinearity acts on swept first to last over those found so far.
 
     Returns:
-        The boxes, and over them how rows pass every node, for each variant: a nonlinearity is
-        relaxed once, when all that it acts on is found.
+        The boxes, and how rows pass every node over them: a nonlinearity is relaxed once, when all
+        that it acts on is found.
     """
     graph = sweep.graph
     exact, acted_on = exact_prefix(graph, sweep.options.margins), relaxed_operands(graph)
-    relaxed: dict[int, tuple[Step, ...]] = {}
+    relaxed: dict[int, Step | TwoSteps] = {}
     errors = EXACT
 
-    def variants_up_to(index: int, tighter: Sequence[Box]) -> list[Steps]:
+    def steps_up_to(last: int, tighter: Sequence[Box]) -> Steps:
         nonlocal errors
         errors = affine_errors(sweep, tighter, errors)
-        for i in range(index):
+        for i in range(last + 1):
             if i not in relaxed and is_relaxed(graph.nodes[i]):
-                relaxed[i] = default_steps(sweep, i, tighter, errors)
-        return _variants(affine(sweep, errors), relaxed)
+                relaxed[i] = default_step(sweep, i, tighter, errors)
+        return affine(sweep, errors).and_relaxed(relaxed)
 
     def refine(index: int, tighter: list[Box]) -> Box | None:
         found = boxes[index]
         if index in exact or index not in acted_on:
             return found
-        for steps in variants_up_to(index + 1, tighter):
-            found = intersect(found, _rows(sweep, index, steps, found))
-        return found
+        return intersect(found, _rows(sweep, index, steps_up_to(index, tighter), found))
 
     found = boxes_by_node(sweep, refine)
-    return found, variants_up_to(len(graph.nodes), found)
+    return found, steps_up_to(len(graph.nodes) - 1, found)
 
 
-def output_bounds(
-    sweep: Sweeper, boxes: Sequence[Box], variants: Sequence[Steps] | None = None
-) -> list[Box]:
+def output_bounds(sweep: Sweeper, boxes: Sequence[Box], steps: Steps | None = None) -> list[Box]:
     """The boxes, those of the outputs intersected with linear bounds over the others.
 
     Neither end is computed from the other, so that XLA drops the end that nobody asks for, and half
@@ -188,35 +184,26 @@ def output_bounds(
     Args:
         sweep: the traced function.
         boxes: of all nodes.
-        variants: how rows pass every node over these boxes, for each variant, if that is known.
+        steps: how rows pass every node over these boxes, if that is known.
     """
     graph, found = sweep.graph, list(boxes)
     values, sets = nominal(graph), end_sets(sweep, graph.inputs)
-    for steps in relaxed_steps(sweep, boxes) if variants is None else variants:
-        for index in output_nodes(graph):
-            swept = row_bounds(graph, index, steps, sets, sweep.options.batch_size)
-            lower = jnp.maximum(found[index].lower, swept.lower)
-            upper = jnp.minimum(found[index].upper, swept.upper)
-            value = values[index]
-            # Where f has no value there (NaN), fmin and fmax let it be.
-            found[index] = Box(jnp.fmin(lower, value), jnp.fmax(upper, value))
+    steps = relaxed_steps(sweep, boxes) if steps is None else steps
+    for index in output_nodes(graph):
+        swept = row_bounds(graph, index, steps, sets, sweep.options.batch_size)
+        lower = jnp.maximum(found[index].lower, swept.lower)
+        upper = jnp.minimum(found[index].upper, swept.upper)
+        value = values[index]
+        # Where f has no value there (NaN), fmin and fmax let it be.
+        found[index] = Box(jnp.fmin(lower, value), jnp.fmax(upper, value))
     return found
 
 
-def relaxed_steps(sweep: Sweeper, boxes: Sequence[Box]) -> list[Steps]:
-    """How to pass every node over some boxes, for each variant."""
-    errors = affine_errors(sweep, boxes)
-    nodes = enumerate(sweep.graph.nodes)
-    relaxed = {i: default_steps(sweep, i, boxes, errors) for i, node in nodes if is_relaxed(node)}
-    return _variants(affine(sweep, errors), relaxed)
-
-
-def _variants(affine: Steps, relaxed: Mapping[int, tuple[Step, ...]]) -> list[Steps]:
-    """One or two ways through a graph: by the first steps of all nodes, and by the last."""
-    firsts = affine.and_relaxed({i: steps[0] for i, steps in relaxed.items()})
-    if all(len(steps) == 1 for steps in relaxed.values()):
-        return [firsts]
-    return [firsts, affine.and_relaxed({i: steps[-1] for i, steps in relaxed.items()})]
+def relaxed_steps(sweep: Sweeper, boxes: Sequence[Box]) -> Steps:
+    """How to pass every node over some boxes."""
+    errors, nodes = affine_errors(sweep, boxes), enumerate(sweep.graph.nodes)
+    relaxed = {i: default_step(sweep, i, boxes, errors) for i, node in nodes if is_relaxed(node)}
+    return affine(sweep, errors).and_relaxed(relaxed)
 
 
 def _rows(sweep: Sweeper, index: int, steps: Steps, known: Box) -> Box:

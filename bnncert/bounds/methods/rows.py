@@ -14,6 +14,10 @@ is concretised there by the dual norm. `lost` is what the row allows for roundin
 A bound from above is that from below of the negated row, turned back. The two are one as long as
 only affine nodes are passed: they part at the first nonlinearity. Rows are vmapped.
 
+Where a nonlinearity has two pairs of planes neither of which is always the better (variants), a row
+becomes two on its way: from there on all that it holds has a leading axis for them, and its bound
+is the better of the two.
+
 Source: Zhang et al., NeurIPS 2018 (CROWN); Xu et al., NeurIPS 2020 (on general graphs, auto_LiRPA).
 """
 
@@ -36,11 +40,12 @@ from bnncert.sets import Box, LpBall, Set, dual_norm
 
 
 class Row(NamedTuple):
-    """A linear bound from below.
+    """A linear bound from below, or two.
 
     Attributes:
-        coefficients: of the frontier, by node; the shapes of the values.
-        offset: the constant term.
+        coefficients: of the frontier, by node; the shapes of the values, after an axis of two where
+            the variants of a nonlinearity were passed.
+        offset: the constant term; likewise.
         lost: what the bound gives way by besides, never negative.
     """
 
@@ -53,18 +58,67 @@ class Passed(NamedTuple):
     """What a row gains by passing one node.
 
     Attributes:
-        coefficients: of its operands, by node, in any order; a node may come more than once.
+        coefficients: of its operands.
         offset: what the constant term gains.
         lost: what the bound gives way by.
     """
 
-    coefficients: list[tuple[int, Array]]
+    coefficients: tuple[Array, ...]
     offset: Array | float
     lost: Array | float = 0.0
 
 
-Step = Callable[[Array], Passed]
-"""How a row passes one node, from its coefficients there."""
+class Step(NamedTuple):
+    """How a row passes one node.
+
+    Attributes:
+        rank: of the node's value.
+        operands: nodes, one of which may come more than once.
+        through: from the row's coefficients at the node, of the shape of its value.
+        lines: where it is passed by two lines, what they are.
+    """
+
+    rank: int
+    operands: tuple[int, ...]
+    through: Callable[[Array], Passed]
+    lines: Lines | None = None
+
+    def __call__(self, a: Array) -> Passed:
+        """Passes a row, or two."""
+        return self.through(a) if a.ndim == self.rank else jax.vmap(self.through)(a)
+
+
+class TwoSteps(NamedTuple):
+    """How a row passes a nonlinearity of two variants: it becomes two.
+
+    Attributes:
+        steps: one for each variant.
+        lines: of both, stacked; None: not all are lines.
+    """
+
+    steps: tuple[Step, Step]
+    lines: Lines | None
+
+    @property
+    def operands(self) -> tuple[int, ...]:
+        """Nodes."""
+        return self.steps[0].operands
+
+    def __call__(self, a: Array) -> Passed:
+        """Passes a row, or two of them, by a step each."""
+        single = a.ndim == self.steps[0].rank
+        if self.lines is not None:
+            return jax.vmap(_past_lines, (None if single else 0, 0))(a, self.lines)
+        found = (step.through(a if single else a[i]) for i, step in enumerate(self.steps))
+        return jax.tree.map(lambda *v: jnp.stack(v), *found)
+
+
+def two_steps(first: Step, second: Step) -> TwoSteps:
+    """Both steps at once; those of planes that are functions of several nodes, of the same ones."""
+    if first.lines is None or second.lines is None:
+        return TwoSteps((first, second), None)
+    lines = jax.tree.map(lambda *v: jnp.stack(jnp.broadcast_arrays(*v)), first.lines, second.lines)
+    return TwoSteps((first, second), lines)
 
 
 class Steps(NamedTuple):
@@ -78,13 +132,24 @@ class Steps(NamedTuple):
     """
 
     affine: Mapping[int, Step]
-    relaxed: Mapping[int, Step] = {}
+    relaxed: Mapping[int, Step | TwoSteps] = {}
     slack: Mapping[int, Array] = {}
     floors: Mapping[int, Array] = {}
 
-    def and_relaxed(self, more: Mapping[int, Step]) -> "Steps":
+    def and_relaxed(self, more: Mapping[int, Step | TwoSteps]) -> "Steps":
         """With steps for more nonlinearities."""
         return self._replace(relaxed={**self.relaxed, **more})
+
+    def variants(self) -> "list[Steps]":
+        """The ways by one pair of planes each: by the first of every node, and by the second."""
+        if not any(isinstance(step, TwoSteps) for step in self.relaxed.values()):
+            return [self]
+
+        def one(step: Step | TwoSteps, variant: int) -> Step:
+            return step.steps[variant] if isinstance(step, TwoSteps) else step
+
+        ways = ({i: one(step, v) for i, step in self.relaxed.items()} for v in (0, 1))
+        return [self._replace(relaxed=relaxed) for relaxed in ways]
 
 
 def affine_row(target: int, row: Array, steps: Steps, relaxed: Collection[int]) -> Row:
@@ -130,13 +195,13 @@ def _passed(row: Row, steps: Steps, until: Collection[int] = ()) -> Row:
         coefficients = waiting.pop(index)
         if index in steps.floors:
             floors.append(steps.floors[index])
-        step = steps.affine.get(index) or steps.relaxed.get(index)
+        step = steps.affine.get(index, steps.relaxed.get(index))
         if step is None:
             ended[index] = coefficients
             continue
         passed, gained, less = step(coefficients)
         offset, lost = offset + gained, lost + less
-        for operand, more in passed:
+        for operand, more in zip(step.operands, passed, strict=True):
             waiting[operand] = waiting[operand] + more if operand in waiting else more
     if floors:  # the same for all rows: one sum
         lost = lost + jnp.sum(jnp.stack(floors))
@@ -237,10 +302,19 @@ def unit_row(node: Node, i: Array) -> Array:
 def least(row: Row, sets: Sequence[Set]) -> Array:
     """The least value of a linear bound over the sets it ends on: `a.c - |a|.r`, or the dual norm.
 
-    NaN of an overflow in a plane.
+    Of two bounds the better. NaN of an overflow in a plane.
     """
-    ends = [_extremes(a, sets[index])[0] for index, a in row.coefficients.items()]
-    return sum(ends, row.offset - row.lost)
+    value = row.offset - row.lost
+    for index, a in row.coefficients.items():
+
+        def lowest(a: Array, region: Set = sets[index]) -> Array:
+            return _extremes(a, region)[0]
+
+        single = a.ndim == jnp.ndim(sets[index].center)
+        value = value + (lowest(a) if single else jax.vmap(lowest)(a))
+    if value.ndim == 0:
+        return value
+    return jnp.max(jnp.where(value < jnp.inf, value, -jnp.inf))
 
 
 def concretize(lower: Row, upper: Row, sets: Sequence[Set]) -> Box:
@@ -266,10 +340,10 @@ def charged_step(step: Step, error: Array) -> Step:
     """Passes a node whose value is off by up to `error`."""
 
     def charged(a: Array) -> Passed:
-        passed = step(a)
+        passed = step.through(a)
         return passed._replace(lost=passed.lost + charge(a, error))
 
-    return charged
+    return step._replace(through=charged)
 
 
 def charge(row: Array, error: Array) -> Array:
@@ -277,30 +351,25 @@ def charge(row: Array, error: Array) -> Array:
     return _dot(jnp.abs(row), error)
 
 
-def planes_step(graph: Graph, planes: Planes) -> Step:
+def planes_step(graph: Graph, index: int, planes: Planes) -> Step:
     """Passes a relaxed node: positive coefficients by the plane below, others by that above."""
-    if planes.lines is not None:
-        return _lines_step(planes.operands, planes.lines)
+    rank, lines = len(graph.nodes[index].shape), planes.lines
+    if lines is not None:
+        return Step(rank, planes.operands, lambda a: _past_lines(a, lines), lines)
     zeros = _zeros(graph, planes.operands)
     at_zero, transpose = _transposed(planes.lower, zeros)
     other_at_zero, other_transpose = _transposed(planes.upper, zeros)
 
-    def step(a: Array) -> Passed:
+    def through(a: Array) -> Passed:
         parts = zip(transpose(jnp.maximum(a, 0)), other_transpose(jnp.minimum(a, 0)), strict=True)
-        summed = zip(planes.operands, (p + n for p, n in parts), strict=True)
-        return Passed(list(summed), _weighed(a, at_zero, other_at_zero))
+        return Passed(tuple(p + n for p, n in parts), _weighed(a, at_zero, other_at_zero))
 
-    return step
+    return Step(rank, planes.operands, through)
 
 
-def _lines_step(operands: tuple[int, ...], lines: Lines) -> Step:
-    (operand,) = operands
-
-    def step(a: Array) -> Passed:
-        slopes = jnp.maximum(a, 0) * lines.lower_slope + jnp.minimum(a, 0) * lines.upper_slope
-        return Passed([(operand, slopes)], _weighed(a, lines.lower_offset, lines.upper_offset))
-
-    return step
+def _past_lines(a: Array, lines: Lines) -> Passed:
+    slopes = jnp.maximum(a, 0) * lines.lower_slope + jnp.minimum(a, 0) * lines.upper_slope
+    return Passed((slopes,), _weighed(a, lines.lower_offset, lines.upper_offset))
 
 
 def _weighed(a: Array, positive: Array, negative: Array) -> Array:
@@ -317,11 +386,10 @@ def _affine_step(graph: Graph, node: Node) -> Step:
         lambda *values: node.evaluate(*node.fill(values)), _zeros(graph, node.refs)
     )
 
-    def step(a: Array) -> Passed:
-        coefficients = list(zip(node.refs, transpose(a), strict=True))
-        return Passed(coefficients, _dot(a, at_zero) if has_constant(node) else 0.0)
+    def through(a: Array) -> Passed:
+        return Passed(transpose(a), _dot(a, at_zero) if has_constant(node) else 0.0)
 
-    return step
+    return Step(len(node.shape), node.refs, through)
 
 
 def _zeros(graph: Graph, operands: Sequence[int]) -> list[Array]:

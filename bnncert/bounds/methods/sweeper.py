@@ -12,7 +12,15 @@ from bnncert.bounds import rounding
 from bnncert.bounds.arithmetic import Float
 from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.interval import Refine, propagate
-from bnncert.bounds.methods.rows import Step, Steps, affine_steps, charged_step, planes_step
+from bnncert.bounds.methods.rows import (
+    Step,
+    Steps,
+    TwoSteps,
+    affine_steps,
+    charged_step,
+    planes_step,
+    two_steps,
+)
 from bnncert.bounds.relax import has_variants, relax
 from bnncert.bounds.relaxations import Choice
 from bnncert.bounds.rounding import EXACT, Errors
@@ -94,15 +102,17 @@ def relaxed_step(
         planes = rounding.outward_planes(
             graph, index, planes, boxes, errors.carried, arithmetic, free
         )
-    return planes_step(graph, planes)
+    return planes_step(graph, index, planes)
 
 
-def default_steps(
+def default_step(
     sweep: Sweeper, index: int, boxes: Sequence[Box], errors: Errors
-) -> tuple[Step, ...]:
-    """Passes a relaxed node by its default planes: one step, or two where it has variants."""
-    variants = (0, 1) if has_variants(sweep.graph, index) else (0,)
-    return tuple(relaxed_step(sweep, index, boxes, errors, Choice(variant=v)) for v in variants)
+) -> Step | TwoSteps:
+    """Passes a relaxed node by its default planes, all that it has."""
+    first = relaxed_step(sweep, index, boxes, errors, Choice())
+    if not has_variants(sweep.graph, index):
+        return first
+    return two_steps(first, relaxed_step(sweep, index, boxes, errors, Choice(variant=1)))
 
 
 def affine(sweep: Sweeper, errors: Errors) -> Steps:
