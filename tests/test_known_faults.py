@@ -15,7 +15,7 @@ import pytest
 from bnncert import bound, certify, likelihood, prior
 from bnncert.bounds import relax, relaxations
 from bnncert.bounds.rules import affine
-from bnncert.certify import confidence
+from bnncert.certify.sampled import inequalities as confidence
 from bnncert.infer import ivon, mcmc, natural_gradient, potential, svi
 from bnncert.posterior import MeanField
 from bnncert.sets import Box, ball

@@ -29,8 +29,8 @@ from bnncert.attack import AttackResult, pgd, transfer
 from bnncert.attack.geometry import spread_out
 from bnncert.bounds.arithmetic import Rounding
 from bnncert.bounds.methods import Method
-from bnncert.certify.predictive import Decision, decision
-from bnncert.certify.sampling import statistical
+from bnncert.certify.exact.decision import Decision, decision
+from bnncert.certify.sampled.decision import statistical
 from bnncert.outputs import logits_of, look_at_ending
 from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import Set, ball, check_radius

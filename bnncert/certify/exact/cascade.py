@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from bnncert._emptiness import holds, is_valid
 from bnncert.bounds.arithmetic import Rounding
 from bnncert.bounds.methods import METHODS, Method, method_of
-from bnncert.certify.joint import joint_decision
-from bnncert.certify.predictive import Decision, decision, num_samples
+from bnncert.certify.exact.decision import Decision, decision
+from bnncert.certify.exact.joint import joint_decision
+from bnncert.certify.inputs import num_samples
 from bnncert.outputs import classifier, normalised
 from bnncert.sets import Box, Set, check_set, is_concrete, is_set
 from bnncert.types import Apply, Stacked

@@ -8,12 +8,8 @@ and its bounds over a set T are proofs about that very predictor (see Arithmetic
 
     min_{x' in T} pi_c - pi_j  >=  1/S sum_s  min_{x' in T} ( softmax_c - softmax_j ) f(w_s, x')
 
-For one network, let [l_k, u_k] bound the margins m_k = f_k - f_c over T (m_c = 0). Then
-
-    softmax_c - softmax_j = (1 - exp m_j) / sum_k exp m_k
-
-falls with m_j, and with the other m_k where m_j <= 0, while it rises with them where m_j > 0. So
-its minimum over the box of margins is at u_j with u_k, or l_k where u_j > 0.
+For one network the minimum is that over a box of its margins f_k - f_c
+(`bnncert.certify.exact.softmax`).
 
 Arithmetic. With `rounding="outward"` the margins bound those of the *computed* logits. What the
 predictor makes of them is rounded too: with d_k = max f - f_k, exp(-d_k) is off by (16 + 1.1 d_k) u
@@ -38,18 +34,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from bnncert._emptiness import empty_unless, holds
 from bnncert.bounds import bound
 from bnncert.bounds.arithmetic import Rounding, arithmetic_of
 from bnncert.bounds.graph.precision import asked_of
 from bnncert.bounds.margins import all_margin_bounds, margin_bounds
 from bnncert.bounds.methods import Method
+from bnncert.certify.exact.softmax import least_differences, probability_box
+from bnncert.certify.inputs import check_region, nominal_input, num_samples
 from bnncert.outputs import classifier, look_at_ending, normalised, probabilities
-from bnncert.posterior.leaves import check_stacked
-from bnncert.sets import Box, Set, check_set, is_concrete, is_set
+from bnncert.sets import Box, Set
 from bnncert.types import Apply, Params, Stacked
 
 
@@ -208,23 +203,6 @@ def predictive(
     return _mean(boxes, rounding_slack(rounding, boxes.lower[0], num_samples(samples)), valid)
 
 
-def num_samples(samples: Stacked) -> int:
-    """The number S of stacked weights.
-
-    Raises:
-        TypeError: a posterior in their place.
-        ValueError: there are none, or the leaves disagree.
-    """
-    check_stacked(samples)
-    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(samples)}
-    if len(sizes) != 1 or sizes in ({()}, {(0,)}):
-        raise ValueError(
-            f"samples: leading axes {sorted(sizes)}; every leaf must have the same one, of S >= 1 "
-            "stacked weights (for one network: jax.tree.map(lambda leaf: leaf[None], params))."
-        )
-    return sizes.pop()[0]
-
-
 def class_bounds(
     network: Apply, outputs: str, method: str | Method, rounding: Rounding
 ) -> Callable[[Params, Set, Array], tuple[Float[Array, " classes"], Box]]:
@@ -268,28 +246,6 @@ def class_bounds(
         return jnp.clip(least, -1.0, 1.0), jax.tree.map(lambda end: jnp.clip(end, 0.0, 1.0), around)
 
     return bounded
-
-
-def least_differences(margins: Box) -> Float[Array, " classes"]:
-    """The least softmax_c - softmax_j of one network, for each j.
-
-    Args:
-        margins: bounds on f_k - f_c, shape (C,), of which that of c itself is 0.
-    """
-    # [j, k]: the margin m_k at which softmax_c - softmax_j is smallest
-    others = jnp.where(margins.upper[:, None] > 0, margins.lower[None, :], margins.upper[None, :])
-    itself = jnp.eye(margins.upper.shape[0], dtype=bool)
-    worst = jnp.where(itself, margins.upper[:, None], others)
-    total = jax.nn.logsumexp(worst, axis=1)
-    difference = jnp.exp(-total) - jnp.exp(margins.upper - total)
-    # Where a bound overflowed: the least that two probabilities can differ by.
-    return jnp.where(jnp.isnan(difference), -1.0, difference)
-
-
-def probability_box(margins: Box) -> Box:
-    """Bounds on softmax_c, from bounds on the margins f_k - f_c (of which that of c is 0)."""
-    lower, upper = -jax.nn.logsumexp(margins.upper), -jax.nn.logsumexp(margins.lower)
-    return Box(jnp.exp(lower), jnp.exp(upper))
 
 
 def rounding_slack(rounding: Rounding, probabilities: Array, count: int) -> float:
@@ -345,41 +301,6 @@ def arithmetic_name(
         return f"unit roundoff {arithmetic.unit_roundoff:g}"
     asked = asked_of(network, params, x)
     return str(dtype) if asked == "float32" else str(asked)
-
-
-def nominal_input(x: Array | None, x_set: Set) -> tuple[Array, Set]:
-    """Where the predicted class is read off, and the set: an empty one if it does not hold x.
-
-    Args:
-        x: None for the set's center.
-        x_set: the set.
-
-    Raises:
-        ValueError: x has another shape, or is known to lie outside.
-    """
-    if x is None:
-        return x_set.center, x_set
-    x, shape = jnp.asarray(x), jnp.shape(x_set.center)
-    if x.shape != shape:
-        raise ValueError(f"x has shape {x.shape}, but the set {shape}.")
-    if all(map(is_concrete, (x, *jax.tree.leaves(x_set)))):
-        if not np.all(jax.device_get(holds(x_set, x))):
-            raise ValueError(
-                "x lies outside the set: the decision there says nothing about the set. Give the "
-                "input that the set was made of, or leave x out."
-            )
-        return x, x_set
-    return x, empty_unless(holds(x_set, x), x_set)
-
-
-def check_region(x_set: Set) -> None:
-    """Raises TypeError unless it is a set, ValueError if it is known to be empty."""
-    if not is_set(x_set):
-        raise TypeError(
-            f"x_set is a {type(x_set).__name__}: give a bnncert.Box or a bnncert.LpBall (for an "
-            "input x and a radius eps: bnncert.ball(x, eps))."
-        )
-    check_set(x_set, "x_set")
 
 
 def _check(samples: Stacked, x_set: Set, batch_size: int | None) -> None:

@@ -15,7 +15,7 @@ z = W h with weights W ~ N(M, S^2), independent of h, has
     z | h  ~  N( M h, s(h)^2 ),   s(h)^2 = S^2 h^2
 
 where s is a norm of h, so that sd s(h) <= |S (h - E h)|_2 =: wobble. With R the mean of a rectified
-Gaussian (`bnncert.certify.rectified`), convex and increasing in s, Jensen's inequality gives
+Gaussian (`bnncert.certify.formal.rectified`), convex and increasing in s, Jensen's inequality gives
 
     E max(z, 0)  >=  R(M E h, s(E h))
     E max(z, 0)  <=  R(E z, sqrt(own)) + shared / 2 + phi(0) wobble / 2
@@ -43,7 +43,7 @@ from bnncert.bounds.graph.operands import Ref
 from bnncert.bounds.interval import hull
 from bnncert.bounds.rules import AFFINE, affine_rule
 from bnncert.bounds.rules.affine import MIXING, constant_magnitude, has_constant, magnitude
-from bnncert.certify import rectified
+from bnncert.certify.formal import rectified
 from bnncert.sets import Box, is_concrete
 
 PRODUCTS = (*MIXING, "mul")

@@ -1,9 +1,9 @@
 """Expectation bounds: E_w[f(w, x)] and E_w[softmax f(w, x)] over a set of inputs, q Gaussian.
 
 The posterior is a factorised Gaussian on all of R^P: this is the *formal* tier, no weight is
-truncated and no draw stands for it. `bnncert.certify.propagation` bounds means and variances layer
-by layer. The last layer is taken together with the differences of outputs, y_j = f_j - f_c, whose
-means are at most m_j and variances at most v_j:
+truncated and no draw stands for it. `bnncert.certify.formal.moments` bounds means and variances
+layer by layer. The last layer is taken together with the differences of outputs, y_j = f_j - f_c,
+whose means are at most m_j and variances at most v_j:
 
     E softmax_c  >=  exp(-log(1 + sum_j e^m_j) - sum_j v_j / 4)             Jensen, twice
     E softmax_c  >=  1 - sum_j sup E sigma(y_j)
@@ -36,8 +36,8 @@ from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError, trace
 from bnncert.bounds.graph.operands import Ref
 from bnncert.bounds.rounding import tracking
 from bnncert.bounds.rules.affine import constant_magnitude, has_constant, magnitude
-from bnncert.certify.predictive import check_region
-from bnncert.certify.propagation import PRODUCTS, Value, propagate, settled, unit_error
+from bnncert.certify.formal.moments import PRODUCTS, Value, propagate, settled, unit_error
+from bnncert.certify.inputs import check_region
 from bnncert.posterior import MeanField
 from bnncert.posterior.leaves import check_structure
 from bnncert.sets import Box, Set

@@ -33,7 +33,7 @@ were computed for h / t^2, 1 / Su and so on, in exact arithmetic:
 The model of `bnncert.bounds.arithmetic` lets each operation be off by anything up to its error, and
 by 0: the margins in their box, and F_s, are bounded for computed logits with exact operations after
 these. (The predictor subtracts no margins: what *it* makes of the logits, softmax and average, is
-off by no more than `predictive.rounding_slack`, which is taken off as well.) And for real
+off by no more than `rounding_slack`, which is taken off as well.) And for real
 arithmetic: logits that are exact.
 
 The charge. Nothing is asked of r_k, whole numbers, nor of t >= Su / 2. With D the largest |l_k - M|
@@ -72,15 +72,9 @@ from bnncert.bounds import mean_bound
 from bnncert.bounds.arithmetic import Rounding, arithmetic_of
 from bnncert.bounds.margins import differences, margin_bounds
 from bnncert.bounds.methods import LinearMethod, linear_method_of
-from bnncert.certify.predictive import (
-    Decision,
-    check_region,
-    decision,
-    least_differences,
-    nominal_input,
-    num_samples,
-    rounding_slack,
-)
+from bnncert.certify.exact.decision import Decision, decision, rounding_slack
+from bnncert.certify.exact.softmax import least_differences
+from bnncert.certify.inputs import check_region, nominal_input, num_samples
 from bnncert.outputs import classifier
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Stacked

@@ -46,7 +46,8 @@ from bnncert._varying import axes_of, varying
 from bnncert.bounds import bound
 from bnncert.bounds.arithmetic import Rounding
 from bnncert.bounds.methods import Method
-from bnncert.certify.predictive import check_region, num_samples, predictive
+from bnncert.certify.exact.decision import predictive
+from bnncert.certify.inputs import check_region, num_samples
 from bnncert.outputs import tolerance
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Params, Stacked

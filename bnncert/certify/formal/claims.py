@@ -21,7 +21,7 @@ from bnncert.attack import pgd
 from bnncert.bounds import bound
 from bnncert.bounds.arithmetic import Rounding
 from bnncert.bounds.methods import CROWN, AlphaCROWN, Method, method_of
-from bnncert.certify.boxes import Claim
+from bnncert.certify.formal.boxes import Claim
 from bnncert.posterior.leaves import unflatten
 from bnncert.sets import Box, LpBall
 from bnncert.types import Apply, Key, Params

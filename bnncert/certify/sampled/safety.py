@@ -8,8 +8,8 @@ prove safe is safe, and one that an attack breaks is not:
     Prob(proved)  <=  P_safe  <=  1 - Prob(broken)
 
 Of n independent draws the numbers proved and broken are binomial, and Clopper and Pearson bound
-their probabilities from below (`bnncert.certify.confidence`). Whatever share of q neither proof nor
-attack decides is the gap that more draws do not close.
+their probabilities from below (`bnncert.certify.sampled.inequalities`). Whatever share of q neither
+proof nor attack decides is the gap that more draws do not close.
 
 Source: Cardelli et al., "Statistical guarantees for the robustness of Bayesian neural networks",
 IJCAI 2019, section 4 (P_safe by sampling, there by Chernoff bounds).
@@ -28,9 +28,9 @@ from bnncert.bounds import bound
 from bnncert.bounds.arithmetic import Rounding
 from bnncert.bounds.margins import margin_bounds
 from bnncert.bounds.methods import Method
-from bnncert.certify import confidence
-from bnncert.certify.predictive import check_region
-from bnncert.certify.sampling import check_posterior, over_draws
+from bnncert.certify.inputs import check_region
+from bnncert.certify.sampled import inequalities
+from bnncert.certify.sampled.draws import check_posterior, over_draws
 from bnncert.outputs import classifier
 from bnncert.posterior.leaves import draw_keys
 from bnncert.sets import Box, Set
@@ -107,7 +107,7 @@ def sampled_safety(
         True
     """
     check_posterior(posterior)
-    confidence.check(num_samples, delta, least=1)
+    inequalities.check(num_samples, delta, least=1)
     if proved is None and broken is None:
         raise ValueError("give proved (for the lower bound), broken (for the upper), or both.")
     never = jnp.zeros((), bool)
@@ -219,7 +219,7 @@ def _bounds(
     """On P_safe, from counts; None where nothing was asked for, which then needs no delta."""
     share = delta if proved is None or broken is None else delta / 2
     bounds = [
-        0.0 if count is None else confidence.clopper_pearson(count, num_samples, share)
+        0.0 if count is None else inequalities.clopper_pearson(count, num_samples, share)
         for count in (proved, broken)
     ]
     return bounds[0], min(float(np.nextafter(1 - bounds[1], 2.0)), 1.0)

@@ -3,14 +3,14 @@
     P_safe(T, S) = Prob_{w ~ q}( f(w, x) in S for all x in T ),    S = { y : C y + d > 0 }
 
 for a factorised Gaussian q and linear constraints, one a row. This is the *formal* tier: no draw of
-weights stands for q. With disjoint boxes of weights (`bnncert.certify.boxes`),
+weights stands for q. With disjoint boxes of weights (`bnncert.certify.formal.boxes`),
 
     lower   sum of M(B)       over boxes B with  min over B x T of C f + d  > 0       in every row
     upper   1 - sum of M(B)   over boxes B with  max over B of (C f(w, x*) + d)_k < 0
 
 An unsafe box has *one* point x* of T, found by an attack on one weight, and one row k, which all of
-its weights violate there (`bnncert.certify.claims`). Masses (`bnncert.certify.mass`) are rounded
-down, of the very boxes that were bounded, and sums of them in the safe direction.
+its weights violate there (`bnncert.certify.formal.claims`). Masses (`bnncert.certify.formal.mass`)
+are rounded down, of the very boxes that were bounded, and sums of them in the safe direction.
 
 Arithmetic. With `rounding="outward"` a weight in a safe box keeps C f + d positive for the float32
 network, and for the network in real arithmetic; w ~ q is a vector of real numbers, or those rounded
@@ -35,10 +35,11 @@ from numpy import ndarray
 from bnncert import prior as priors
 from bnncert.bounds.arithmetic import Rounding
 from bnncert.bounds.methods import Method
-from bnncert.certify import mass as masses
-from bnncert.certify.boxes import Claim, Gaussian, Proof, search
-from bnncert.certify.claims import Constraints, Data, Task, claim_at
-from bnncert.certify.predictive import arithmetic_name, check_region
+from bnncert.certify.exact.decision import arithmetic_name
+from bnncert.certify.formal import mass as masses
+from bnncert.certify.formal.boxes import Claim, Gaussian, Proof, search
+from bnncert.certify.formal.claims import Constraints, Data, Task, claim_at
+from bnncert.certify.inputs import check_region
 from bnncert.posterior import MeanField
 from bnncert.posterior.leaves import check_structure, flatten, unflatten
 from bnncert.sets import Box, Set

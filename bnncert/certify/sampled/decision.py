@@ -5,7 +5,7 @@ The *statistical* tier. For w_1, ..., w_n drawn from q independently, and a clas
     min_{x' in T} pi_c - pi_j  >=  E_q[ D_j(w) ],   D_j(w) = min_{x' in T} (softmax_c - softmax_j) f
 
 by exchange of minimum and expectation, and the mean of n bounds on D_j, less a slack, is below
-E_q[D_j] with confidence 1 - delta (`bnncert.certify.confidence`).
+E_q[D_j] with confidence 1 - delta (`bnncert.certify.sampled.inequalities`).
 
 Which class? D_j has to be a function of w alone. Were c read off the same draws, it would depend on
 all of them; so c is chosen by a batch of its own (`num_pilot` draws), and the rest holds given c.
@@ -14,19 +14,14 @@ It need not be the class that pi itself would choose: where `robust` is said, it
 How many statements? The C - 1 margins and both ends of the probability: C + 1, for each point and
 each stage. All share delta, so that *everything* in the decisions holds together.
 
-Independence. Each draw is a call of `posterior.sample(key, 1)` with a key of its own: those of one
-call may be stratified (`Mixture`). The members of `Samples` are refused: a chain's states are not
-independent, and an ensemble's members come from no continuous posterior that could be drawn from
-again. A generator's numbers count as random, and q is the law of the weights that it returns.
+Independence. Each draw has a key of its own (`bnncert.certify.sampled.draws`). A generator's
+numbers count as random, and q is the law of the weights that it returns.
 
-Arithmetic: as `bnncert.certify.predictive`; pi is the expectation, over q, of the softmax of the
-computed logits.
+Arithmetic: as `bnncert.certify.exact.decision`; pi is the expectation, over q, of the softmax of
+the computed logits.
 
 Source: Wicker et al., AISTATS 2021, section 6, whose bounds on the predictive these are.
 """
-
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,17 +30,16 @@ from jaxtyping import Array, Float
 
 from bnncert.bounds.arithmetic import Rounding
 from bnncert.bounds.methods import Method
-from bnncert.certify import confidence
-from bnncert.certify.predictive import (
+from bnncert.certify.exact.decision import (
     Decision,
     arithmetic_name,
-    check_region,
     class_bounds,
-    nominal_input,
     rounding_slack,
 )
+from bnncert.certify.inputs import check_region, nominal_input
+from bnncert.certify.sampled import inequalities
+from bnncert.certify.sampled.draws import check_posterior, over_draws
 from bnncert.outputs import classifier, look_at_ending, normalised, probabilities
-from bnncert.posterior import Mixture, Samples
 from bnncert.posterior.leaves import draw_keys
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Key, Params, Posterior
@@ -114,8 +108,8 @@ def statistical(
     """
     check_posterior(posterior)
     check_region(x_set)
-    confidence.check(num_samples, delta, least=2)
-    confidence.check_inequality(inequality)
+    inequalities.check(num_samples, delta, least=2)
+    inequalities.check_inequality(inequality)
     counts = {
         "num_points": num_points,
         "num_stages": num_stages,
@@ -144,7 +138,7 @@ def statistical(
     share = delta / (num_points * num_stages * (classes + 1))
     widths = (2.0, 1.0, 1.0)
     slacks = [
-        confidence.slack(d, share, width, inequality)
+        inequalities.slack(d, share, width, inequality)
         for d, width in zip(draws, widths, strict=True)
     ]
     error = rounding_slack(rounding, average, num_samples)
@@ -164,33 +158,3 @@ def stated(delta: float) -> np.float32:
     """The confidence 1 - delta, rounded down."""
     nearest = np.float32(1 - delta)
     return np.nextafter(nearest, np.float32(0)) if float(nearest) > 1 - delta else nearest
-
-
-def over_draws(
-    one: Callable[[Params], Any], posterior: Posterior, keys: Array, batch_size: int | None
-) -> Any:
-    """`one` of an independent draw for each key, stacked; a draw lives as long as it is used."""
-
-    def at(key: Key) -> Any:
-        return one(jax.tree.map(lambda leaf: leaf[0], posterior.sample(key, 1)))
-
-    return jax.lax.map(at, keys, batch_size=batch_size)
-
-
-def check_posterior(posterior: Any) -> None:
-    """Raises TypeError unless independent draws of a continuous posterior can be made."""
-    if isinstance(posterior, Mixture):
-        check_posterior(posterior.members)
-        return
-    if isinstance(posterior, Samples):
-        raise TypeError(
-            "posterior is Samples, a finite set of networks: the states of a Markov chain are not "
-            "independent draws, and no continuous posterior stands behind an ensemble. What is "
-            "deployed is their average: bnncert.certify.decision(apply, posterior.params, x_set) "
-            "proves it, with no slack."
-        )
-    if not isinstance(posterior, Posterior):
-        raise TypeError(
-            f"posterior is a {type(posterior).__name__}: give one that independent draws can be "
-            "made of, such as bnncert.MeanField. Stacked weights have bnncert.certify.decision."
-        )

@@ -31,7 +31,7 @@ import numpy as np
 from numpy import ndarray
 from scipy.special import ndtr, ndtri
 
-from bnncert.certify.mass import factors, log_mass
+from bnncert.certify.formal.mass import factors, log_mass
 
 REACH = 9.0
 """Standard deviations that a side goes from its anchor at most: 2 Q(9) = 2e-19."""
