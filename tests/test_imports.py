@@ -41,7 +41,7 @@ ORDER = """
     certify.formal.safety certify.formal.rectified certify.formal.moments certify.formal.expectation
     certify.sampled certify.sampled.inequalities certify.sampled.draws certify.sampled.decision
     certify.sampled.safety
-    certify.radii certify
+    certify.radii certify.joint certify.cascade certify
     metrics.scores metrics.calibration metrics.uncertainty metrics.detection metrics parallel
 """.split()
 
