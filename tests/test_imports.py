@@ -32,8 +32,8 @@ ORDER = """
     infer.minibatch infer.map infer.guides infer.svi infer.natural_gradient infer.vogn
     infer.noisy_adam infer.ivon infer.swag infer.diagnostics infer.potential infer.progress
     infer.mcmc infer.sgmcmc infer.laplace infer.ensemble infer
-    attack.predictive attack.geometry attack.losses attack.gradient attack.auto attack.query
-    attack.battery attack
+    attack._predictive attack._geometry attack._losses
+    attack.fgsm_pgd attack.auto_pgd attack.square_search attack.full_battery attack
     certify.inputs
     certify.exact certify.exact.softmax certify.exact.decision certify.exact.joint
     certify.exact.cascade certify.exact.uncertainty

@@ -26,7 +26,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from bnncert._varying import axes_of, varying
 from bnncert.attack import AttackResult, pgd, transfer
-from bnncert.attack.geometry import spread_out
+from bnncert.attack._geometry import spread_out
 from bnncert.bounds.arithmetic import Rounding
 from bnncert.bounds.methods import Method
 from bnncert.certify.exact.decision import Decision, decision

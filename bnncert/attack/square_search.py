@@ -22,8 +22,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from bnncert._varying import axes_of, varying
-from bnncert.attack.geometry import GEOMETRIES, check_arguments, spread_out, usable
-from bnncert.attack.predictive import AttackResult, log_predictive, none_yet, result_at, worse
+from bnncert.attack._geometry import GEOMETRIES, check_arguments, spread_out, usable
+from bnncert.attack._predictive import AttackResult, log_predictive, none_yet, result_at, worse
 from bnncert.outputs import logits_of, look_at_ending
 from bnncert.types import Apply, Key, Stacked
 
@@ -47,6 +47,8 @@ def square(
     batch_size: int | None = None,
 ) -> AttackResult:
     """The Square attack on one example, in the l_inf ball: the worst of all queries and restarts.
+
+        d' = d, but +-eps on a random window;    d <- d'  if  margin(x + d') < margin(x + d)
 
     Args:
         key: a PRNG key for the proposals.
@@ -72,6 +74,15 @@ def square(
         TypeError, ValueError: as `pgd`; for a fraction or an axis out of range.
 
     Cost: restarts x queries x S forward passes. Memory: a few points; independent of queries.
+
+    Source: Andriushchenko et al., ECCV 2020, algorithms 1 and 2.
+
+    Example:
+        >>> apply = lambda w, x: w @ x
+        >>> w = jnp.array([[[2.0, 0.0], [0.0, 1.0]]])  # S = 1: the logits are 2 x_0 and x_1
+        >>> found = square(jax.random.key(0), apply, w, jnp.array([0.5, 0.5]), 0, 0.25, queries=50)
+        >>> found.x.tolist(), bool(found.broken)
+        ([0.25, 0.75], True)
     """
     x = jnp.asarray(x)
     counts = {"queries": queries, "restarts": restarts, "batch_size": batch_size}
@@ -126,7 +137,7 @@ def square(
 
 
 def _window(place: Key, signs: Key, size: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """Which pixels a random square of this side covers, and a sign for each channel."""
+    """Draws which pixels a square of this side covers, and a sign for each channel."""
     inside = []
     for extent, key in zip(shape[:2], jax.random.split(place), strict=True):
         corner = jax.random.randint(key, (), 0, extent - size + 1)
@@ -136,7 +147,7 @@ def _window(place: Key, signs: Key, size: Array, shape: tuple[int, ...]) -> tupl
 
 
 def _subset(place: Key, signs: Key, size: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """A random subset of this many features, and a sign for each."""
+    """Draws a subset of this many features, and a sign for each."""
     rank = jax.random.permutation(place, int(np.prod(shape))).reshape(shape)
     return rank < size, _signs(signs, shape)
 
@@ -146,7 +157,7 @@ def _signs(key: Key, shape: tuple[int, ...]) -> Array:
 
 
 def _sizes(queries: int, fraction: float, shape: tuple[int, ...]) -> np.ndarray:
-    """For each query: the side of the window, of an image; the number of features otherwise.
+    """Lists for each query the side of an image's window, or else the number of features.
 
     >>> _sizes(10, 0.8, (100,)).tolist()
     [80, 5, 2, 1, 1, 1, 1, 1, 1, 1]

@@ -27,12 +27,28 @@ _LEAST = 1e-12  # a spread of the z, as in the authors' code: where all classes 
 
 
 def log_odds(log_pi: Float[Array, " classes"], y: Int[ArrayLike, ""]) -> Float[Array, ""]:
-    """CE: log of (1 - pi_y) / pi_y, nats."""
+    """The log-odds against the true class, log((1 - pi_y) / pi_y), which CE increases with.
+
+    Args:
+        log_pi: log probabilities (C,), nats, up to a constant.
+        y: the true class.
+
+    Returns:
+        A scalar, nats.
+    """
     return jax.nn.logsumexp(_rivals(log_pi, y)) - log_pi[y]
 
 
 def dlr(log_pi: Float[Array, " classes"], y: Int[ArrayLike, ""]) -> Float[Array, ""]:
-    """DLR: positive where y is not the most probable class; in [-1, 1] for three or more."""
+    """The difference-of-logits ratio: positive where y is not the most probable class.
+
+    Args:
+        log_pi: log probabilities (C,), nats, up to a constant.
+        y: the true class.
+
+    Returns:
+        A scalar, in [-1, 1] for three or more classes; with two, the plain difference in nats.
+    """
     lead = log_pi[y] - jnp.max(_rivals(log_pi, y))
     if log_pi.size < 3:
         return -lead
@@ -43,7 +59,16 @@ def dlr(log_pi: Float[Array, " classes"], y: Int[ArrayLike, ""]) -> Float[Array,
 def targeted_dlr(
     log_pi: Float[Array, " classes"], y: Int[ArrayLike, ""], target: Int[ArrayLike, ""]
 ) -> Float[Array, ""]:
-    """Targeted DLR: positive where the target is more probable than y."""
+    """The targeted ratio: positive where the target is more probable than y.
+
+    Args:
+        log_pi: log probabilities (C,), nats, up to a constant.
+        y: the true class.
+        target: the class that the point shall be taken for.
+
+    Returns:
+        A scalar; with two classes, the plain difference in nats.
+    """
     lead = log_pi[y] - log_pi[target]
     if log_pi.size < 3:
         return -lead

@@ -21,7 +21,13 @@ from bnncert.types import Apply, Key, Stacked
 
 
 class Geometry(NamedTuple):
-    """What depends on the norm: the set, its steepest unit step, a draw in its unit ball."""
+    """What an attack's steps take from the norm of the ball.
+
+    Attributes:
+        project: `(x, eps, clip, point) -> point`, the nearest of the set around x.
+        steepest: `direction -> step` of norm 1, along which a loss of this gradient grows fastest.
+        draw: `(key, x) -> point` of the unit ball, of x's shape, uniformly.
+    """
 
     project: Callable[[Array, Array, tuple[float, float] | None, Array], Array]
     steepest: Callable[[Array], Array]
@@ -65,7 +71,7 @@ GEOMETRIES = {
 def starting_points(
     key: Key, geometry: Geometry, x: Array, eps: Array, clip: tuple[float, float] | None, num: int
 ) -> Array:
-    """The input itself, then uniform draws of the ball brought into the set."""
+    """Stacks where searches start: the input itself, then uniform draws brought into the set."""
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num))
     project = partial(geometry.project, x, eps, clip)
     return jax.vmap(lambda k: project(x + eps * geometry.draw(k, x)))(keys).at[0].set(x)
@@ -74,7 +80,7 @@ def starting_points(
 def usable(
     x: Array, eps: ArrayLike, clip: tuple[float, float] | None, p: float | int
 ) -> Array | None:
-    """True where the set that an attack searches has points; None where that was checked."""
+    """Says where the set that an attack searches has points; None where that was checked."""
     if is_concrete(x) and is_concrete(eps):
         return None
     valid = is_valid(ball(x, eps, p=p, clip=clip if p == jnp.inf else None))
@@ -85,7 +91,7 @@ def usable(
 
 
 def spread_out(apply: Apply, samples: Stacked, x: Array, *others: Any) -> Array:
-    """The input, varying over each mesh axis that the attack on it varies over.
+    """Returns the input, varying over each mesh axis that the attack on it varies over.
 
     Each device attacks its own networks: derivatives by an input that others shared would be summed
     over all of them.

@@ -60,7 +60,10 @@ class AttackResult(NamedTuple):
 
 
 class Ascent(NamedTuple):
-    """Sums over samples, in logs; -grad log pi_y = exp(log_weight - log_probs[y]) direction."""
+    """What one sweep over the samples adds up, in logs, for the steepest ascent of -log pi_y.
+
+    Its gradient is exp(log_weight - log_probs[y]) direction.
+    """
 
     log_probs: Array  # log sum_s p_s(c), shape (C,)
     log_weight: Array  # log sum_s sigma(m_s) sigma(-m_s)
@@ -70,7 +73,7 @@ class Ascent(NamedTuple):
 def ascent(
     apply: Apply, samples: Stacked, x: Array, y: ArrayLike, batch_size: int | None
 ) -> Ascent:
-    """The predictive at x and the direction in which its loss at y grows.
+    """Returns the predictive at x, and the direction in which its loss at y grows.
 
     One sweep over the samples with running log-sum-exps: no activation or gradient is stacked over
     samples. Under `jax.vmap` over x it stays a loop over samples, with batched bodies.
@@ -109,7 +112,7 @@ def ascent(
 def loss_ascent(
     apply: Apply, samples: Stacked, x: Array, y: ArrayLike, loss: Loss, batch_size: int | None
 ) -> tuple[Array, Array]:
-    """The vector log pi (C,) at x, and the gradient of a loss of it; y is only checked.
+    """Returns the vector log pi (C,) at x, and the gradient of a loss of it; y is only checked.
 
     Two sweeps: one forward, one forward and backward. Nothing is lost where the samples are sure:
     slopes of a loss that is the same for log pi + constant sum to 0, and so does what softmax
@@ -138,12 +141,12 @@ def loss_ascent(
 def log_predictive(
     apply: Apply, samples: Stacked, x: Array, y: ArrayLike, batch_size: int | None
 ) -> Array:
-    """The vector log pi (C,) at x, plus log S, by forward passes alone; y is only checked."""
+    """Returns log pi (C,) at x, plus log S, by forward passes alone; y is only checked."""
     return jax.nn.logsumexp(_log_each(apply, samples, x, y, batch_size), axis=0)
 
 
 def result_at(x: Array, log_probs: Array, y: ArrayLike) -> AttackResult:
-    """What an attack reports of a point where the predictive is log_probs, up to a constant."""
+    """Makes the report of a point where the predictive is log_probs, up to a constant."""
     rivals = jnp.where(jnp.arange(log_probs.size) == y, -jnp.inf, log_probs)
     margin = log_probs[y] - jnp.max(rivals)
     margin = jnp.where(jnp.isnan(margin), -jnp.inf, margin).astype(x.dtype)
@@ -153,7 +156,10 @@ def result_at(x: Array, log_probs: Array, y: ArrayLike) -> AttackResult:
 
 
 def none_yet(x: Array, y: ArrayLike, valid: Array | None = None) -> AttackResult:
-    """What an attack has found before it looked: anything is worse; in an empty set nothing is."""
+    """Makes the report of an attack that has not looked yet: any point is worse.
+
+    Where the set is not `valid` it is the report of an empty set, and nothing is worse than that.
+    """
     worst = jnp.asarray(jnp.inf, x.dtype)
     none = AttackResult(x, jnp.asarray(y, int), jnp.asarray(False), worst)
     none = varying(none, axes_of(x, y, valid))
@@ -164,14 +170,14 @@ def none_yet(x: Array, y: ArrayLike, valid: Array | None = None) -> AttackResult
 
 
 def worse(new: AttackResult, old: AttackResult) -> AttackResult:
-    """The one of the smaller margin; of equal ones the old."""
+    """Returns the result of the smaller margin; of equal ones the old."""
     return jax.tree.map(lambda a, b: jnp.where(new.margin < old.margin, a, b), new, old)
 
 
 def _log_each(
     apply: Apply, samples: Stacked, x: Array, y: ArrayLike, batch_size: int | None
 ) -> Array:
-    """Every log p_s(c), shape (S, C)."""
+    """Evaluates every log p_s(c), shape (S, C)."""
 
     def log_probs(params: Params, x: Array) -> Array:
         logits = apply(params, x)
@@ -187,7 +193,7 @@ def _log_each(
 def _fold(
     one: Callable, add: Callable, total: Any, samples: Stacked, batch_size: int | None
 ) -> Any:
-    """Fold `add` over the samples' terms, in chunks; the last chunk may be shorter."""
+    """Folds `add` over the samples' terms, in chunks; the last chunk may be shorter."""
     num = jax.tree.leaves(samples)[0].shape[0]
     size = min(batch_size or 1, num)
     whole = num // size * size

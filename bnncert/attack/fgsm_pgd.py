@@ -5,7 +5,10 @@ looks for the point of a ball around x where the true class y wins by least:
 
     minimise  margin(x') = log pi_y(x') - max_{j != y} log pi_j(x')    over |x' - x|_p <= eps,
 
-ascending the negative log-likelihood -log pi_y (`bnncert.attack.predictive`).
+ascending the negative log-likelihood (`bnncert.attack._predictive`), with P the projection on the
+ball and g the steepest unit step in the norm p,
+
+    x_{k+1} = P( x_k + step_size g( -grad log pi_y(x_k) ) ).
 
 An attack that fails proves nothing; one that succeeds proves that the network is not robust at x.
 
@@ -21,14 +24,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from bnncert.attack.geometry import (
+from bnncert.attack._geometry import (
     GEOMETRIES,
     check_arguments,
     spread_out,
     starting_points,
     usable,
 )
-from bnncert.attack.predictive import Ascent, AttackResult, ascent, none_yet, result_at, worse
+from bnncert.attack._predictive import Ascent, AttackResult, ascent, none_yet, result_at, worse
 from bnncert.outputs import logits_of, look_at_ending
 from bnncert.sets import check_radius
 from bnncert.types import Apply, Key, Stacked
@@ -51,6 +54,8 @@ def pgd(
     batch_size: int | None = None,
 ) -> AttackResult:
     """Projected gradient descent on one example: the worst of all iterates and restarts.
+
+        minimise  log pi_y - max_{j != y} log pi_j    by    x <- P(x + step_size g(-grad log pi_y))
 
     The first restart begins at x itself, so the clean input is among the candidates; the others
     begin uniformly in the ball. With one key and one `step_size`, more steps or more restarts only
@@ -83,12 +88,13 @@ def pgd(
     Raises:
         TypeError: for an integer x or a y that is no integer.
         ValueError: for a bad radius, count, p or clip, an x that is known not to be finite or not
-            to lie in clip, samples that are not stacked, a label that
-            names no class.
+            to lie in clip, samples that are not stacked, a label that names no class.
 
     Cost: restarts (steps + 1) S forward and backward passes. Memory, times the batch under `vmap`:
     (restarts + batch_size) |x| + batch_size A, A being what a backward pass keeps of its forward
     pass; besides the samples, which are shared, independent of S and of steps.
+
+    Source: Madry et al., ICLR 2018, section 2.1; on the predictive, Carbone et al., NeurIPS 2020.
 
     Example:
         >>> apply = lambda w, x: w @ x
@@ -128,7 +134,9 @@ def fgsm(
     clip: tuple[float, float] | None = None,
     batch_size: int | None = None,
 ) -> AttackResult:
-    """The fast gradient sign method: x + eps sign(-grad log pi_y), or x itself if that is worse.
+    """The fast gradient sign method: one step to the edge of the ball, or none if that is worse.
+
+        x' = P( x + eps sign(-grad log pi_y(x)) )
 
     Args:
         apply: `apply(params, x) -> logits (C,)` for one example.
@@ -147,6 +155,14 @@ def fgsm(
         TypeError, ValueError: as `pgd`.
 
     Cost: 2 S forward and backward passes.
+
+    Source: Goodfellow et al., ICLR 2015, section 4.
+
+    Example:
+        >>> apply = lambda w, x: w @ x
+        >>> w = jnp.array([[[2.0, 0.0], [0.0, 1.0]]])  # S = 1: the logits are 2 x_0 and x_1
+        >>> fgsm(apply, w, jnp.array([0.5, 0.5]), 0, 0.25).x.tolist()
+        [0.25, 0.75]
     """
     unused = jax.random.key(0)  # a single start is x itself
     return pgd(
@@ -163,7 +179,7 @@ def _search(
     y: ArrayLike,
     steps: int,
 ) -> AttackResult:
-    """Descend from each start; keep the first point of least margin among all evaluated.
+    """Descends from each start, and keeps the first point of least margin among all evaluated.
 
     The last evaluation computes a direction that nobody follows: one backward pass in steps + 1,
     for a single compiled body.

@@ -26,11 +26,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from bnncert._varying import axes_of, varying
-from bnncert.attack.auto import apgd, targeted_apgd
-from bnncert.attack.geometry import check_arguments, spread_out, usable
-from bnncert.attack.gradient import pgd
-from bnncert.attack.predictive import AttackResult, log_predictive, none_yet, result_at, worse
-from bnncert.attack.query import square
+from bnncert.attack._geometry import check_arguments, spread_out, usable
+from bnncert.attack._predictive import AttackResult, log_predictive, none_yet, result_at, worse
+from bnncert.attack.auto_pgd import apgd, targeted_apgd
+from bnncert.attack.fgsm_pgd import pgd
+from bnncert.attack.square_search import square
 from bnncert.outputs import logits_of, look_at_ending
 from bnncert.types import Apply, Key, Stacked
 
@@ -53,7 +53,9 @@ def strongest(
     p: float | int = jnp.inf,
     batch_size: int | None = None,
 ) -> AttackResult:
-    """The worst point of the whole battery on one example: of the least margin.
+    """Finds the worst point of the whole battery on one example: that of the least margin.
+
+        margin(x') = log pi_y(x') - max_{j != y} log pi_j(x'),    x' = argmin over attacks
 
     Args:
         key: a PRNG key; PGD is given this very key.
@@ -81,6 +83,8 @@ def strongest(
 
     Cost: the sum of the attacks': about (8 + 3 num_targets) restarts x steps x S evaluations, and
     queries x restarts x S. Compiles each attack once: some seconds.
+
+    Source: Croce & Hein, ICML 2020, section 5 (an ensemble of attacks).
 
     Example:
         >>> apply = lambda w, x: w @ x
@@ -127,30 +131,40 @@ def battery(
     p: float | int = jnp.inf,
     batch_size: int | None = None,
 ) -> dict[str, AttackResult]:
-    """What each attack of the battery finds, by its name.
+    """Runs every attack of the battery on one example, each by its name.
 
     Args:
-        key: as `strongest`, and so all others.
-        apply: see there.
-        samples: see there.
-        x: see there.
-        y: see there.
-        eps: see there.
-        outputs: see there.
-        steps: see there.
-        restarts: see there.
-        num_targets: see there.
-        queries: see there.
-        surrogate: see there.
-        clip: see there.
-        p: see there.
-        batch_size: see there.
+        key: a PRNG key; PGD is given this very key.
+        apply: `apply(params, x) -> logits (C,)` for one example.
+        samples: the S networks deployed, stacked.
+        x: one input; for images, pixels in [0, 1].
+        y: its true class.
+        eps: radius in the units of x.
+        outputs: as for `pgd`.
+        steps: of PGD and of each APGD, >= 1.
+        restarts: of each attack, >= 1.
+        num_targets: of the targeted attack, at most 9 by default.
+        queries: of Square, for each restart; 0 leaves it out. It is left out for p = 2.
+        surrogate: other networks, stacked, to find points with.
+        clip: `(low, high)`, the range of the input's values, in which x lies.
+        p: inf or 2.
+        batch_size: samples evaluated at once, as in `pgd`.
 
     Returns:
         An `AttackResult` for each attack that p and the options allow.
 
     Raises:
         TypeError, ValueError: as the attacks; for negative queries.
+
+    Cost: as `strongest`.
+
+    Source: Croce & Hein, ICML 2020 (AutoAttack, of which this is the like).
+
+    Example:
+        >>> apply, w = lambda w, x: w @ x, jnp.array([[[2.0, 0.0], [0.0, 1.0]]])
+        >>> target = apply, w, jnp.array([0.5, 0.5]), 0, 0.25
+        >>> sorted(jax.eval_shape(lambda: battery(jax.random.key(0), *target, steps=2)))
+        ['apgd-ce', 'apgd-dlr', 'pgd', 'square', 'targeted']
     """
     if queries < 0:
         raise ValueError(f"queries = {queries}: it must be at least 0, which leaves Square out.")
@@ -187,7 +201,9 @@ def transfer(
     outputs: str = "logits",
     batch_size: int | None = None,
 ) -> AttackResult:
-    """Of points found elsewhere, the one at which this predictive does worst.
+    """Finds, of points found elsewhere, the one at which this predictive does worst.
+
+        margin(x') = log pi_y(x') - max_{j != y} log pi_j(x'),    x' = argmin over candidates
 
     Nothing is searched: the points are what attacks on other networks returned, `found.x`. Put the
     clean input among them, as every attack does.
@@ -207,6 +223,8 @@ def transfer(
         TypeError, ValueError: as `pgd`; for no candidates.
 
     Cost: one evaluation of S networks for each candidate.
+
+    Source: Carbone et al., NeurIPS 2020 (attacks carried between networks and their posterior).
 
     Example:
         >>> apply = lambda w, x: w @ x

@@ -13,8 +13,8 @@ point so far, if since the last checkpoint either
     2. neither was eta halved at that checkpoint, nor is the best loss any better.
 
 So no step size has to be chosen: where fixed steps jump over a narrow valley for ever, these come
-to rest in it. Losses: `bnncert.attack.losses`. Their best point steers the search; what is returned
-is the point of least margin among all that were evaluated.
+to rest in it. Losses: `bnncert.attack._losses`. Their best point steers the search; what is
+returned is the point of least margin among all that were evaluated.
 
 Source: Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
 parameter-free attacks", ICML 2020, algorithm 1 and section 4 (targeted APGD).
@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from bnncert._varying import axes_of, varying
-from bnncert.attack.geometry import (
+from bnncert.attack._geometry import (
     GEOMETRIES,
     Geometry,
     check_arguments,
@@ -39,8 +39,8 @@ from bnncert.attack.geometry import (
     starting_points,
     usable,
 )
-from bnncert.attack.losses import dlr, log_odds, targeted_dlr
-from bnncert.attack.predictive import (
+from bnncert.attack._losses import dlr, log_odds, targeted_dlr
+from bnncert.attack._predictive import (
     AttackResult,
     ascent,
     log_predictive,
@@ -75,8 +75,11 @@ def apgd(
 ) -> AttackResult:
     """APGD on one example: the worst of all iterates and restarts.
 
-    As `pgd`: the first restart begins at x itself, the others uniformly in the ball; batch with
-    `jax.vmap`, under one `jax.jit`.
+        z = P(x_k + eta g(x_k)),   x_{k+1} = P(x_k + alpha (z - x_k) + (1 - alpha)(x_k - x_{k-1}))
+
+    with a step size eta that is halved where the search comes to a halt (see the module). As `pgd`:
+    the first restart begins at x itself, the others uniformly in the ball; batch with `jax.vmap`,
+    under one `jax.jit`.
 
     Args:
         key: a PRNG key for the random starts.
@@ -86,7 +89,7 @@ def apgd(
         y: its true class.
         eps: radius in the units of x.
         outputs: as for `pgd`.
-        loss: "ce" or "dlr" (`bnncert.attack.losses`).
+        loss: "ce" or "dlr" (`bnncert.attack._losses`).
         steps: gradient steps, >= 1; the schedule wants 20 or more.
         restarts: starting points, >= 1.
         clip: `(low, high)`, the range of the input's values, in which x lies.
@@ -101,6 +104,8 @@ def apgd(
 
     Cost: restarts (steps + 1) S forward and backward passes; for "dlr" S forward passes more in
     each. Memory: that of `pgd`, and four points.
+
+    Source: Croce & Hein, ICML 2020, algorithm 1.
 
     Example:
         >>> apply = lambda w, x: w @ x
@@ -154,6 +159,8 @@ def targeted_apgd(
 ) -> AttackResult:
     """APGD with the targeted DLR, once for each of the classes that x is most likely taken for.
 
+        maximise  -(z_y - z_t) / (z_1 - (z_3 + z_4)/2)    over the ball, for each target t
+
     Args:
         key: a PRNG key for the random starts.
         apply: `apply(params, x) -> logits (C,)` for one example.
@@ -177,6 +184,15 @@ def targeted_apgd(
         TypeError, ValueError: as `pgd`; for more targets than there are other classes.
 
     Cost: num_targets times that of `apgd` with "dlr".
+
+    Source: Croce & Hein, ICML 2020, equation 7.
+
+    Example:
+        >>> apply = lambda w, x: w @ x
+        >>> w = jnp.array([[[2.0, 0.0], [0.0, 1.0]]])  # S = 1: the logits are 2 x_0 and x_1
+        >>> found = targeted_apgd(jax.random.key(0), apply, w, jnp.array([0.5, 0.5]), 0, 0.25)
+        >>> found.x.tolist(), bool(found.broken)
+        ([0.25, 0.75], True)
     """
     x = jnp.asarray(x)
     counts = {"steps": steps, "restarts": restarts, "batch_size": batch_size}
@@ -207,11 +223,17 @@ def targeted_apgd(
 
 
 class _Evaluated(NamedTuple):
-    """What the search needs of a point."""
+    """What the search needs of a point.
+
+    Attributes:
+        log_probs: log pi (C,), up to a constant.
+        direction: the loss's gradient; 0 where it is not finite: such a coordinate stays.
+        value: of the loss; -inf for NaN, which is no progress.
+    """
 
     log_probs: Array
-    direction: Array  # 0 where a gradient is not finite: such a coordinate stays where it is
-    value: Array  # of the loss; -inf for NaN, which is no progress
+    direction: Array
+    value: Array
 
 
 def _evaluated(log_probs: Array, direction: Array, value: Array) -> _Evaluated:
@@ -226,15 +248,26 @@ class _Point(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Of a search between two steps."""
+    """Where a search stands between two steps.
+
+    Attributes:
+        here: the current iterate x_k.
+        previous: x_{k-1}.
+        best: the point of the greatest loss so far.
+        step_size: eta.
+        raised: steps since the last checkpoint that raised the loss.
+        halved: whether eta was halved at the last checkpoint.
+        best_then: the best loss at the last checkpoint.
+        worst: the point of least margin so far, which is returned.
+    """
 
     here: _Point
     previous: Array
     best: _Point
     step_size: Array
-    raised: Array  # steps since the last checkpoint that raised the loss
-    halved: Array  # whether the step size was halved at the last checkpoint
-    best_then: Array  # the best loss at the last checkpoint
+    raised: Array
+    halved: Array
+    best_then: Array
     worst: AttackResult
 
 
@@ -248,7 +281,7 @@ def _search(
     y: ArrayLike,
     steps: int,
 ) -> AttackResult:
-    """Search from each start for its target; keep the first point of least margin.
+    """Searches from each start for its target, and keeps the first point of least margin.
 
     Iteration 0 takes no step: with the direction 0 it evaluates the start, in the one compiled
     body.
@@ -259,13 +292,16 @@ def _search(
     def step(state: _State, now: tuple[Array, Array, Array, Array]) -> tuple[_State, None]:
         target, moves, alpha, window = now
         here = state.here
+        # 1. A step along the gradient, with momentum.
         z = project(here.x + state.step_size * geometry.steepest(here.direction))
         x = here.x + alpha * (z - here.x) + (1 - alpha) * (here.x - state.previous)
         x = project(x.astype(z.dtype))
+        # 2. What is found there, and whether it is the best so far.
         found = evaluate(x, target)
         new = _Point(x, found.direction.astype(x.dtype), found.value.astype(x.dtype))
         best = _choose(new.value > state.best.value, new, state.best)
         raised = state.raised + (moves & (new.value > here.value))
+        # 3. At a checkpoint: is the step size too long? Then halve it, and go back to the best.
         idle = ~state.halved & (best.value <= state.best_then)
         check = window > 0
         halve = check & ((raised < _ENOUGH * window) | idle)
@@ -300,7 +336,7 @@ def _choose(first: Array, a: _Point, b: _Point) -> _Point:
 
 
 def _schedule(steps: int, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
-    """For iterations 0 .. steps: whether one moves, its alpha, and the window it ends, or 0."""
+    """Lists for iterations 0 .. steps if one moves, its alpha, and the window it ends, or 0."""
     window = {b: b - a for a, b in itertools.pairwise(_checkpoints(steps))}
     moves = jnp.arange(steps + 1) > 0
     alpha = jnp.where(jnp.arange(steps + 1) > 1, _MOMENTUM, 1.0).astype(dtype)
@@ -308,7 +344,7 @@ def _schedule(steps: int, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
 
 
 def _checkpoints(steps: int) -> list[int]:
-    """w_0 = 0, w_1, ...: step counts, increasing, the last at most `steps`.
+    """Lists the checkpoints w_0 = 0, w_1, ..., increasing, the last at most `steps`.
 
     >>> _checkpoints(100)
     [0, 22, 41, 57, 70, 80, 87, 93, 99]
