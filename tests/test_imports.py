@@ -29,9 +29,10 @@ ORDER = """
     bounds.api bounds.margins bounds.joint bounds outputs
     likelihood prior posterior.leaves posterior.mean_field posterior.samples posterior.low_rank
     posterior.gaussian posterior.mixture posterior.summary posterior
-    infer.minibatch infer.map infer.guides infer.svi infer.natural_gradient infer.vogn
-    infer.noisy_adam infer.ivon infer.swag infer.diagnostics infer.potential infer.progress
-    infer.mcmc infer.sgmcmc infer.laplace infer.ensemble infer
+    infer._minibatch infer.minibatch infer.map infer._elbo infer._variational infer.bbb
+    infer.low_rank infer.guide infer.svi infer._natural_gradient infer.vogn infer.noisy_adam
+    infer.ivon infer.swag infer.diagnostics infer._potential infer._progress infer.mcmc infer.hmc
+    infer.nuts infer._sgmcmc infer.sgld infer.sghmc infer.laplace infer.ensemble infer
     attack._predictive attack._geometry attack._losses
     attack.fgsm_pgd attack.auto_pgd attack.square_search attack.full_battery attack
     certify.inputs

@@ -30,9 +30,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from bnncert.infer import natural_gradient
-from bnncert.infer.minibatch import Schedule
-from bnncert.infer.natural_gradient import Draw, Leaves, Smooth
+from bnncert.infer import _natural_gradient
+from bnncert.infer._minibatch import Schedule
+from bnncert.infer._natural_gradient import Draw, Leaves, Smooth
 from bnncert.types import Algorithm, LogLikelihood, Prepare
 
 
@@ -73,9 +73,9 @@ def build(
         `Algorithm(init, update, posterior)`; the posterior is a `MeanField`.
 
     Raises:
-        ValueError: a number out of its range; as `natural_gradient.build`.
+        ValueError: a number out of its range; as `_natural_gradient.build`.
     """
-    return natural_gradient.build(
+    return _natural_gradient.build(
         price,
         riemannian(beta2),
         log_likelihood,
@@ -101,7 +101,7 @@ def price(draw: Draw) -> Leaves:
 
 def riemannian(beta2: float) -> Smooth:
     """The running mean of the curvature that stays above -d; beta2 in [0, 1)."""
-    natural_gradient.check_decay("beta2", beta2)
+    _natural_gradient.check_decay("beta2", beta2)
     rate = 1 - beta2
 
     def smooth(h: Array, estimate: Array, damping: Array) -> Array:

@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from bnncert import prior as priors
-from bnncert.infer.minibatch import check_settings, log_likelihoods
+from bnncert.infer._minibatch import check_settings, log_likelihoods
 from bnncert.posterior import Gaussian, MeanField
 from bnncert.posterior.leaves import flatten, unflatten
 from bnncert.types import Batch, Key, LogLikelihood, Params, Prepare, Threat

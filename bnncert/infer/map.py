@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from bnncert import prior as priors
-from bnncert.infer.minibatch import Schedule, log_likelihoods
+from bnncert.infer._minibatch import Schedule, log_likelihoods
 from bnncert.posterior import Samples
 from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Threat
 

@@ -2,7 +2,7 @@
 
     U(w) = -log p(w) - (1 / kl_weight) log p(D | w)        (nats, summed over weights and data)
 
-is the potential (`bnncert.infer.potential`): Markov chains have the density exp(-U), that is
+is the potential (`bnncert.infer._potential`): Markov chains have the density exp(-U), that is
 p(w) p(D | w)^(1 / kl_weight), as their limit, without the bias of a step size. HMC moves along
 
     dw/dt = M^-1 r,   dr/dt = -grad U(w),   r ~ N(0, M)
@@ -31,9 +31,9 @@ from jaxtyping import Array, Float, Int, PyTree
 from numpyro.infer import HMC, MCMC, NUTS
 
 from bnncert import prior as priors
-from bnncert.infer.minibatch import check_support
-from bnncert.infer.potential import pad, potential
-from bnncert.infer.progress import follow
+from bnncert.infer._minibatch import check_support
+from bnncert.infer._potential import pad, potential
+from bnncert.infer._progress import follow
 from bnncert.posterior import Samples
 from bnncert.sets import is_concrete
 from bnncert.types import Batch, Key, LogLikelihood, Params, Posterior, Prepare, Threat

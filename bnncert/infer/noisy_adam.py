@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from bnncert.infer import natural_gradient
-from bnncert.infer.minibatch import Schedule
-from bnncert.infer.natural_gradient import Draw, Leaves
+from bnncert.infer import _natural_gradient
+from bnncert.infer._minibatch import Schedule
+from bnncert.infer._natural_gradient import Draw, Leaves
 from bnncert.types import Algorithm, LogLikelihood, Prepare
 
 
@@ -65,11 +65,11 @@ def build(
         `Algorithm(init, update, posterior)`; the posterior is a `MeanField`.
 
     Raises:
-        ValueError: a number out of its range; as `natural_gradient.build`.
+        ValueError: a number out of its range; as `bnncert.infer.ivon.build`.
     """
-    return natural_gradient.build(
+    return _natural_gradient.build(
         squared_minibatch_gradient,
-        natural_gradient.moving_average(beta2),
+        _natural_gradient.moving_average(beta2),
         log_likelihood,
         prior,
         num_data=num_data,

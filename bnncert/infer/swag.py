@@ -36,7 +36,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from bnncert import prior as priors
 from bnncert.infer import map as maximum
-from bnncert.infer.minibatch import Schedule, check_settings
+from bnncert.infer._minibatch import Schedule, check_settings
 from bnncert.posterior import LowRank, MeanField
 from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Threat
 

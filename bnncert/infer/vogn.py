@@ -36,9 +36,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from bnncert.infer import natural_gradient
-from bnncert.infer.minibatch import Schedule
-from bnncert.infer.natural_gradient import Draw, Leaves
+from bnncert.infer import _natural_gradient
+from bnncert.infer._minibatch import Schedule
+from bnncert.infer._natural_gradient import Draw, Leaves
 from bnncert.likelihood import Composed
 from bnncert.types import Algorithm, Key, LogLikelihood, Prepare
 
@@ -84,7 +84,7 @@ def build(
 
     Raises:
         ValueError: a number out of its range, a log-likelihood without parts for "gauss-newton"; as
-            `natural_gradient.build`.
+            `_natural_gradient.build`.
     """
     if num_probes < 1:
         raise ValueError(f"num_probes = {num_probes}: take at least one.")
@@ -99,9 +99,9 @@ def build(
                 "bnncert.likelihood are; squared-gradients works with any."
             )
         estimate = partial(gauss_newton, log_likelihood)
-    return natural_gradient.build(
+    return _natural_gradient.build(
         partial(over_probes, estimate, num_probes),
-        natural_gradient.moving_average(beta2),
+        _natural_gradient.moving_average(beta2),
         log_likelihood,
         prior,
         num_data=num_data,

@@ -31,7 +31,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from bnncert import prior as priors
-from bnncert.infer.minibatch import Schedule, check_settings, each_datum, initial_scales
+from bnncert.infer._minibatch import Schedule, check_settings, each_datum, initial_scales
 from bnncert.posterior import MeanField
 from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Threat
 

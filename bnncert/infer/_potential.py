@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from bnncert import prior as priors
-from bnncert.infer.minibatch import log_likelihoods
+from bnncert.infer._minibatch import log_likelihoods
 from bnncert.types import Batch, Key, LogLikelihood, Params, Prepare, Threat
 
 

@@ -40,7 +40,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bnncert import prior as priors
-from bnncert.infer.minibatch import (
+from bnncert.infer._minibatch import (
     Schedule,
     check_settings,
     check_support,
