@@ -16,7 +16,13 @@ from bnncert.types import Stacked
 
 
 def num_samples(samples: Stacked) -> int:
-    """The number S of stacked weights.
+    """Counts the networks S of stacked weights.
+
+    Args:
+        samples: stacked weights, every leaf with a leading axis S.
+
+    Returns:
+        S.
 
     Raises:
         TypeError: a posterior in their place.
@@ -33,7 +39,7 @@ def num_samples(samples: Stacked) -> int:
 
 
 def nominal_input(x: Array | None, x_set: Set) -> tuple[Array, Set]:
-    """Where the predicted class is read off, and the set: an empty one if it does not hold x.
+    """Gives where the predicted class is read off, and the set: empty if it does not hold x.
 
     Args:
         x: None for the set's center.

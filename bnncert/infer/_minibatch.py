@@ -35,7 +35,7 @@ def each_datum(
     batch: Batch,
     threat: Threat,
 ) -> Array:
-    """A function of one datum, such as a log-likelihood, at every datum of a minibatch.
+    """Evaluates a function of one datum, such as a log-likelihood, at each of a minibatch.
 
     Args:
         function: `(key, params, x, y, threat) -> array`.
@@ -62,7 +62,10 @@ def log_likelihoods(
     batch: Batch,
     threat: Threat,
 ) -> Float[Array, " batch"]:
-    """Log-likelihood of each datum of a minibatch, in nats; 0 for padding. See `each_datum`."""
+    """Evaluates the log-likelihood of each datum of a minibatch, in nats; 0 for padding.
+
+    Its arguments are those of `each_datum`.
+    """
     terms = each_datum(log_likelihood, prepare, key, params, batch, threat)
     return jnp.where(batch.mask > 0, batch.mask * terms, 0.0)
 
@@ -70,7 +73,7 @@ def log_likelihoods(
 def check_settings(
     prior: PyTree, num_data: int, kl_weight: float | Schedule, initial_scale: float = 0.1
 ) -> None:
-    """Raise unless these can drive a method with a posterior over weights.
+    """Raises unless these can drive a method with a posterior over weights.
 
     Raises:
         ValueError: num_data < 1, a kl_weight that is not positive, an initial_scale that is not, a
@@ -90,7 +93,7 @@ def check_settings(
 
 
 def check_support(prior: PyTree) -> None:
-    """Raise unless a sampler's steps stay inside the support of every distribution.
+    """Raises unless a sampler's steps stay inside the support of every distribution.
 
     Raises:
         ValueError: naming the leaf whose support is not all real numbers.
@@ -107,7 +110,7 @@ def check_support(prior: PyTree) -> None:
 
 
 def initial_scales(prior: PyTree, params: Params, relative: float) -> dict[str, Array]:
-    """Standard deviations to start from, by name of the random leaf, each of its leaf's shape.
+    """Chooses standard deviations to start from, by name, each of its leaf's shape.
 
     Args:
         prior: says which leaves are random.

@@ -74,7 +74,7 @@ class NaturalGradientInfo(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What a minibatch says at one draw of the weights; by name, random leaves only.
+    """What a minibatch says at one draw of the weights, by name of the random leaves.
 
     Attributes:
         key: for what the estimate draws itself.
@@ -107,7 +107,17 @@ Smooth = Callable[[Array, Array, Array], Array]
 
 
 def moving_average(beta2: float) -> Smooth:
-    """The running mean: h <- beta2 h + (1 - beta2) estimate; beta2 in [0, 1)."""
+    """Makes the running mean of the curvature, h <- beta2 h + (1 - beta2) estimate.
+
+    Args:
+        beta2: decay, in [0, 1).
+
+    Returns:
+        `(h, estimate, d) -> h`.
+
+    Raises:
+        ValueError: a decay out of its range.
+    """
     check_decay("beta2", beta2)
     return lambda h, estimate, damping: beta2 * h + (1 - beta2) * estimate
 
@@ -128,6 +138,8 @@ def build(
     prepare: Prepare | None = None,
 ) -> Algorithm:
     """A natural-gradient method as an `Algorithm`; `vogn`, `noisy_adam` and `ivon` call it.
+
+        loc <- loc - a (g + d (loc - mu)) / (h + d),    scale^2 = kl_weight / (N (h + d))
 
     Args:
         estimate: of the curvature, from one draw.
@@ -185,7 +197,7 @@ def build(
 
 
 def check_decay(name: str, value: float) -> None:
-    """Raise a ValueError unless a decay lies in [0, 1)."""
+    """Raises ValueError unless a decay lies in [0, 1)."""
     if not 0 <= value < 1:
         raise ValueError(f"{name} = {value}: it must be in [0, 1), e.g. 0.9.")
 
@@ -238,8 +250,10 @@ def _update(
     threat: Threat,
 ) -> tuple[NaturalGradientState, NaturalGradientInfo]:
     """Draws the weights, estimates the curvature there, and takes one step."""
+    # 1. The scale of q that belongs to the curvature, and the prior's share d of the precision.
     kl_weight = settings.kl_weight(state.step)
     damping, scale = _damping(settings, state.step), _scales(settings, state)
+    # 2. At draws w ~ q: log-likelihood, gradient and an estimate of the curvature.
     observe = partial(_observe, settings, estimate, state, scale, batch, threat)
     keys = jax.random.split(key, settings.num_particles)
     each = observe(keys[0]) if settings.num_particles == 1 else jax.vmap(observe)(keys)
@@ -247,9 +261,11 @@ def _update(
         each = jax.tree.map(lambda value: value.mean(0), each)
     log_likelihood, gradient, estimated = each
 
+    # 3. h moves towards the estimate: the only line in which the methods differ, with 2.
     curvature = {
         name: smooth(h, estimated[name], damping[name]) for name, h in state.curvature.items()
     }
+    # 4. The gradient is averaged over time, and then divided: a Newton step for loc.
     random = {name: state.loc[name] for name in curvature}
     fixed = {name: leaf for name, leaf in state.loc.items() if name not in curvature}
     average: Any
@@ -260,6 +276,7 @@ def _update(
         for name, d in damping.items()
     }
     steps, opt_state = settings.optimizer.update(natural, state.opt_state, random)
+    # 5. Leaves without a prior have an optimiser of their own.
     summed = {name: settings.num_data * gradient[name] for name in fixed}
     fixed_steps, fixed_state = settings.deterministic.update(summed, state.deterministic, fixed)
     moved = {
@@ -288,7 +305,7 @@ def _observe(
     threat: Threat,
     key: Key,
 ) -> tuple[Array, Leaves, Leaves]:
-    """One draw: the log-likelihood, nats summed over the data, its gradient and its curvature."""
+    """Evaluates one draw: the log-likelihood (nats, all data), its gradient and its curvature."""
     draw_key, data_key, estimate_key = jax.random.split(key, 3)
     keys = dict(zip(scale, jax.random.split(draw_key, len(scale)), strict=True))
     offset = {
@@ -324,13 +341,14 @@ def _observe(
 
 
 def _damping(settings: _Settings, step: Array) -> Leaves:
-    """d, the prior's share of the precision, in the units of h."""
+    """Computes d, the prior's share of the precision, in the units of h."""
     weight = settings.kl_weight(step) / settings.num_data
     _, widths = priors.normal_parameters(settings.prior)
     return {name: (weight / tau**2).astype(tau.dtype) for name, tau in widths.items()}
 
 
 def _scales(settings: _Settings, state: NaturalGradientState) -> Leaves:
+    """Computes q's standard deviations, sqrt(kl_weight / (N (h + d)))."""
     weight = settings.kl_weight(state.step) / settings.num_data
     damping = _damping(settings, state.step)
     return {

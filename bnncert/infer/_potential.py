@@ -28,7 +28,7 @@ def potential(
     prepare: Prepare | None = None,
     batch_size: int = 1024,
 ) -> Float[Array, ""]:
-    """U(w) in nats, summed over weights and data.
+    """Computes U(w) = -log p(w) - (1 / kl_weight) log p(D | w), in nats.
 
     Args:
         log_likelihood: of one datum.
@@ -40,6 +40,9 @@ def potential(
         kl_weight: of the prior, > 0.
         prepare: `(params, x) -> params`, applied first, or None.
         batch_size: data evaluated at once, also in the gradient, which evaluates them twice.
+
+    Returns:
+        A scalar, summed over weights and data.
     """
     prepared = params if prepare is None else prepare(params, data.x)
 
@@ -61,7 +64,7 @@ def potential(
 
 
 def pad(data: Batch, batch_size: int) -> Batch:
-    """Padded to a multiple of `batch_size`, by repeating the first datum under a mask of 0."""
+    """Pads data to a multiple of `batch_size`, by the first datum under a mask of 0."""
     missing = -data.mask.shape[0] % batch_size
     if not missing:
         return data

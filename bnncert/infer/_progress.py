@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 
 def follow(run: Callable[..., Any], total: int) -> Callable[..., Any]:
-    """`run`, jitted, with a bar.
+    """Jits `run`, and shows a bar while it runs.
 
     Args:
         run: takes arrays and `watch=`, with which it wraps its kernel.

@@ -124,7 +124,9 @@ def build(
     deterministic: optax.GradientTransformation | None = None,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """SGLD or SGHMC as an `Algorithm`.
+    """SGLD or SGHMC as an `Algorithm`; each by itself is `bnncert.infer.sgld` or `sghmc`.
+
+        v <- (1 - a) v - (h / 2) grad U(w) + sqrt(a h) xi,    w <- w + v
 
     Args:
         log_likelihood: of one datum, e.g. `bnncert.likelihood.robust_categorical(apply)`.
@@ -158,6 +160,8 @@ def build(
             support; from `init`, deterministic leaves without an optimiser.
 
     Cost: one gradient of a minibatch a step. Memory: 2 + num_samples networks.
+
+    Source: Welling & Teh, ICML 2011, equation 4; Chen et al., ICML 2014, equation 15.
     """
     check_settings(prior, num_data, kl_weight)
     check_support(prior)
@@ -211,7 +215,7 @@ def potential(
     batch: Batch,
     threat: Threat,
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""]]]:
-    """U(w) in nats, estimated from a minibatch; with log p(D | w) and log p(w)."""
+    """Estimates U(w) from a minibatch, in nats, with log p(D | w) and log p(w)."""
     terms = log_likelihoods(log_likelihood, prepare, key, params, batch, threat)
     log_lik = num_data * terms.sum() / batch.mask.sum()
     log_prior = priors.log_prob(prior, params)
@@ -241,6 +245,7 @@ def _init(settings: _Settings, key: Key, params: Params) -> SGMCMCState:
 def _update(
     settings: _Settings, key: Key, state: SGMCMCState, batch: Batch, threat: Threat
 ) -> tuple[SGMCMCState, SGMCMCInfo]:
+    # 1. The gradient of U at the weights.
     likelihood_key, noise_key = jax.random.split(key)
     random, trained = _parts(settings.prior, state.params)
 
@@ -252,6 +257,7 @@ def _update(
     (_, (log_lik, log_prior)), gradient = jax.value_and_grad(of_leaves, has_aux=True)(
         random | trained
     )
+    # 2. Momentum, friction and, where the cycle samples, noise.
     step_size, sampling, kept = _phase(settings, state.step)
     noise_size = jnp.where(sampling, jnp.sqrt(settings.friction * step_size), 0.0)
     momentum = {}
@@ -260,6 +266,7 @@ def _update(
         noise = jax.random.normal(leaf_key, leaf.shape, leaf.dtype)
         h, size = (jnp.asarray(value, leaf.dtype) for value in (step_size, noise_size))
         momentum[name] = (1 - settings.friction) * v - h / 2 * gradient[name] + size * noise
+    # 3. The step; leaves without a prior have an optimiser of their own.
     new = {name: leaf + momentum[name] for name, leaf in random.items()}
     opt_state = state.opt_state
     if settings.deterministic is not None:
@@ -269,6 +276,7 @@ def _update(
         new.update(cast(Leaves, optax.apply_updates(trained, moves)))
     params = priors.replace(state.params, new)
 
+    # 4. The weights after the step, if they are kept, in place of the oldest.
     place = state.collected % settings.num_samples
     samples = jax.tree.map(
         lambda ring, v: ring.at[place].set(jnp.where(kept, v, ring[place])),
@@ -286,7 +294,7 @@ def _update(
 def _phase(
     settings: _Settings, step: Int[Array, ""]
 ) -> tuple[Float[Array, ""], Bool[Array, ""], Bool[Array, ""]]:
-    """Step size; whether there is noise; whether the weights after this step (from 0) are kept."""
+    """Says of a step (from 0) its size, if there is noise, and if the weights after it are kept."""
     step_size = jnp.asarray(settings.step_size(step))
     after = step - settings.burn_in
     if settings.cycle_length is None:
@@ -300,7 +308,7 @@ def _phase(
 
 
 def _first_sampling(exploration: float, length: int) -> int:
-    """The first step of a cycle with noise."""
+    """Finds the first step of a cycle with noise."""
     return math.ceil(exploration * length - 1e-9)  # 0.7 * 10 is 7, not 7.000000000000001
 
 
@@ -322,7 +330,7 @@ def _posterior(settings: _Settings, state: SGMCMCState) -> Samples:
 
 
 def _parts(prior: PyTree, params: Params) -> tuple[Leaves, Leaves]:
-    """The random leaves, and the deterministic ones that hold floats, by name."""
+    """Parts the leaves, by name: the random ones, and the deterministic ones that hold floats."""
     leaves, random = priors.named(params), priors.sites(prior)
     trained = {
         name: leaf

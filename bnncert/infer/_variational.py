@@ -147,11 +147,11 @@ def build(
 
 
 def by_leaf(prior: PyTree, read: Callable[[str], Array]) -> Any:
-    """A tree with what is read for each random leaf, and None for the deterministic ones."""
+    """Makes a tree of what is read for each random leaf, with None for the deterministic ones."""
     leaves = priors.named(prior).items()
     return priors.unflatten(prior, {n: None if leaf is None else read(n) for n, leaf in leaves})
 
 
 def log_scale(name: str) -> str:
-    """The name of the logarithm of a leaf's standard deviations; its means have the leaf's own."""
+    """Names the logarithm of a leaf's standard deviations; its means have the leaf's own name."""
     return f"{name}/log_scale"

@@ -251,7 +251,7 @@ def _model(
     batch: Batch | None = None,
     threat: Threat | None = None,
 ) -> None:
-    """The prior over weights, and the likelihood of a minibatch as a factor inside a plate."""
+    """Samples the prior over weights, with a minibatch's likelihood as a factor inside a plate."""
     values = {}
     initial = {} if start is None else priors.named(start)
     for name, leaf in priors.named(prior).items():
@@ -280,7 +280,7 @@ def _scaled(
     batch: Batch | None = None,
     threat: Threat | None = None,
 ) -> None:
-    """The guide, its densities weighted as the prior's are."""
+    """Runs the guide, its densities weighted as the prior's are."""
     del batch, threat
     with numpyro.handlers.scale(scale=kl_weight):
         guide.program(start)

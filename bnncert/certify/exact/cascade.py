@@ -55,6 +55,8 @@ def cascade(
 ) -> Cascade:
     """Certifies the decisions of the posterior predictive over many sets of inputs.
 
+        pi_c(x') - pi_j(x') >= max over the methods that saw the point of their lower bounds
+
     Args:
         apply: `(params, x) -> logits (C,)` for one example.
         samples: the deployed weights, stacked: every leaf has a leading axis S.
@@ -78,6 +80,8 @@ def cascade(
             those that apply takes, x or wanted for another number of points; an empty set, or an x
             outside its set; as `decision`.
         TypeError: x_sets is not a set; traced values (under `jit`); as `decision`.
+
+    Source: Wicker et al., AISTATS 2021, section 6, by each method in turn.
 
     Cost: one compile a method, and each point by each method until one proves it. Memory: that of
     `batch_size` decisions. Not to be jitted: what is computed depends on what was proved.
@@ -154,7 +158,17 @@ def stage_of(
     rounding: Rounding = "outward",
     outputs: str = "logits",
 ) -> Callable[..., Decision]:
-    """`(samples, x_set, x) -> Decision` by one method of a cascade, for one point."""
+    """Makes `(samples, x_set, x) -> Decision` by one method of a cascade, for one point.
+
+    Args:
+        apply: `(params, x) -> logits (C,)` for one example.
+        method: one of `STAGES`, or an object with options.
+        rounding: as for `bnncert.certify.decision`.
+        outputs: as for `bnncert.certify.decision`.
+
+    Returns:
+        The certificate, to be jitted and vmapped.
+    """
 
     def certify(samples: Any, x_set: Set, x: Array) -> Decision:
         if method == "joint":

@@ -18,10 +18,19 @@ from bnncert.sets import Box
 
 
 def least_differences(margins: Box) -> Float[Array, " classes"]:
-    """The least softmax_c - softmax_j of one network, for each j.
+    """Bounds softmax_c - softmax_j of one network from below, for each j.
+
+        min over the box of (1 - exp m_j) / sum_k exp m_k
 
     Args:
         margins: bounds on f_k - f_c, shape (C,), of which that of c itself is 0.
+
+    Returns:
+        Shape (C,); 0 for c itself, -1 where a bound overflowed.
+
+    Example:
+        >>> least_differences(Box(jnp.zeros(2), jnp.zeros(2))).tolist()  # logits that are equal
+        [0.0, 0.0]
     """
     # [j, k]: the margin m_k at which softmax_c - softmax_j is smallest
     others = jnp.where(margins.upper[:, None] > 0, margins.lower[None, :], margins.upper[None, :])
@@ -34,6 +43,19 @@ def least_differences(margins: Box) -> Float[Array, " classes"]:
 
 
 def probability_box(margins: Box) -> Box:
-    """Bounds on softmax_c, from bounds on the margins f_k - f_c (of which that of c is 0)."""
+    """Bounds softmax_c of one network.
+
+        1 / sum_k exp u_k  <=  softmax_c  <=  1 / sum_k exp l_k
+
+    Args:
+        margins: bounds on f_k - f_c, shape (C,), of which that of c itself is 0.
+
+    Returns:
+        A `Box` of scalars.
+
+    Example:
+        >>> print(probability_box(Box(jnp.zeros(2), jnp.zeros(2))).lower)
+        0.5
+    """
     lower, upper = -jax.nn.logsumexp(margins.upper), -jax.nn.logsumexp(margins.lower)
     return Box(jnp.exp(lower), jnp.exp(upper))

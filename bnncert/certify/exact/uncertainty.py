@@ -92,7 +92,10 @@ def uncertainty(
     rounding: Rounding = "outward",
     batch_size: int | None = None,
 ) -> Uncertainty:
-    """Bounds on the predictive's confidence and entropy over a set of inputs.
+    """Bounds the predictive's confidence and entropy over a set of inputs.
+
+        max_c l_c  <=  max_c pi_c  <=  max_c u_c
+        H(pi)  <=  sum_c h(v_c) + h'(t) (1 - sum_c v_c),    v_c = clip(t, l_c, u_c)
 
     Args:
         apply: `(params, x) -> logits (C,)` for one example.
@@ -111,6 +114,8 @@ def uncertainty(
         TypeError, ValueError: as `bnncert.certify.predictive`.
 
     Cost: `bnncert.certify.predictive`, and 65 C operations.
+
+    Source: Bitterwolf et al., NeurIPS 2020 (upper bounds on the confidence over balls).
 
     Example:
         >>> apply = lambda w, x: w * x                                  # logits (x, -x)
@@ -141,7 +146,10 @@ def mean_and_variance(
     rounding: Rounding = "outward",
     batch_size: int | None = None,
 ) -> Moments:
-    """Bounds on mean and variance over samples of a regression's outputs over a set of inputs.
+    """Bounds mean and variance over samples of a regression's outputs over a set of inputs.
+
+        1/(2 S^2) sum_{s, r} max(l_s - u_r, l_r - u_s, 0)^2  <=  Var
+        Var  <=  1/S sum_s max(|l_s - t|, |u_s - t|)^2,    for any t
 
     Args:
         apply: `(params, x) -> outputs` for one example.
@@ -192,7 +200,7 @@ def mean_and_variance(
 
 
 def _on_the_simplex(box: Box, given: float = 0.0) -> Box:
-    """The box without what cannot add up to 1, but for an error that is given."""
+    """Takes off a box what cannot add up to 1, but for an error that is given."""
     error = _error(box) + given
     below, above = box.lower.sum() - box.lower, box.upper.sum() - box.upper
     lower = jnp.maximum(box.lower, jnp.minimum(1 - above - error, box.upper))
@@ -201,7 +209,7 @@ def _on_the_simplex(box: Box, given: float = 0.0) -> Box:
 
 
 def _entropy(box: Box, given: float = 0.0) -> Box:
-    """Over the box and the simplex, in nats; an error of the sums to 1 may be given."""
+    """Bounds the entropy over the box and the simplex, in nats, for sums to 1 up to an error."""
     error, dtype = _error(box) + given, box.lower.dtype
 
     def dual(mu: Array) -> Array:
@@ -225,7 +233,7 @@ def _entropy(box: Box, given: float = 0.0) -> Box:
 
 
 def _h(p: Float[Array, "..."]) -> Float[Array, "..."]:
-    """-p log p, 0 at 0 and at what underflows, whose logarithm is that of 0 on some backends."""
+    """Computes -p log p, with 0 where p underflows: its logarithm is that of 0 on some backends."""
     normal = p >= jnp.finfo(p.dtype).tiny
     return jnp.where(normal, -p * jnp.log(jnp.where(normal, p, 1.0)), 0.0)
 
@@ -235,6 +243,6 @@ def _unit(box: Box) -> float:
 
 
 def _error(box: Box) -> float:
-    """Of a sum of C computed numbers of at most 1."""
+    """Bounds the error of a sum of C computed numbers of at most 1."""
     classes = box.lower.size
     return (64 + classes * (classes + 8)) * _unit(box)

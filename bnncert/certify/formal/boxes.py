@@ -100,7 +100,12 @@ class Claim(NamedTuple):
 
 
 class Gaussian(NamedTuple):
-    """Means and standard deviations, shape (P,)."""
+    """A factorised Gaussian over all random weights, flat.
+
+    Attributes:
+        loc: means, shape (P,).
+        scale: standard deviations, shape (P,).
+    """
 
     loc: ndarray
     scale: ndarray
@@ -119,7 +124,7 @@ def search(
     rounds: int,
     steps: int,
 ) -> list[Proof]:
-    """Proofs on disjoint boxes.
+    """Searches disjoint boxes on which a claim is proved.
 
     Args:
         claims: the claim to try at an anchor.
@@ -133,6 +138,7 @@ def search(
         One `Proof` for each box; any two share faces at most.
     """
 
+    # From its likeliest point and, where that box holds too little, from a random one.
     def examine(lower: ndarray, upper: ndarray, known: Proof | None) -> Cell:
         whole = _probability(lower, upper, posterior)
         best, influence = known, np.zeros_like(lower, np.float64)
@@ -149,18 +155,22 @@ def search(
                 best = proof
         return _cell(lower, upper, best, influence, posterior)
 
+    # 1. The whole space is one cell.
     start = np.full_like(posterior.loc, np.inf)
     cells = [examine(-start, start, None)]
     examined = 1
     while examined < num_boxes:
+        # 2. The cell with the most undecided mass is next; when there is none left, all is decided.
         heaviest = max(range(len(cells)), key=lambda i: cells[i].undecided)
         cell = cells[heaviest]
         if cell.undecided <= 0:
             break
+        # 3. It is cut in two, along a face of its box or through the middle.
         parts = _cut(cell, posterior)
         if parts is None:  # no float lies between its ends
             cells[heaviest] = cell._replace(undecided=0.0)
             continue
+        # 4. Each part keeps what is proved in it; the one with mass to decide is examined anew.
         del cells[heaviest]
         for lower, upper, proof, settled in parts:
             if settled or examined >= num_boxes:
@@ -181,7 +191,7 @@ def grow(
     rounds: int,
     steps: int,
 ) -> tuple[Proof | None, ndarray]:
-    """A large box around an anchor on which a claim is proved.
+    """Grows a large box around an anchor on which a claim is proved.
 
     Args:
         claim: what to prove.
@@ -199,7 +209,7 @@ def grow(
     best, most = None, -math.inf
     influence = np.zeros(anchor.size)
     for _ in range(rounds):
-        # kappa in logs, from sides that all reach the end of the table to sides of about nothing
+        # 1. Bisect kappa in logs, from sides that all reach the table's end to sides of nothing.
         low, high = _GAINS[-1] - prices.max(), _GAINS[0] - prices.min()
         found, ends = None, (anchor, anchor)
         for step in range(steps):
@@ -211,10 +221,12 @@ def grow(
                     break
             else:
                 low = middle
+        # 2. Keep the proof of the largest mass.
         if found is not None:
             logarithm = log_mass(*found, *posterior)
             if best is None or logarithm > most:
                 best, most = Proof(*found, claim.safe, claim.witness), logarithm
+        # 3. The sides of the next round follow the bound's derivatives at the box found.
         by_lower, by_upper = claim.gradient(*(ends if found is None else found))
         slopes = np.stack([by_lower, -by_upper]).astype(np.float64) * posterior.scale
         slopes = np.where(np.isfinite(slopes), np.maximum(slopes, 0), 0)
@@ -229,7 +241,7 @@ def grow(
 def _ends(
     log_gains: ndarray, anchor: ndarray, lower: ndarray, upper: ndarray, posterior: Gaussian
 ) -> tuple[ndarray, ndarray]:
-    """The box whose sides have these gains, in its cell; in the format of the weights."""
+    """Makes the box whose sides have these gains, in its cell and the format of the weights."""
     reach = np.interp(-log_gains, -_GAINS, _DISTANCES) * posterior.scale
     below = np.asarray(anchor - reach[0], anchor.dtype)
     above = np.asarray(anchor + reach[1], anchor.dtype)
@@ -239,7 +251,7 @@ def _ends(
 def _anchor(
     lower: ndarray, upper: ndarray, posterior: Gaussian, uniform: ndarray | None
 ) -> ndarray:
-    """The likeliest point of a cell, or a draw from the Gaussian in it."""
+    """Takes the likeliest point of a cell, or draws one from the Gaussian in it."""
     if uniform is None:
         return np.clip(posterior.loc, lower, upper)
     point = posterior.loc + posterior.scale * _quantile(lower, upper, posterior, uniform)
@@ -249,7 +261,7 @@ def _anchor(
 def _quantile(
     lower: ndarray, upper: ndarray, posterior: Gaussian, fraction: ndarray | float
 ) -> ndarray:
-    """Of the Gaussian between two ends, in standard deviations; from the tail that is smaller."""
+    """Computes a quantile between two ends, in standard deviations, from the smaller tail."""
     below, above = (
         (end - posterior.loc.astype(np.float64)) / posterior.scale for end in (lower, upper)
     )
@@ -274,7 +286,7 @@ def _cell(
 def _cut(
     cell: Cell, posterior: Gaussian
 ) -> list[tuple[ndarray, ndarray, Proof | None, bool]] | None:
-    """Two cells that make up one, with what is left of its box, and whether that is to stay."""
+    """Cuts a cell in two, with what is left of its box, and whether that is to stay."""
     lower, upper, proof, undecided, influence = cell
     whole = _probability(lower, upper, posterior)
     if proof is not None and whole - undecided >= FAIR_SHARE * whole:
@@ -303,7 +315,7 @@ def _cut(
 
 
 def _clipped(proof: Proof | None, lower: ndarray, upper: ndarray) -> Proof | None:
-    """What is proved of a box is proved of its part in a cell."""
+    """Cuts a proof to a cell: what is proved of a box is proved of its part."""
     if proof is None:
         return None
     below, above = np.maximum(proof.lower, lower), np.minimum(proof.upper, upper)
@@ -311,7 +323,7 @@ def _clipped(proof: Proof | None, lower: ndarray, upper: ndarray) -> Proof | Non
 
 
 def _spread(lower: ndarray, upper: ndarray, posterior: Gaussian) -> ndarray:
-    """The interquartile range of the Gaussian in a cell, in standard deviations."""
+    """Computes the Gaussian's interquartile range in a cell, in standard deviations."""
     quartiles = [_quantile(lower, upper, posterior, q) for q in (0.25, 0.75)]
     return quartiles[1] - quartiles[0] + 1e-12
 

@@ -40,7 +40,14 @@ class Constraints(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a compiled function depends on."""
+    """What a compiled function depends on, and is compiled anew for.
+
+    Attributes:
+        apply: `(params, x) -> outputs`.
+        names: of the random leaves.
+        method: of the bounds.
+        rounding: of the bounds.
+    """
 
     apply: Apply
     names: tuple[str, ...]
@@ -49,7 +56,13 @@ class Task(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What a compiled function takes."""
+    """What a compiled function takes.
+
+    Attributes:
+        params: gives the deterministic leaves, and all shapes.
+        x_set: the set of inputs.
+        constraints: what is safe.
+    """
 
     params: Params
     x_set: Any
@@ -57,7 +70,17 @@ class Data(NamedTuple):
 
 
 def claim_at(key: Key, task: Task, data: Data, anchor: ndarray) -> Claim:
-    """Unsafe if an attack on the anchor succeeds, else safe."""
+    """Chooses what to prove around an anchor: unsafe if an attack on it succeeds, else safe.
+
+    Args:
+        key: of the attack.
+        task: what the compiled functions depend on.
+        data: what they take.
+        anchor: weights, flat.
+
+    Returns:
+        The claim, with the input and the row of an unsafe one as its witness.
+    """
     x, row, least = _attacked(key, task, data, anchor)
     kind, rest, witness = _safe, (), ()
     if not float(least) > 0:
@@ -74,7 +97,7 @@ def claim_at(key: Key, task: Task, data: Data, anchor: ndarray) -> Claim:
 
 
 def _rows(task: Task, data: Data, params: Params, x: Array) -> Array:
-    """C f(w, x) + d."""
+    """Computes C f(w, x) + d."""
     matrix, offset = (jnp.asarray(part) for part in data.constraints)
     return matrix @ jnp.ravel(task.apply(params, x)) + offset
 
@@ -84,7 +107,7 @@ def _params(task: Task, data: Data, weights: Array) -> Params:
 
 
 def _boxed(task: Task, data: Data, lower: Array, upper: Array) -> Params:
-    """Params with a `Box` for each random leaf."""
+    """Makes params with a `Box` for each random leaf."""
     below, above = (unflatten(ends, data.params, task.names) for ends in (lower, upper))
     leaves = priors.named(data.params)
     boxes = [Box(below[n], above[n]) if n in below else leaf for n, leaf in leaves.items()]
@@ -92,13 +115,13 @@ def _boxed(task: Task, data: Data, lower: Array, upper: Array) -> Params:
 
 
 def _safe(task: Task, data: Data, lower: Array, upper: Array) -> Array:
-    """The least row over all weights of the box and all inputs of the set."""
+    """Bounds the least row over all weights of the box and all inputs of the set from below."""
     bounded = bound(partial(_rows, task, data), task.method, rounding=task.rounding)
     return jnp.min(bounded(_boxed(task, data, lower, upper), data.x_set).lower)
 
 
 def _unsafe(task: Task, data: Data, lower: Array, upper: Array, x: Array, row: Array) -> Array:
-    """By how much a row is negative at one input, for all weights of the box."""
+    """Bounds from below by how much a row is negative at one input, for all weights of the box."""
 
     def one(params: Params) -> Array:
         return _rows(task, data, params, x)[row]
@@ -124,7 +147,7 @@ def _gradient(
 
 @partial(jax.jit, static_argnums=1)
 def _attacked(key: Key, task: Task, data: Data, weights: Array) -> tuple[Array, Array, Array]:
-    """A point of the set where the least row is as small as found, that row and its value."""
+    """Searches a point of the set where the least row is small; gives it, the row and its value."""
     params, region = _params(task, data, weights), data.x_set
     dtype = region.center.dtype
     if isinstance(region, LpBall):

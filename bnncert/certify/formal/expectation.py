@@ -59,7 +59,12 @@ class Expectation(NamedTuple):
 
 
 def expectation(apply: Apply, posterior: Posterior, x_set: Set) -> Expectation:
-    """Bounds on the expected outputs and probabilities over a set of inputs.
+    """Bounds the expected outputs and probabilities over a set of inputs.
+
+        E softmax_c >= exp(-log(1 + sum_j e^m_j) - sum_j v_j / 4)
+        E softmax_c >= 1 - sum_j sup E sigma(y_j)
+
+    for means E y_j <= m_j and variances Var y_j <= v_j of y_j = f_j - f_c.
 
     Args:
         apply: `(params, x) -> outputs (C,)` for one example: affine layers, dense or convolutional,
@@ -80,6 +85,8 @@ def expectation(apply: Apply, posterior: Posterior, x_set: Set) -> Expectation:
 
     Cost: seven evaluations of the network and C^2 rows of its last layer. Intervals over the set
     pass from layer to layer, so that it suits networks trained for IBP.
+
+    Source: Adams et al., ICML 2023 (the problem, and bounds by linear relaxation).
 
     Example:
         >>> apply = lambda w, x: jnp.array([1.0, -1.0]) * jax.nn.relu(w * x)
@@ -132,7 +139,7 @@ def _check_constants(graph: Graph) -> None:
 
 
 def _points(posterior: MeanField) -> Params:
-    """The params with a `Box` of one point for each random leaf."""
+    """Makes params with a `Box` of one point for each random leaf."""
     scales = priors.named(posterior.scale)
     leaves = [
         leaf if scales[name] is None else Box(jnp.asarray(leaf), jnp.asarray(leaf))
@@ -160,7 +167,7 @@ class _Last(NamedTuple):
 
 
 def _at_the_output(graph: Graph, values: list[Value], index: int) -> Expectation:
-    """Bounds on the outputs, and, together with their differences, on the probabilities."""
+    """Bounds the outputs and, together with their differences, the probabilities."""
     out = values[index]
     unit = unit_error(out.own, 16)
     deviation = (1 + unit) * jnp.sqrt(out.own + jnp.square(out.shared))
@@ -179,12 +186,12 @@ def _at_the_output(graph: Graph, values: list[Value], index: int) -> Expectation
 
 
 def _pairs(a: Array, b: Array) -> Array:
-    """a_j + b_c at (c, j)."""
+    """Puts a_j + b_c at (c, j)."""
     return a[None] + b[:, None]
 
 
 def _last_layer(graph: Graph, values: list[Value], index: int) -> _Last | None:
-    """The one product with weights behind an output, with what is affine after it; or None."""
+    """Finds the one product with weights behind an output, with what is affine after it."""
     tail, source = {index}, None
     for i in range(index, -1, -1):
         node = graph.nodes[i]
@@ -227,7 +234,7 @@ def _last_layer(graph: Graph, values: list[Value], index: int) -> _Last | None:
 
 
 def _size(node: Node, value: Value, operands: Sequence[Array]) -> Array:
-    """The magnitude of an input, or what an operation makes of magnitudes, its constants' too."""
+    """Computes an input's magnitude, or what an operation makes of magnitudes and constants."""
     if node.op == "input":
         return jnp.abs(value.mean.center) + value.mean.radius
     if len(operands) == 2 and node.op in PRODUCTS:
@@ -237,7 +244,7 @@ def _size(node: Node, value: Value, operands: Sequence[Array]) -> Array:
 
 
 def _differences(last: _Last) -> tuple[Array, Array]:
-    """At (c, j), of E[f_j - f_c] and the deviation of E[f_j - f_c | past], upper bounds."""
+    """Bounds E[f_j - f_c] and the deviation of E[f_j - f_c | past] from above, at (c, j)."""
     rows = _pairs(last.rows, -last.rows)
     h = settled(last.h)
     unit = unit_error(rows, last.terms)
@@ -254,7 +261,7 @@ def _times(matrix: Array, vector: Array) -> Array:
 
 
 def _probabilities(means: Array, variances: Array) -> Box:
-    """Bounds on E softmax_c from upper bounds on mean and variance of f_j - f_c, at (c, j)."""
+    """Bounds E softmax_c, from upper bounds on mean and variance of f_j - f_c, at (c, j)."""
     count = means.shape[0]
     other = ~jnp.eye(count, dtype=bool)
     means = jnp.where(other, means, 0.0)
@@ -274,7 +281,7 @@ _REACHES = np.geomspace(0.3, 300.0, 40)
 
 
 def _sigmoid_above(mean: Array, variance: Array) -> Array:
-    """The largest E sigma(y) can be, for E y <= mean and Var y <= variance."""
+    """Bounds E sigma(y) from above, for E y <= mean and Var y <= variance."""
     unit = unit_error(mean, 16)
     ahead = jnp.asarray(_REACHES, mean.dtype)[:, None, None] * jnp.sqrt(variance)
     least = jax.nn.sigmoid(jnp.maximum(mean + ahead, -40.0))

@@ -45,7 +45,9 @@ def log_mass(
     loc: Float[ArrayLike, "..."],
     scale: Float[ArrayLike, "..."],
 ) -> float:
-    """The logarithm of the mass of a box, rounded down.
+    """Computes the logarithm of the mass of a box, rounded down.
+
+        log M(l, u) = sum_i log P( l_i <= w_i <= u_i ),    w_i ~ N(m_i, s_i^2)
 
     Args:
         lower: ends of the box, may be -inf.
@@ -71,7 +73,9 @@ def mass(
     loc: Float[ArrayLike, "..."],
     scale: Float[ArrayLike, "..."],
 ) -> float:
-    """The mass of a box, rounded down.
+    """Computes the mass of a box, rounded down.
+
+        M(l, u) = prod_i P( l_i <= w_i <= u_i ),    w_i ~ N(m_i, s_i^2)
 
     Args:
         lower: as for `log_mass`.
@@ -90,12 +94,34 @@ def mass(
 
 
 def total(masses: Iterable[float]) -> float:
-    """The sum of masses of disjoint boxes, rounded down."""
+    """Adds the masses of disjoint boxes, rounded down.
+
+    Args:
+        masses: of the boxes, each in [0, 1].
+
+    Returns:
+        No more than their sum.
+
+    Example:
+        >>> total([0.25, 0.5]) < 0.75
+        True
+    """
     return max(0.0, math.nextafter(math.fsum(masses), -math.inf))
 
 
 def complement(masses: Iterable[float]) -> float:
-    """1 less the sum of masses of disjoint boxes, rounded up."""
+    """Takes the masses of disjoint boxes off 1, rounded up.
+
+    Args:
+        masses: of the boxes, each in [0, 1].
+
+    Returns:
+        No less than 1 - their sum, and at most 1.
+
+    Example:
+        >>> complement([0.25, 0.5]) > 0.25
+        True
+    """
     return min(1.0, math.nextafter(1.0 - total(masses), math.inf))
 
 
@@ -105,7 +131,7 @@ def factors(
     loc: Float[ArrayLike, "..."],
     scale: Float[ArrayLike, "..."],
 ) -> Float[ndarray, "..."]:
-    """For each weight the logarithm of its own factor, off by no more than 4 u of it upwards."""
+    """Computes each weight's own log factor, off by no more than 4 u of it upwards."""
     below, above = (
         (np.asarray(end, np.float64) - np.asarray(loc, np.float64)) / np.asarray(scale, np.float64)
         for end in (lower, upper)
@@ -122,7 +148,7 @@ def factors(
 
 
 def _tail(z: Float[ndarray, "..."], side: int) -> Float[ndarray, "..."]:
-    """Q(z) for z >= 0, enlarged (side 1) or lessened (side -1) by its error."""
+    """Computes Q(z) for z >= 0, enlarged (side 1) or lessened (side -1) by its error."""
     return np.asarray(ndtr(-z) * (1 + side * _error(z)) + side * _TINY)
 
 

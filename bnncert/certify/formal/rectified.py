@@ -24,32 +24,53 @@ PEAK = 0.39894229
 
 
 def mean_below(m: Float[Array, "..."], s: Float[Array, "..."]) -> Float[Array, "..."]:
-    """No more than R(m, s).
+    """Computes E max(z, 0) = m Phi(m/s) + s phi(m/s), rounded down.
 
     Args:
         m: mean of z.
         s: its standard deviation, >= 0.
+
+    Returns:
+        No more than R(m, s), elementwise.
+
+    Example:
+        >>> f"{float(mean_below(jnp.zeros(()), jnp.ones(()))):.4f}"     # 1 / sqrt(2 pi)
+        '0.3989'
     """
     least = jnp.maximum(m, 0.0)
     return jnp.maximum(_mean(m, s) - _unit(m) * (s + least), least)
 
 
 def mean_above(m: Float[Array, "..."], s: Float[Array, "..."]) -> Float[Array, "..."]:
-    """No less than R(m, s).
+    """Computes E max(z, 0) = m Phi(m/s) + s phi(m/s), rounded up.
 
     Args:
-        m: as for `mean_below`.
-        s: as for `mean_below`.
+        m: mean of z.
+        s: its standard deviation, >= 0.
+
+    Returns:
+        No less than R(m, s), elementwise.
+
+    Example:
+        >>> f"{float(mean_above(jnp.ones(()), jnp.zeros(()))):.4f}"
+        '1.0000'
     """
     return _mean(m, s) + _unit(m) * (s + jnp.maximum(m, 0.0))
 
 
 def square_above(m: Float[Array, "..."], s: Float[Array, "..."]) -> Float[Array, "..."]:
-    """No less than R2(m, s).
+    """Computes E max(z, 0)^2 = (m^2 + s^2) Phi(m/s) + m s phi(m/s), rounded up.
 
     Args:
-        m: as for `mean_below`.
-        s: as for `mean_below`.
+        m: mean of z.
+        s: its standard deviation, >= 0.
+
+    Returns:
+        No less than R2(m, s), elementwise.
+
+    Example:
+        >>> f"{float(square_above(jnp.zeros(()), jnp.ones(()))):.4f}"
+        '0.5000'
     """
     t = m / _divisor(s)
     value = (m * m + s * s) * ndtr(t) + m * s * _density(t)

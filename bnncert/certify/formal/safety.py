@@ -83,7 +83,7 @@ class Safety(NamedTuple):
 
 
 def class_stays(label: int, num_classes: int) -> Constraints:
-    """Safe is: the logit of a class is the strict largest.
+    """Calls safe that the logit of a class is the strict largest, y_label - y_j > 0 for all j.
 
     Args:
         label: the class, in 0..num_classes - 1.
@@ -110,7 +110,7 @@ def class_stays(label: int, num_classes: int) -> Constraints:
 
 
 def outputs_within(lower: Float[ArrayLike, "..."], upper: Float[ArrayLike, "..."]) -> Constraints:
-    """Safe is: every output lies strictly between two values.
+    """Calls safe that every output lies strictly between two values.
 
     Args:
         lower: one for each output (a scalar for one output), finite.
@@ -148,7 +148,10 @@ def safety(
     rounds: int = 3,
     steps: int = 12,
 ) -> Safety:
-    """Certified lower and upper bounds on P_safe under a factorised Gaussian posterior.
+    """Certifies lower and upper bounds on P_safe under a factorised Gaussian posterior.
+
+        P_safe >= sum of M(B) over boxes B with min over B x T of C f + d > 0 in every row
+        P_safe <= 1 - sum of M(B) over boxes B with max over B of (C f(w, x*) + d)_k < 0
 
     Call it outside `jit`: masses are summed on the host. What it compiles is kept for the same
     `apply` and shapes, so define `apply` once.
@@ -177,6 +180,8 @@ def safety(
 
     Cost: num_boxes times an attack of 20 steps, rounds steps bounds and rounds of their gradients,
     twice at worst. Memory: one bound with its gradient, and 4 num_boxes P numbers.
+
+    Source: Wicker et al., UAI 2020; Batten et al., AISTATS 2024, section 4.
 
     Example:
         >>> q = MeanField({"w": jnp.zeros(1)}, {"w": jnp.ones(1)})
@@ -260,7 +265,7 @@ def _mean_field(posterior: Posterior) -> MeanField:
 
 
 def _check(posterior: MeanField, x_set: Any, **counts: int) -> tuple[str, ...]:
-    """Names of the random leaves, after the checks at the public edge."""
+    """Checks what is given at the public edge, and names the random leaves."""
     check_region(x_set)
     for name, value in counts.items():
         if value < 1:

@@ -65,6 +65,9 @@ def statistical(
 ) -> Decision:
     """Certifies the decision of a continuous posterior's predictive, with confidence 1 - delta.
 
+        min_{x' in T} pi_c - pi_j  >=  E_q[ D_j(w) ],    D_j = min over T of softmax_c - softmax_j
+        E_q[ D_j ]  >=  mean of n bounds on D_j - slack(n, delta)
+
     Args:
         key: a PRNG key. Under `vmap` over points one key for all will do: the union bound does not
             ask for independent points.
@@ -97,6 +100,9 @@ def statistical(
     Cost: n draws and bounds of C margins, `num_pilot` draws and evaluations. Memory: `batch_size`
     draws and bounds, and n C numbers.
 
+    Source: Wicker et al., AISTATS 2021, section 6; the slack, Hoeffding, 1963, and Maurer and
+    Pontil, 2009.
+
     Example:
         >>> from bnncert.posterior import MeanField
         >>> apply = lambda p, x: p["w"] * x                             # logits (w_0 x, w_1 x)
@@ -119,6 +125,7 @@ def statistical(
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} = {value}: it must be at least 1.")
+    # 1. The class, by draws of its own.
     pilot, main = jax.random.split(key)
     nominal, x_set = nominal_input(x, x_set)
     look_at_ending(apply, outputs, jax.eval_shape(lambda: posterior.sample(key, 1)), nominal)
@@ -134,7 +141,9 @@ def statistical(
         least, around = bounded(params, x_set, predicted)
         return least, around.lower, around.upper
 
+    # 2. Bounds of each of n independent networks.
     draws = over_draws(certify, posterior, draw_keys(main, num_samples), batch_size)
+    # 3. What their means give way by: chance, each of C + 1 statements at its share, and rounding.
     share = delta / (num_points * num_stages * (classes + 1))
     widths = (2.0, 1.0, 1.0)
     slacks = [
@@ -142,6 +151,7 @@ def statistical(
         for d, width in zip(draws, widths, strict=True)
     ]
     error = rounding_slack(rounding, average, num_samples)
+    # 4. What is left is what holds.
     itself = jnp.arange(classes) == predicted
     least = jnp.where(valid, draws[0].mean(0) - slacks[0] - error, -1.0)
     margins = jnp.where(itself, 0.0, least)
@@ -155,6 +165,6 @@ def statistical(
 
 
 def stated(delta: float) -> np.float32:
-    """The confidence 1 - delta, rounded down."""
+    """Computes the confidence 1 - delta, rounded down."""
     nearest = np.float32(1 - delta)
     return np.nextafter(nearest, np.float32(0)) if float(nearest) > 1 - delta else nearest

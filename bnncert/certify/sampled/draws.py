@@ -19,7 +19,24 @@ from bnncert.types import Key, Params, Posterior
 def over_draws(
     one: Callable[[Params], Any], posterior: Posterior, keys: Array, batch_size: int | None
 ) -> Any:
-    """`one` of an independent draw for each key, stacked; a draw lives as long as it is used."""
+    """Evaluates `one` at an independent draw for each key, stacked.
+
+    Args:
+        one: of one network's params.
+        posterior: what is drawn from.
+        keys: one a draw.
+        batch_size: draws at once; one by default. A draw lives as long as it is used.
+
+    Returns:
+        What `one` returns, with a leading axis of draws.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bnncert.posterior import MeanField
+        >>> q = MeanField(jnp.zeros(2), jnp.ones(2))
+        >>> over_draws(jnp.sum, q, jax.random.split(jax.random.key(0), 5), None).shape
+        (5,)
+    """
 
     def at(key: Key) -> Any:
         return one(jax.tree.map(lambda leaf: leaf[0], posterior.sample(key, 1)))

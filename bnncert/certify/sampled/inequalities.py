@@ -32,7 +32,9 @@ _UP = 1 + 1e-9  # far more than the relative error of float64 formulas and SciPy
 
 
 def hoeffding(count: int, delta: float, width: float = 1.0) -> float:
-    """How far a mean of `count` independent draws may lie above what is expected of it.
+    """Bounds how far a mean of `count` independent draws may lie above its expectation.
+
+        b sqrt( log(1/delta) / (2 n) )
 
     Args:
         count: draws, n >= 1.
@@ -56,7 +58,9 @@ def hoeffding(count: int, delta: float, width: float = 1.0) -> float:
 def bernstein(
     variance: Float[Array, "*shape"], count: int, delta: float, width: float = 1.0
 ) -> Float[Array, "*shape"]:
-    """As `hoeffding`, from the draws' own variance: far less where they hardly vary.
+    """Bounds the same from the draws' own variance, far less where they hardly vary.
+
+        sqrt( 2 V log(2/delta) / n ) + 7 b log(2/delta) / (3 (n - 1))
 
     Args:
         variance: of the draws, divisor n - 1, as `sample_variance` rounds it.
@@ -82,7 +86,7 @@ def bernstein(
 
 
 def sample_variance(draws: Float[Array, "draws *shape"]) -> Float[Array, "*shape"]:
-    """Over the first axis, of the divisor n - 1; never less than the variance of these numbers.
+    """Computes the variance over the first axis, of the divisor n - 1, rounded up.
 
     Squares around any number but their mean only add up to more, so that only the summation can
     round down: by a relative (n + 8) eps at most.
@@ -95,7 +99,7 @@ def sample_variance(draws: Float[Array, "draws *shape"]) -> Float[Array, "*shape
 def slack(
     draws: Float[Array, "draws *shape"], delta: float, width: float, inequality: str = "best"
 ) -> Float[Array, "*shape"]:
-    """What the mean of independent draws gives way by, with confidence 1 - delta for each entry.
+    """Bounds what a mean of independent draws gives way by, with confidence 1 - delta an entry.
 
     Args:
         draws: independent along the first axis, each in one interval of length `width`.
@@ -121,7 +125,9 @@ def slack(
 
 
 def clopper_pearson(successes: int, count: int, delta: float) -> float:
-    """A lower bound on the probability of a success; an upper bound is 1 - that of a failure.
+    """Bounds the probability of a success from below; 1 - that of a failure is from above.
+
+        the p at which  Prob( Binomial(n, p) >= k ) = delta
 
     Args:
         successes: k, of `count` independent trials.

@@ -38,7 +38,7 @@ from bnncert.types import Apply, Key, Params, Posterior
 
 
 class SampledSafety(NamedTuple):
-    """Bounds on P_safe from independent draws; float64 on the host, rounded outward.
+    """What independent draws say of P_safe, in float64 on the host, rounded outward.
 
     Attributes:
         lower: P_safe is at least this, by the draws proved safe; 0 where no proof was asked for.
@@ -67,7 +67,10 @@ def sampled_safety(
     delta: float = 0.05,
     batch_size: int | None = None,
 ) -> SampledSafety:
-    """Bounds on the probability that a network drawn from q is safe, with confidence 1 - delta.
+    """Bounds the probability that a network drawn from q is safe, with confidence 1 - delta.
+
+        Prob(proved)  <=  P_safe  <=  1 - Prob(broken)
+        Prob(proved)  >=  the p at which Prob( Binomial(n, p) >= number proved ) = delta / 2
 
     Args:
         key: a PRNG key.
@@ -90,6 +93,8 @@ def sampled_safety(
 
     Cost: n draws, each with one proof and one attack; one compilation a call. Memory: `batch_size`
     draws with their proofs.
+
+    Source: Cardelli et al., IJCAI 2019, section 4; Clopper and Pearson, Biometrika 1934.
 
     Example:
         >>> from bnncert import attack, ball
@@ -146,7 +151,9 @@ def proves_class(
     method: str | Method = "crown-ibp",
     rounding: Rounding = "outward",
 ) -> Callable[[Params], Array]:
-    """`params -> bool`: whether one network is proved to choose a class on the whole set, strictly.
+    """Makes `params -> bool`: is one network proved to choose a class on the whole set, strictly?
+
+        max over T of f_j - f_label < 0    for all j
 
     Args:
         apply: `(params, x) -> logits (C,)` for one example.
@@ -164,6 +171,11 @@ def proves_class(
         TypeError: x_set is not a set. The predicate: as `bnncert.bound`.
 
     Cost: a call bounds C margins.
+
+    Example:
+        >>> safe = proves_class(lambda w, x: w * x, Box(jnp.array([0.5]), jnp.array([1.0])), 0)
+        >>> bool(safe(jnp.array([1.0, -1.0]))), bool(safe(jnp.array([-1.0, 1.0])))
+        (True, False)
     """
     check_region(x_set)
     network = classifier(apply, outputs)
@@ -185,7 +197,9 @@ def proves_outputs(
     method: str | Method = "crown-ibp",
     rounding: Rounding = "outward",
 ) -> Callable[[Params], Array]:
-    """`params -> bool`: whether one network's outputs are proved to stay in a box: regression.
+    """Makes `params -> bool`: are one network's outputs proved to stay in a box (regression)?
+
+        within.lower <= min over T of f,    max over T of f <= within.upper
 
     Args:
         apply: `(params, x) -> outputs` for one example.
@@ -201,6 +215,12 @@ def proves_outputs(
         TypeError: x_set is not a set. The predicate: as `bnncert.bound`.
 
     Cost: a call bounds the outputs.
+
+    Example:
+        >>> inputs, within = Box(jnp.zeros(1), jnp.ones(1)), Box(jnp.zeros(1), jnp.ones(1))
+        >>> safe = proves_outputs(lambda w, x: w * x, inputs, within)
+        >>> bool(safe(jnp.array([0.9]))), bool(safe(jnp.array([1.1])))
+        (True, False)
     """
     check_region(x_set)
     bounded = bound(apply, method, rounding=rounding)
@@ -216,7 +236,7 @@ def proves_outputs(
 def _bounds(
     proved: int | None, broken: int | None, num_samples: int, delta: float
 ) -> tuple[float, float]:
-    """On P_safe, from counts; None where nothing was asked for, which then needs no delta."""
+    """Bounds P_safe from counts; None where nothing was asked for, which then needs no delta."""
     share = delta if proved is None or broken is None else delta / 2
     bounds = [
         0.0 if count is None else inequalities.clopper_pearson(count, num_samples, share)
