@@ -10,9 +10,9 @@ and the class that its average over networks chooses need not be that of their o
 
 Probabilities are *normalised*: in [0, 1], of sum 1, up to (64 + 4 C) u, with u the unit roundoff;
 that is more than a softmax computed in their dtype is off by, and less than what a difference of
-two averages gives way by (`bnncert.certify.predictive`). It is looked at where a certificate has
-the outputs at the nominal input, and is a promise elsewhere. Their logarithms, of no less than the
-smallest normal number, are logits of the same predictor: softmax log p = p.
+two averages gives way by (`bnncert.certify.exact.decision`). It is looked at where a certificate
+has the outputs at the nominal input, and is a promise elsewhere. Their logarithms, of no less than
+the smallest normal number, are logits of the same predictor: softmax log p = p.
 """
 
 import warnings

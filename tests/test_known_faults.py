@@ -15,8 +15,10 @@ import pytest
 from bnncert import bound, certify, likelihood, prior
 from bnncert.bounds import relax, relaxations
 from bnncert.bounds.rules import affine
-from bnncert.certify import confidence
-from bnncert.infer import ivon, mcmc, natural_gradient, potential, svi
+from bnncert.certify.sampled import inequalities as confidence
+from bnncert.infer import _natural_gradient as natural_gradient
+from bnncert.infer import _potential as potential
+from bnncert.infer import ivon, mcmc, svi
 from bnncert.posterior import MeanField
 from bnncert.sets import Box, ball
 from bnncert.types import Batch, Threat

@@ -1,10 +1,29 @@
-"""Certificates for posteriors: what is proved about them and their predictions over inputs."""
+"""Certificates for posteriors: what is proved about them and their predictions over inputs.
+
+The three tiers are three rooms, and no function returns sometimes a proof and sometimes an
+estimate:
+
+    exact     proofs about the average of the finitely many networks that are deployed
+    sampled   the statistical tier: a continuous posterior, by independent draws, at a confidence
+    formal    proofs about a factorised Gaussian posterior itself
+
+`radii` searches for the largest ball that a certificate covers, and the smallest that an attack
+breaks; `inputs` is what all of them check.
+"""
 
 from bnncert.certify.cascade import Cascade, cascade
-from bnncert.certify.claims import Constraints
-from bnncert.certify.joint import joint_decision
-from bnncert.certify.moments import Expectation, expectation
-from bnncert.certify.predictive import Decision, decision, predictive
+from bnncert.certify.exact.decision import Decision, decision, predictive
+from bnncert.certify.exact.joint import joint_decision
+from bnncert.certify.exact.uncertainty import Moments, Uncertainty, mean_and_variance, uncertainty
+from bnncert.certify.formal.claims import Constraints
+from bnncert.certify.formal.expectation import Expectation, expectation
+from bnncert.certify.formal.safety import (
+    Safety,
+    WeightBoxes,
+    class_stays,
+    outputs_within,
+    safety,
+)
 from bnncert.certify.radii import (
     AttackedRadius,
     CertifiedRadius,
@@ -12,21 +31,13 @@ from bnncert.certify.radii import (
     radius,
     statistical_radius,
 )
-from bnncert.certify.safety import (
-    Safety,
-    WeightBoxes,
-    class_stays,
-    outputs_within,
-    safety,
-)
-from bnncert.certify.sampled_safety import (
+from bnncert.certify.sampled.decision import statistical
+from bnncert.certify.sampled.safety import (
     SampledSafety,
     proves_class,
     proves_outputs,
     sampled_safety,
 )
-from bnncert.certify.sampling import statistical
-from bnncert.certify.uncertainty import Moments, Uncertainty, mean_and_variance, uncertainty
 
 __all__ = [
     "AttackedRadius",

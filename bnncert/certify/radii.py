@@ -26,11 +26,11 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from bnncert._varying import axes_of, varying
 from bnncert.attack import AttackResult, pgd, transfer
-from bnncert.attack.geometry import spread_out
+from bnncert.attack._geometry import spread_out
 from bnncert.bounds.arithmetic import Rounding
 from bnncert.bounds.methods import Method
-from bnncert.certify.predictive import Decision, decision
-from bnncert.certify.sampling import statistical
+from bnncert.certify.exact.decision import Decision, decision
+from bnncert.certify.sampled.decision import statistical
 from bnncert.outputs import logits_of, look_at_ending
 from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import Set, ball, check_radius
@@ -81,7 +81,9 @@ def radius(
     rounding: Rounding = "outward",
     batch_size: int | None = None,
 ) -> CertifiedRadius:
-    """The certified radius of the posterior predictive's decision at an input: the exact tier.
+    """Certifies a radius at which the posterior predictive keeps its decision: the exact tier.
+
+        r = largest k * largest / 2^steps tried at which `decision` covers { x' : |x' - x|_p <= r }
 
     Args:
         apply: `(params, x) -> logits (C,)` for one example.
@@ -105,6 +107,8 @@ def radius(
             `bnncert.ball` and `bnncert.certify.decision`.
 
     Cost: steps times `bnncert.certify.decision`, compiled once. Memory: as one.
+
+    Source: Wicker et al., AISTATS 2021, section 6, at each radius; bisection is folklore.
 
     Example:
         >>> apply = lambda w, x: w * x                                  # logits (x, -x)
@@ -135,7 +139,10 @@ def statistical_radius(
     clip: tuple[float, float] | None = None,
     **options: Any,
 ) -> CertifiedRadius:
-    """The certified radius of a continuous posterior's decision, with confidence 1 - delta.
+    """Certifies a radius for a continuous posterior's decision, with confidence 1 - delta.
+
+        r = largest k * largest / 2^steps tried at which `statistical` covers the ball,
+        each of the 2^steps - 1 radii at confidence 1 - delta / (2^steps - 1)
 
     Args:
         key: as for `bnncert.certify.statistical`; every radius sees the same draws.
@@ -156,6 +163,8 @@ def statistical_radius(
         TypeError, ValueError: as `radius` and `bnncert.certify.statistical`.
 
     Cost: steps times `bnncert.certify.statistical`, compiled once.
+
+    Source: as `bnncert.certify.statistical`; the union over radii is Boole's inequality.
 
     Example:
         >>> from bnncert.posterior import MeanField
@@ -193,7 +202,9 @@ def attacked_radius(
     attack: Callable[..., AttackResult] = pgd,
     **options: Any,
 ) -> AttackedRadius:
-    """How near an attack comes with a point on which the predictive does not choose a class.
+    """Finds how near an attack comes with a point on which the predictive does not choose a class.
+
+        min |x' - x|_p over the points x' found with argmax pi(x') != y
 
     Args:
         key: a PRNG key for random starts.
@@ -217,6 +228,8 @@ def attacked_radius(
         TypeError, ValueError: as the attack; a bad largest radius or number of steps.
 
     Cost: steps + 1 attacks, compiled once.
+
+    Source: Carlini and Wagner, S&P 2017, section V.
 
     Example:
         >>> apply = lambda w, x: w * x                                  # logits (x, -x)

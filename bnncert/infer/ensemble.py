@@ -25,6 +25,8 @@ from bnncert.types import Algorithm, Batch, Key, Params, Threat
 def build(algorithm: Algorithm, num_members: int, *, vectorize: bool = True) -> Algorithm:
     """K members of an algorithm as an `Algorithm`: its state is theirs, stacked.
 
+        q(w) = (1/K) sum_k q_k(w)
+
     Args:
         algorithm: as `bnncert.infer.map.build(...)` or any other gives it.
         num_members: K, >= 1.
@@ -46,6 +48,8 @@ def build(algorithm: Algorithm, num_members: int, *, vectorize: bool = True) -> 
         ValueError: num_members < 1; from `init`, params without a leading axis K.
 
     Cost: K times the algorithm's, in time and memory.
+
+    Source: Lakshminarayanan et al., NeurIPS 2017, algorithm 1; Wilson and Izmailov, NeurIPS 2020.
 
     Example:
         >>> import optax
@@ -106,7 +110,7 @@ def _update(
     batch: Batch,
     threat: Threat,
 ) -> tuple[Any, Any]:
-    """One step of every member on the same minibatch."""
+    """Takes one step of every member on the same minibatch."""
     step = each(lambda key, state: algorithm.update(key, state, batch, threat))
     state, infos = step(jax.random.split(key, num_members), state)
     return state, jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), infos)
@@ -120,7 +124,7 @@ def _posterior(algorithm: Algorithm, state: Any) -> Samples | Mixture:
 
 
 def _unrolled(num_members: int, f: Callable) -> Callable:
-    """As `jax.vmap(f)`, by a loop that tracing unrolls."""
+    """Does what `jax.vmap(f)` does, by a loop that tracing unrolls."""
 
     def each(*args: Any) -> Any:
         found = [f(*jax.tree.map(lambda leaf, k=k: leaf[k], args)) for k in range(num_members)]

@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from bnncert import prior as priors
-from bnncert.infer.minibatch import check_settings, log_likelihoods
+from bnncert.infer._minibatch import check_settings, log_likelihoods
 from bnncert.posterior import Gaussian, MeanField
 from bnncert.posterior.leaves import flatten, unflatten
 from bnncert.types import Batch, Key, LogLikelihood, Params, Prepare, Threat
@@ -79,7 +79,7 @@ class Laplace(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Over the data seen: their number, log-likelihood, its gradient and curvature in w."""
+    """What is summed over the data: their number, log-likelihood, its gradient and curvature."""
 
     num_seen: Array
     log_likelihood: Array
@@ -100,6 +100,8 @@ def build(
     prepare: Prepare | None = None,
 ) -> Laplace:
     """A Laplace approximation, to be fitted at trained weights.
+
+        q(w) = N(w; w*, (H / kappa + S^-2)^-1),    H = sum_i -d^2 log p(y_i | x_i, w*) / dw^2
 
     Args:
         log_likelihood: of one datum, e.g. `bnncert.likelihood.robust_categorical(apply)`.
@@ -127,6 +129,8 @@ def build(
     in the memory of `num_products` of them at once (activations of num_products x batch_size data);
     "fisher" the gradients of a chunk, batch_size x P. The full kind then adds the eigenvectors,
     O(P^3) in 5 P^2 numbers: P = 5,000 is 500 MB.
+
+    Source: MacKay, 1992, section 2; Daxberger et al., NeurIPS 2021, section 2.
 
     Example:
         >>> from bnncert import likelihood, prior
@@ -171,7 +175,8 @@ def _fit(
     data: Batch | Iterable[Batch],
     threat: Threat,
 ) -> tuple[Gaussian | MeanField, LaplaceInfo]:
-    """Sums over chunks, then the posterior from them."""
+    """Sums over chunks, and makes the posterior from the sums."""
+    # 1. Log-likelihood, gradient and curvature at the weights, of the data as if they were all N.
     priors.check(prior, params)
     total = None
     for i, chunk in enumerate(_chunks(data, batch_size) if isinstance(data, Batch) else data):
@@ -181,10 +186,12 @@ def _fit(
         raise ValueError("no data: the iterable gave no batch (a generator that was used up?).")
     seen = jax.tree.map(lambda leaf: leaf * (num_data / total.num_seen), total)
 
+    # 2. The gradient of the log joint: 0 at its mode.
     names = priors.names(prior)
     locs, widths = priors.normal_parameters(prior)
     width, loc = flatten(widths, names), flatten(params, names)
     score = seen.gradient / kl_weight - (loc - flatten(locs, names)) / width**2
+    # 3. The covariance, negative curvature apart, and how far from the mode the weights are in it.
     solve = _full if full else _diagonal
     factor, eigenvalues, moved = solve(seen.curvature, width, kl_weight, score)
     info = LaplaceInfo(seen.log_likelihood, *_negative(eigenvalues), jnp.linalg.norm(moved))
@@ -198,7 +205,7 @@ def _fit(
 def _full(
     curvature: Array, width: Array, kl_weight: float, score: Array
 ) -> tuple[Array, Array, Array]:
-    """Cholesky factor of the covariance; eigenvalues of S H S; the score in units of q."""
+    """Finds a Cholesky factor of the covariance, eigenvalues of S H S, the score in units of q."""
     whitened = width[:, None] * curvature * width
     eigenvalues, vectors = jnp.linalg.eigh((whitened + whitened.T) / 2)
     shrink = jax.lax.rsqrt(1 + jnp.maximum(eigenvalues, 0.0) / kl_weight)
@@ -211,14 +218,14 @@ def _full(
 def _diagonal(
     curvature: Array, width: Array, kl_weight: float, score: Array
 ) -> tuple[Array, Array, Array]:
-    """Standard deviations; the diagonal of S H S; the score in units of q."""
+    """Finds standard deviations, the diagonal of S H S, and the score in units of q."""
     entries = width**2 * curvature
     scale = width * jax.lax.rsqrt(1 + jnp.maximum(entries, 0.0) / kl_weight)
     return scale, entries, score * scale
 
 
 def _negative(values: Array) -> tuple[Array, Array]:
-    """How many are below 0 by more than rounding, and their share of the absolute sum."""
+    """Counts those below 0 by more than rounding, and takes their share of the absolute sum."""
     size = jnp.abs(values)
     below = values < -len(values) * jnp.finfo(values.dtype).eps * size.max()
     share = jnp.sum(size, where=below) / jnp.maximum(size.sum(), jnp.finfo(values.dtype).tiny)
@@ -236,7 +243,7 @@ def _hessian(
     batch: Batch,
     threat: Threat,
 ) -> _Sums:
-    """Row by row (or entry by entry of the diagonal), by products with unit vectors."""
+    """Sums the Hessian row by row, or its diagonal, by products with unit vectors."""
 
     def total(flat: Array) -> Array:
         moved = priors.replace(params, unflatten(flat, params, names))
@@ -264,7 +271,7 @@ def _fisher(
     batch: Batch,
     threat: Threat,
 ) -> _Sums:
-    """Outer products, or squares, of the gradients of single data."""
+    """Sums outer products, or squares, of the gradients of single data."""
 
     def term(flat: Array, key: Key, x: Array, y: Array) -> Array:
         moved = priors.replace(params, unflatten(flat, params, names))
@@ -286,6 +293,6 @@ def _fisher(
 
 
 def _chunks(data: Batch, size: int) -> Iterator[Batch]:
-    """Consecutive chunks; the last may be smaller, so that `prepare` sees no padding of ours."""
+    """Cuts the data into chunks; the last may be smaller: `prepare` sees no padding of ours."""
     for start in range(0, data.mask.shape[0], size):
         yield Batch(*(leaf[start : start + size] for leaf in data))

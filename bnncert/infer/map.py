@@ -18,13 +18,19 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from bnncert import prior as priors
-from bnncert.infer.minibatch import Schedule, log_likelihoods
+from bnncert.infer._minibatch import Schedule, log_likelihoods
 from bnncert.posterior import Samples
 from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Threat
 
 
 class MAPState(NamedTuple):
-    """The weights, the optimiser's state, and how many updates were made."""
+    """Where the optimisation is.
+
+    Attributes:
+        params: the weights.
+        opt_state: of the optimiser.
+        step: how many updates were made.
+    """
 
     params: Params
     opt_state: optax.OptState
@@ -56,6 +62,9 @@ def build(
 ) -> Algorithm:
     """Maximum a posteriori as an `Algorithm`.
 
+        maximise   log p(D | w) + prior_weight log p(w)
+          ~        (N/B) sum_{i in batch} log p(y_i | x_i, w) + prior_weight log p(w)
+
     Args:
         log_likelihood: of one datum, e.g. `bnncert.likelihood.robust_categorical(apply)`.
         prior: pytree of NumPyro distributions with the params' structure, None for flat leaves.
@@ -68,7 +77,23 @@ def build(
         `Algorithm(init, update, posterior)`; the posterior is a `Samples` of one member.
 
     Raises:
-        ValueError: num_data < 1, a negative prior_weight.
+        ValueError: num_data < 1, a negative prior_weight; from `init`, params that do not match the
+            prior.
+
+    Cost: one gradient of a minibatch a step. Memory: the params, and the optimiser's multiple.
+
+    Source: MacKay, 1992; with the robust likelihood, Gowal et al., 2018.
+
+    Example:
+        >>> from bnncert import likelihood
+        >>> fit = likelihood.robust_gaussian(lambda w, x: w @ x, noise_scale=1.0)
+        >>> w = jnp.zeros(2)
+        >>> method = build(fit, priors.normal(w), num_data=4, optimizer=optax.sgd(0.1))
+        >>> data = Batch(jnp.ones((4, 2)), jnp.ones(4), jnp.ones(4))
+        >>> state = method.init(jax.random.key(0), w)
+        >>> state, info = method.update(jax.random.key(1), state, data, Threat(0.0, 1.0))
+        >>> print(method.posterior(state).params)
+        [[0.4 0.4]]
     """
     if num_data < 1:
         raise ValueError(f"num_data = {num_data}: give the number of training data.")
@@ -106,7 +131,7 @@ def objective(
     batch: Batch,
     threat: Threat,
 ) -> tuple[Float[Array, ""], MAPInfo]:
-    """The negative log joint, estimated from a minibatch: nats summed over the data."""
+    """Estimates the negative log joint from a minibatch, in nats summed over the data."""
     terms = log_likelihoods(log_likelihood, prepare, key, params, batch, threat)
     log_lik = num_data * terms.sum() / batch.mask.sum()
     log_prior = priors.log_prob(prior, params)

@@ -2,7 +2,7 @@
 
     U(w) = -log p(w) - (1 / kl_weight) log p(D | w)        (nats, summed over weights and data)
 
-is the potential (`bnncert.infer.potential`): Markov chains have the density exp(-U), that is
+is the potential (`bnncert.infer._potential`): Markov chains have the density exp(-U), that is
 p(w) p(D | w)^(1 / kl_weight), as their limit, without the bias of a step size. HMC moves along
 
     dw/dt = M^-1 r,   dr/dt = -grad U(w),   r ~ N(0, M)
@@ -31,16 +31,16 @@ from jaxtyping import Array, Float, Int, PyTree
 from numpyro.infer import HMC, MCMC, NUTS
 
 from bnncert import prior as priors
-from bnncert.infer.minibatch import check_support
-from bnncert.infer.potential import pad, potential
-from bnncert.infer.progress import follow
+from bnncert.infer._minibatch import check_support
+from bnncert.infer._potential import pad, potential
+from bnncert.infer._progress import follow
 from bnncert.posterior import Samples
 from bnncert.sets import is_concrete
 from bnncert.types import Batch, Key, LogLikelihood, Params, Posterior, Prepare, Threat
 
 
 class Sampler(NamedTuple):
-    """A full-batch method.
+    """A method that needs all the data at once.
 
     Attributes:
         sample: `(key, params, data, threat) -> (Samples, MCMCInfo)`.
@@ -89,7 +89,10 @@ def build(
     progress_bar: bool = False,
     prepare: Prepare | None = None,
 ) -> Sampler:
-    """HMC or NUTS as a `Sampler`.
+    """HMC or NUTS as a `Sampler`; each by itself is `bnncert.infer.hmc` or `bnncert.infer.nuts`.
+
+        U(w) = -log p(w) - (1 / kl_weight) log p(D | w)
+        dw/dt = M^-1 r,    dr/dt = -grad U(w),    r ~ N(0, M)
 
     Args:
         log_likelihood: of one datum, e.g. `bnncert.likelihood.robust_categorical(apply)`.
@@ -133,6 +136,18 @@ def build(
 
     Cost: (num_warmup + thinning num_samples) trajectories of full-batch gradients, in chunks of
     `batch_size` data. Memory: the samples, and the activations of num_chains * batch_size data.
+
+    Source: Neal, 2011, section 3.2; Hoffman and Gelman, JMLR 2014, algorithm 6.
+
+    Example:
+        >>> from bnncert import likelihood
+        >>> fit = likelihood.robust_gaussian(lambda w, x: w @ x, noise_scale=1.0)
+        >>> sampler = build(
+        ...     fit, priors.normal(jnp.zeros(2)), num_warmup=5, num_samples=3, max_tree_depth=3
+        ... )
+        >>> data = Batch(jnp.ones((4, 2)), jnp.ones(4), jnp.ones(4))
+        >>> sampler.sample(jax.random.key(0), jnp.zeros(2), data, Threat(0.0, 1.0))[0].num_samples
+        3
     """
     _check(prior, kernel, kl_weight, num_steps, trajectory_length, target_accept, step_size)
     for name, value, least in (
@@ -185,7 +200,7 @@ def build(
 
 
 def kinetic_energy(inverse_mass: Array, momentum: PyTree) -> Float[Array, ""]:
-    """The energy of the momentum r, r' M^-1 r / 2.
+    """Computes the energy of the momentum r, r' M^-1 r / 2, in nats.
 
     NumPyro's ends in a dot product, off by whole nats over 10^5 weights in float32, and not
     by the same at the next step: proposals are rejected for it, however short the steps.
@@ -193,6 +208,13 @@ def kinetic_energy(inverse_mass: Array, momentum: PyTree) -> Float[Array, ""]:
     Args:
         inverse_mass: M^-1, or its diagonal.
         momentum: r, a pytree.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> float(kinetic_energy(jnp.array([1.0, 2.0]), {"w": jnp.array([2.0, 1.0])}))
+        3.0
     """
     flat = ravel_pytree(momentum)[0]
     if inverse_mass.ndim == 1:
@@ -223,7 +245,7 @@ def _sample(
 def _starts(
     prior: PyTree, num_chains: int, key: Key, params: Any
 ) -> tuple[dict[str, Array], Params]:
-    """The random leaves of every chain, stacked; and one network with the deterministic ones."""
+    """Stacks the random leaves of every chain; gives one network with the deterministic ones."""
     if isinstance(params, Posterior):
         params = params.sample(key, num_chains)
     leaves, sites = priors.named(params), priors.sites(prior)
@@ -268,7 +290,7 @@ def _run(
     threat: Threat,
     watch: Callable[[HMC], HMC] = lambda kernel: kernel,
 ) -> tuple[Params, MCMCInfo]:
-    """All of one run, and so one compile: NumPyro's own caches end with its objects."""
+    """Makes one run, and so one compile: NumPyro's own caches end with its objects."""
     types = {name: leaf.dtype for name, leaf in starts.items()}
 
     def weights(values: dict[str, Array]) -> Params:
@@ -305,7 +327,7 @@ def _run(
 
 
 def _variances(prior: PyTree, scales: PyTree, dense: bool) -> Array:
-    """The inverse of M in the order of NumPyro's flat vectors."""
+    """Lays out the inverse of M in the order of NumPyro's flat vectors."""
     priors.check(prior, scales)
     leaves = priors.named(scales)
     for name in priors.names(prior):

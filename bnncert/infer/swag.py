@@ -36,7 +36,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from bnncert import prior as priors
 from bnncert.infer import map as maximum
-from bnncert.infer.minibatch import Schedule, check_settings
+from bnncert.infer._minibatch import Schedule, check_settings
 from bnncert.posterior import LowRank, MeanField
 from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Threat
 
@@ -95,6 +95,9 @@ def build(
 ) -> Algorithm:
     """SWA-Gaussian as an `Algorithm`.
 
+        q(w) = N(w; m1, 1/2 diag(m2 - m1^2) + 1/(2 (K - 1)) sum_{last K} D_i D_i^T)
+        m1 = mean_i w_i,    m2 = mean_i w_i^2,    D_i = w_i - mean_{j <= i} w_j
+
     Args:
         log_likelihood: of one datum, e.g. `bnncert.likelihood.robust_categorical(apply)`.
         prior: pytree of NumPyro distributions with the params' structure. Leaves with None are
@@ -121,6 +124,19 @@ def build(
             a rank of 1 (its covariance divides by K - 1) or less than 0, no random leaf.
 
     Cost: a step of MAP; memory (K + 2) params beside its own.
+
+    Source: Maddox et al., NeurIPS 2019, algorithm 1.
+
+    Example:
+        >>> from bnncert import likelihood, prior
+        >>> fit = likelihood.robust_gaussian(lambda w, x: w @ x, noise_scale=1.0)
+        >>> w = jnp.zeros(2)
+        >>> method = build(fit, prior.normal(w), num_data=4, optimizer=optax.sgd(0.01), rank=3)
+        >>> data = Batch(jnp.ones((4, 2)), jnp.ones(4), jnp.ones(4))
+        >>> state = method.init(jax.random.key(0), w)
+        >>> state, info = method.update(jax.random.key(1), state, data, Threat(0.0, 1.0))
+        >>> int(info.num_collected), method.posterior(state).rank
+        (1, 3)
     """
     check_settings(prior, num_data, kl_weight)
     if start < 0 or every < 1:
@@ -176,12 +192,14 @@ def _update(
     batch: Batch,
     threat: Threat,
 ) -> tuple[SWAGState, SWAGInfo]:
-    """One step of MAP; its result is folded into the moments if its turn has come."""
+    """Takes one step of MAP, and folds its result into the moments if its turn has come."""
+    # 1. A step of MAP, and whether its result is collected.
     new, info = inner.update(key, state.map, batch, threat)
     collect = (state.step >= start) & ((state.step - start) % every == 0)
     count = state.num_collected + collect
     share = jnp.where(collect, 1 / jnp.maximum(count, 1), 0.0)
 
+    # 2. The running mean and, by Welford, the mean squared difference from it.
     mean = jax.tree.map(lambda m, w: m + share.astype(m.dtype) * (w - m), state.mean, new.params)
 
     def fold(v: Array | None, before: Array, after: Array, w: Array) -> Array | None:
@@ -189,6 +207,7 @@ def _update(
             return None
         return v + share.astype(v.dtype) * ((w - before) * (w - after) - v)
 
+    # 3. The deviation from the running mean, in place of the oldest of K.
     def push(ring: Array | None, m: Array, w: Array) -> Array | None:
         if ring is None or not rank:
             return ring

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bnncert import attack
-from bnncert.attack.predictive import ascent
+from bnncert.attack._predictive import ascent
 from bnncert.sets import ball
 from tests.attack.networks import (
     BATCH,

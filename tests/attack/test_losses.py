@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnncert.attack.losses import dlr, log_odds, targeted_dlr
-from bnncert.attack.predictive import loss_ascent
+from bnncert.attack._losses import dlr, log_odds, targeted_dlr
+from bnncert.attack._predictive import loss_ascent
 from tests.attack.networks import linear, mlp, mlp_samples, predictive
 
 LOG_PI = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.04, 0.01], [0.05, 0.6, 0.05, 0.2, 0.1]]))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bnncert import attack
-from bnncert.attack.query import _window
+from bnncert.attack.square_search import _window
 from bnncert.sets import ball
 from tests.attack.networks import BATCH, SIZE, chosen, clean_margins, linear, mlp, mlp_samples
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bnncert.certify import cascade, decision, joint_decision
-from bnncert.certify.cascade import stage_of
+from bnncert.certify.exact.cascade import stage_of
 from bnncert.sets import ball
 from tests.certify.test_joint import NETWORKS, mlp
 

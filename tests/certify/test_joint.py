@@ -7,8 +7,8 @@ import pytest
 
 from bnncert import attack
 from bnncert.certify import decision, joint_decision
-from bnncert.certify.joint import corner_bound, corner_terms
-from bnncert.certify.predictive import least_differences
+from bnncert.certify.exact.joint import corner_bound, corner_terms
+from bnncert.certify.exact.softmax import least_differences
 from bnncert.sets import Box, LpBall, ball
 
 KEY = jax.random.key(0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bnncert.certify import joint_decision
-from bnncert.certify.joint import ANCHORS, corner_terms
+from bnncert.certify.exact.joint import ANCHORS, corner_terms
 from bnncert.sets import Box, LpBall
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import ndtr
 
-from bnncert.certify import mass
+from bnncert.certify.formal import mass
 
 getcontext().prec = 90
 RANDOM = np.random.default_rng(0)

@@ -13,7 +13,7 @@ import pytest
 
 from bnncert import attack, likelihood, prior
 from bnncert.certify import Decision, decision, predictive
-from bnncert.certify.predictive import num_samples
+from bnncert.certify.inputs import num_samples
 from bnncert.infer import svi
 from bnncert.sets import Box, LpBall, ball
 from bnncert.types import Batch, Threat

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bnncert.certify import rectified
+from bnncert.certify.formal import rectified
 
 T = np.concatenate([np.linspace(-9, 9, 145), [-60.0, -30.0, 30.0, 1e4]])
 S = np.array([1e-6, 0.03, 1.0, 40.0])

@@ -12,7 +12,8 @@ import pytest
 from scipy.special import ndtr
 
 import bnncert as bc
-from bnncert.certify import Constraints, boxes, class_stays, mass, outputs_within, safety
+from bnncert.certify import Constraints, class_stays, outputs_within, safety
+from bnncert.certify.formal import boxes, mass
 from bnncert.posterior import LowRank, MeanField
 from bnncert.sets import Box, LpBall
 

@@ -10,8 +10,9 @@ import pytest
 from scipy import stats
 
 from bnncert import attack
-from bnncert.certify import confidence, proves_class, proves_outputs, sampled_safety
-from bnncert.certify.sampled_safety import _bounds
+from bnncert.certify import proves_class, proves_outputs, sampled_safety
+from bnncert.certify.sampled import inequalities as confidence
+from bnncert.certify.sampled.safety import _bounds
 from bnncert.posterior import MeanField, Samples
 from bnncert.sets import Box, ball
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from bnncert.certify import confidence, decision, statistical
-from bnncert.certify.sampling import over_draws, stated
+from bnncert.certify import decision, statistical
+from bnncert.certify.sampled import inequalities as confidence
+from bnncert.certify.sampled.decision import stated
+from bnncert.certify.sampled.draws import over_draws
 from bnncert.posterior import MeanField, Mixture, Samples
 from bnncert.posterior.leaves import draw_keys
 from bnncert.sets import Box, ball

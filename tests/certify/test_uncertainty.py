@@ -11,7 +11,7 @@ from scipy import stats
 
 from bnncert import metrics
 from bnncert.certify import mean_and_variance, uncertainty
-from bnncert.certify.uncertainty import _entropy, _on_the_simplex
+from bnncert.certify.exact.uncertainty import _entropy, _on_the_simplex
 from bnncert.sets import Box, ball
 
 SIZE, WIDTH, CLASSES, SAMPLES = 3, 5, 3, 4

@@ -14,7 +14,8 @@ from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from bnncert import likelihood, prior
-from bnncert.infer import guides, svi
+from bnncert.infer import guide as guides
+from bnncert.infer import svi
 from bnncert.posterior import Gaussian, LowRank, MeanField, Samples
 from bnncert.types import Batch
 from tests.infer import regression

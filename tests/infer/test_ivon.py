@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from bnncert import prior
-from bnncert.infer import ivon, natural_gradient
+from bnncert.infer import _natural_gradient as natural_gradient
+from bnncert.infer import ivon
 from bnncert.types import Batch
 from tests.infer.regression import PLAIN, problem, train
 

@@ -12,7 +12,8 @@ import optax
 import pytest
 
 from bnncert import likelihood, prior
-from bnncert.infer import ivon, natural_gradient, noisy_adam, vogn
+from bnncert.infer import _natural_gradient as natural_gradient
+from bnncert.infer import ivon, noisy_adam, vogn
 from bnncert.types import Batch, Threat
 
 SIZE, CLASSES, NUM, BATCH = 3, 3, 20, 8

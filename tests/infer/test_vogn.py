@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from bnncert import likelihood, prior
-from bnncert.infer import natural_gradient, vogn
+from bnncert.infer import _natural_gradient as natural_gradient
+from bnncert.infer import vogn
 from bnncert.types import Batch, Threat
 from tests.infer.regression import problem, train
 

@@ -1,0 +1,173 @@
+"""What may be proved of a box of weights: that it is safe, or that it is unsafe.
+
+    safe      min over the box and the set of inputs of every row of C f(w, x) + d  > 0
+    unsafe    max over the box of one row at one input                              < 0
+
+The input and the row of an unsafe box come from an attack on one weight. Both are functions of the
+ends of the box, compiled once for a network, a method and shapes.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+from numpy import ndarray
+
+from bnncert import prior as priors
+from bnncert.attack import pgd
+from bnncert.bounds import bound
+from bnncert.bounds.arithmetic import Rounding
+from bnncert.bounds.methods import CROWN, AlphaCROWN, Method, method_of
+from bnncert.certify.formal.boxes import Claim
+from bnncert.posterior.leaves import unflatten
+from bnncert.sets import Box, LpBall
+from bnncert.types import Apply, Key, Params
+
+
+class Constraints(NamedTuple):
+    """The outputs y that are safe: `matrix @ y + offset > 0` in every row.
+
+    Attributes:
+        matrix: shape (rows, outputs).
+        offset: shape (rows,).
+    """
+
+    matrix: Float[ArrayLike, "rows outputs"]
+    offset: Float[ArrayLike, " rows"]
+
+
+class Task(NamedTuple):
+    """What a compiled function depends on, and is compiled anew for.
+
+    Attributes:
+        apply: `(params, x) -> outputs`.
+        names: of the random leaves.
+        method: of the bounds.
+        rounding: of the bounds.
+    """
+
+    apply: Apply
+    names: tuple[str, ...]
+    method: str | Method
+    rounding: Rounding
+
+
+class Data(NamedTuple):
+    """What a compiled function takes.
+
+    Attributes:
+        params: gives the deterministic leaves, and all shapes.
+        x_set: the set of inputs.
+        constraints: what is safe.
+    """
+
+    params: Params
+    x_set: Any
+    constraints: Constraints
+
+
+def claim_at(key: Key, task: Task, data: Data, anchor: ndarray) -> Claim:
+    """Chooses what to prove around an anchor: unsafe if an attack on it succeeds, else safe.
+
+    Args:
+        key: of the attack.
+        task: what the compiled functions depend on.
+        data: what they take.
+        anchor: weights, flat.
+
+    Returns:
+        The claim, with the input and the row of an unsafe one as its witness.
+    """
+    x, row, least = _attacked(key, task, data, anchor)
+    kind, rest, witness = _safe, (), ()
+    if not float(least) > 0:
+        kind, rest, witness = _unsafe, (x, row), (np.asarray(x), int(row))
+
+    def value(lower: ndarray, upper: ndarray) -> float:
+        return float(_value(kind, task, data, lower, upper, *rest))
+
+    def gradient(lower: ndarray, upper: ndarray) -> tuple[ndarray, ndarray]:
+        below, above = _gradient(kind, task, data, lower, upper, *rest)
+        return np.asarray(below), np.asarray(above)
+
+    return Claim(value, gradient, kind is _safe, witness)
+
+
+def _rows(task: Task, data: Data, params: Params, x: Array) -> Array:
+    """Computes C f(w, x) + d."""
+    matrix, offset = (jnp.asarray(part) for part in data.constraints)
+    return matrix @ jnp.ravel(task.apply(params, x)) + offset
+
+
+def _params(task: Task, data: Data, weights: Array) -> Params:
+    return priors.replace(data.params, unflatten(weights, data.params, task.names))
+
+
+def _boxed(task: Task, data: Data, lower: Array, upper: Array) -> Params:
+    """Makes params with a `Box` for each random leaf."""
+    below, above = (unflatten(ends, data.params, task.names) for ends in (lower, upper))
+    leaves = priors.named(data.params)
+    boxes = [Box(below[n], above[n]) if n in below else leaf for n, leaf in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(data.params), boxes)
+
+
+def _safe(task: Task, data: Data, lower: Array, upper: Array) -> Array:
+    """Bounds the least row over all weights of the box and all inputs of the set from below."""
+    bounded = bound(partial(_rows, task, data), task.method, rounding=task.rounding)
+    return jnp.min(bounded(_boxed(task, data, lower, upper), data.x_set).lower)
+
+
+def _unsafe(task: Task, data: Data, lower: Array, upper: Array, x: Array, row: Array) -> Array:
+    """Bounds from below by how much a row is negative at one input, for all weights of the box."""
+
+    def one(params: Params) -> Array:
+        return _rows(task, data, params, x)[row]
+
+    bounded = bound(one, task.method, rounding=task.rounding)
+    return -bounded(_boxed(task, data, lower, upper)).upper
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _value(claim: Any, task: Task, data: Data, lower: Array, upper: Array, *rest: Any) -> Array:
+    return claim(task, data, lower, upper, *rest)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _gradient(
+    claim: Any, task: Task, data: Data, lower: Array, upper: Array, *rest: Any
+) -> tuple[Array, Array]:
+    method = method_of(task.method)
+    if isinstance(method, AlphaCROWN):  # a guide need not be optimised
+        task = task._replace(method=CROWN(method.lower_slope))
+    return jax.grad(claim, argnums=(2, 3))(task, data, lower, upper, *rest)
+
+
+@partial(jax.jit, static_argnums=1)
+def _attacked(key: Key, task: Task, data: Data, weights: Array) -> tuple[Array, Array, Array]:
+    """Searches a point of the set where the least row is small; gives it, the row and its value."""
+    params, region = _params(task, data, weights), data.x_set
+    dtype = region.center.dtype
+    if isinstance(region, LpBall):
+        # inside the ball also once it is rounded; the L2 ball inside that of L1
+        size = region.center.size if region.p == 1 else 1
+        stretch, p = region.eps * (1 - 1e-4) / jnp.sqrt(jnp.asarray(size, dtype)), 2
+    else:
+        stretch, p = region.radius, jnp.inf
+
+    def point(z: Array) -> Array:
+        x = region.center + stretch * z
+        return x if isinstance(region, LpBall) else jnp.clip(x, region.lower, region.upper)
+
+    def odds(params: Params, z: Array) -> Array:  # logits of a class "safe" and its rival
+        least = jnp.min(_rows(task, data, params, point(z)))
+        return jnp.stack([least, jnp.zeros_like(least)])
+
+    one = jax.tree.map(lambda leaf: leaf[None], params)
+    found = pgd(key, odds, one, jnp.zeros_like(region.center), 0, 1.0, restarts=2, p=p)
+    x = point(found.x)
+    values = _rows(task, data, params, x)
+    row = jnp.argmin(values)
+    return x, row, values[row]
