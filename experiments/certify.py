@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from bnncert import Float, certify
-from bnncert.certify.cascade import STAGES, stage_of
+from bnncert.certify.exact.cascade import STAGES, stage_of
 from bnncert.sets import ball
 from experiments.commands import (
     NORMS,

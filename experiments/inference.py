@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bnncert import attack, infer, likelihood
 from bnncert import prior as priors
-from bnncert.infer.minibatch import Schedule
+from bnncert.infer.svi import Schedule
 from bnncert.posterior import Samples
 from bnncert.types import Algorithm, Apply, Batch, Key, LogLikelihood, Posterior, Threat
 from experiments.data import Split

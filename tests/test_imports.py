@@ -29,7 +29,7 @@ ORDER = """
     bounds.api bounds.margins bounds.joint bounds outputs
     likelihood prior posterior.leaves posterior.mean_field posterior.samples posterior.low_rank
     posterior.gaussian posterior.mixture posterior.summary posterior
-    infer._minibatch infer.minibatch infer.map infer._elbo infer._variational infer.bbb
+    infer._minibatch infer.map infer._elbo infer._variational infer.bbb
     infer.low_rank infer.guide infer.svi infer._natural_gradient infer.vogn infer.noisy_adam
     infer.ivon infer.swag infer.diagnostics infer._potential infer._progress infer.mcmc infer.hmc
     infer.nuts infer._sgmcmc infer.sgld infer.sghmc infer.laplace infer.ensemble infer
@@ -42,7 +42,7 @@ ORDER = """
     certify.formal.safety certify.formal.rectified certify.formal.moments certify.formal.expectation
     certify.sampled certify.sampled.inequalities certify.sampled.draws certify.sampled.decision
     certify.sampled.safety
-    certify.radii certify.joint certify.cascade certify
+    certify.radii certify
     metrics.scores metrics.calibration metrics.uncertainty metrics.detection metrics parallel
 """.split()
 

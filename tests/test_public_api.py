@@ -18,10 +18,14 @@ MODULES = sorted(
     info.name for info in pkgutil.walk_packages(bc.__path__, "bnncert.") if "._" not in info.name
 )
 
-METHODS: list[Any] = [
-    getattr(bc.infer, name) for name in bc.infer.__all__ if name not in ("diagnostics", "ensemble")
+_DOORS: list[Any] = [getattr(bc.infer, name) for name in bc.infer.__all__]
+METHODS = [m for m in _DOORS if inspect.ismodule(m) and hasattr(m, "build")]
+METHODS.remove(bc.infer.ensemble)  # it is one of others
+OPTIMIZED = [
+    m
+    for m in METHODS
+    if "optimizer" in inspect.signature(m.build).parameters and m is not bc.infer.guide
 ]
-OPTIMIZED = [m for m in METHODS if "optimizer" in inspect.signature(m.build).parameters]
 
 pytestmark = pytest.mark.smoke
 
@@ -83,8 +87,10 @@ def test_inference_has_one_anatomy():
     assert bc.Batch._fields == ("x", "y", "mask")
     assert starts_with(bc.infer.ensemble.build, "algorithm", "num_members", "*", "vectorize")
     for module in METHODS:
-        full_batch = module is bc.infer.mcmc  # which is given all the data, and so their number
-        assert starts_with(module.build, "log_likelihood", "prior", "*")
+        # These are given all the data, and so their number.
+        full_batch = module in (bc.infer.mcmc, bc.infer.hmc, bc.infer.nuts)
+        own = ("make",) if module is bc.infer.guide else ()
+        assert starts_with(module.build, "log_likelihood", "prior", *own, "*")
         assert ("num_data" in parameters(module.build)) is not full_batch
         assert "prepare" in parameters(module.build)
     assert bc.infer.mcmc.Sampler._fields == ("sample",)

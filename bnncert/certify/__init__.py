@@ -11,7 +11,7 @@ estimate:
 breaks; `inputs` is what all of them check.
 """
 
-from bnncert.certify.cascade import Cascade, cascade
+from bnncert.certify.exact.cascade import Cascade, cascade
 from bnncert.certify.exact.decision import Decision, decision, predictive
 from bnncert.certify.exact.joint import joint_decision
 from bnncert.certify.exact.uncertainty import Moments, Uncertainty, mean_and_variance, uncertainty

@@ -27,7 +27,7 @@ from bnncert.infer.guide import MakeGuide
 from bnncert.infer.low_rank import LowRank
 from bnncert.types import Algorithm, LogLikelihood, Posterior, Prepare
 
-__all__ = ["Family", "LowRank", "MeanField", "SVIInfo", "VIState", "build"]
+__all__ = ["Family", "LowRank", "MeanField", "SVIInfo", "Schedule", "VIState", "build"]
 
 
 def build(

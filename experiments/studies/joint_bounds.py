@@ -47,7 +47,7 @@ from tqdm import tqdm
 from bnncert import attack, ball, bound, certify
 from bnncert.bounds import mean_bound
 from bnncert.bounds.methods import LinearMethod, linear_method_of
-from bnncert.certify.joint import ANCHORS, corner_terms, difference_below, margins_of
+from bnncert.certify.exact.joint import ANCHORS, corner_terms, difference_below, margins_of
 from bnncert.posterior import stack
 from bnncert.sets import Box
 from bnncert.types import Apply

@@ -95,7 +95,8 @@ def test_concretisation_is_the_dual_norm(region, float64):
     center, eps = jnp.arange(6.0).reshape(2, 3), 0.5
     ball_ = LpBall(center, eps, region) if region != np.inf else Box(center - eps, center + eps)
     norm = {1: jnp.abs(a).max(), 2: jnp.sqrt((a**2).sum()), np.inf: jnp.abs(a).sum()}[region]
-    below, above = Row({0: a}, 1.0, 0.0), Row({0: -2 * a}, -3.0, 0.0)
+    one, zero = jnp.ones(()), jnp.zeros(())
+    below, above = Row({0: a}, one, zero), Row({0: -2 * a}, -3 * one, zero)
     box = concretize(below, above, [ball_])
     np.testing.assert_allclose(box.lower, jnp.vdot(a, center) - eps * norm + 1.0, rtol=1e-12)
     np.testing.assert_allclose(
