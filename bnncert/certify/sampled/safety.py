@@ -217,7 +217,7 @@ def proves_outputs(
     Cost: a call bounds the outputs.
 
     Example:
-        >>> inputs, within = Box(jnp.zeros(1), jnp.ones(1)), Box(jnp.zeros(1), jnp.ones(1))
+        >>> inputs, within = Box(jnp.zeros(1), jnp.ones(1)), Box(-jnp.ones(1), jnp.ones(1))
         >>> safe = proves_outputs(lambda w, x: w * x, inputs, within)
         >>> bool(safe(jnp.array([0.9]))), bool(safe(jnp.array([1.1])))
         (True, False)
