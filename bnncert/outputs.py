@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from bnncert.bounds.graph.endings import ends_in_probabilities
-from bnncert.bounds.graph.randomness import advised
+from bnncert.bounds.tracing.endings import ends_in_probabilities
+from bnncert.bounds.tracing.randomness import advised
 from bnncert.sets import is_concrete
 from bnncert.types import Apply, Params
 

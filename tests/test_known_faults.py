@@ -13,8 +13,7 @@ import optax
 import pytest
 
 from bnncert import bound, certify, likelihood, prior
-from bnncert.bounds import relax, relaxations
-from bnncert.bounds.rules import affine
+from bnncert.bounds.ops import LINES, OPERATIONS, affine, elementwise
 from bnncert.certify.sampled import inequalities as confidence
 from bnncert.infer import _natural_gradient as natural_gradient
 from bnncert.infer import _potential as potential
@@ -39,7 +38,14 @@ def encloses(f, region, method):
 
 def take_every_line(monkeypatch):
     """Without the look at a line's ends that comes before it is used."""
-    monkeypatch.setattr(relax, "_holds", lambda slope, *rest: jnp.ones_like(slope, bool))
+    monkeypatch.setattr(elementwise, "_holds", lambda slope, *rest: jnp.ones_like(slope, bool))
+
+
+def with_lines(monkeypatch, op, rule):
+    """An operation with other lines."""
+    (operation,) = OPERATIONS[op]
+    other = elementwise.relaxed_by_lines(operation._replace(lines=rule))
+    monkeypatch.setitem(OPERATIONS, op, (other,))
 
 
 def test_a_convolution_centred_at_twice_its_output(monkeypatch):
@@ -65,7 +71,7 @@ def test_lines_that_are_unsound_where_the_sign_is_known(op, f, method, ends, mon
     network = lambda x: jnp.array([[1.0, -1.0], [0.5, 2.0]]) @ f(x)  # noqa: E731
     region = Box(jnp.full(2, ends[0]), jnp.full(2, ends[1]))
     assert encloses(network, region, method)
-    true = relaxations.LINES[op]
+    true = LINES[op]
 
     def faulty(l, u, *constants, choice):
         good = true(l, u, *constants, choice=choice)
@@ -74,7 +80,7 @@ def test_lines_that_are_unsound_where_the_sign_is_known(op, f, method, ends, mon
         pairs = zip(identity, good, strict=True)
         return type(good)(*(jnp.where(known, bad, fine) for bad, fine in pairs))
 
-    monkeypatch.setitem(relaxations.LINES, op, faulty)
+    with_lines(monkeypatch, op, faulty)
     assert encloses(network, region, method)  # on the wrong side at an end, a line is not taken
     take_every_line(monkeypatch)
     assert not encloses(network, region, method)
@@ -88,13 +94,13 @@ def test_chords_of_no_width(op, f, monkeypatch):
     width = lambda method: float(jnp.ptp(jnp.stack(  # noqa: E731
         jax.tree.leaves(bound(network, method)(region)))))  # fmt: skip
     assert width("crown") < 0.6 * width("ibp") < np.inf
-    true = relaxations.LINES[op]
+    true = LINES[op]
 
     def faulty(l, u, *constants, choice):
         good = true(l, u, *constants, choice=choice)
         return jax.tree.map(lambda v: v * ((u - l) / (u - l)), good)
 
-    monkeypatch.setitem(relaxations.LINES, op, faulty)
+    with_lines(monkeypatch, op, faulty)
     assert width("crown") <= width("ibp")
     take_every_line(monkeypatch)
     assert width("crown") == pytest.approx(width("ibp"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bnncert import attack, certify, likelihood
-from bnncert.bounds.graph.endings import ends_in_probabilities
+from bnncert.bounds.tracing.endings import ends_in_probabilities
 from bnncert.posterior import MeanField
 from bnncert.sets import Box, LpBall, ball
 from bnncert.types import Threat

@@ -12,10 +12,9 @@ import optax
 import pytest
 
 import bnncert as bc
-from bnncert.bounds import relax
+from bnncert.bounds import ops
 from bnncert.bounds.methods import METHODS
-from bnncert.bounds.relaxations import LINES
-from bnncert.bounds.rules import AFFINE, BILINEAR, ELEMENTWISE, MONOTONE, REDUCTIONS
+from bnncert.bounds.ops import EVERY, LINES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -104,10 +103,15 @@ def test_your_own_model_is_bounded_and_trained(code: str) -> None:
 
 
 def support_table() -> str:
-    """The table of the section "What `bound` supports", from the tables of rules."""
-    elementwise = set(MONOTONE) | set(ELEMENTWISE)
-    lines, planes, pairs = set(LINES), set(relax.REDUCTION_PLANES), set(relax.PAIRS)
-    assert lines <= elementwise and planes <= set(REDUCTIONS)  # else the table needs a row more
+    """The table of the section "What `bound` supports", from the records of operations."""
+
+    def names(*families: str) -> set[str]:
+        return {operation.name for operation in EVERY if operation.family in families}
+
+    elementwise, reductions = names("elementwise", "pair"), names("reduction")
+    planes = {o.name for o in ops.REDUCTIONS if o.relaxation is not None}
+    lines, pairs = set(LINES), names("pair")
+    assert lines <= elementwise and planes <= reductions  # else the table needs a row more
 
     def row(kind: str, names: set[str], inside: str) -> str:
         return f"| {kind} | {', '.join(f'`{name}`' for name in sorted(names))} | {inside} |"
@@ -116,13 +120,13 @@ def support_table() -> str:
         [
             "| operations | primitives | linear relaxation |",
             "|---|---|---|",
-            row("affine in what is bounded", set(AFFINE), "none needed: exact"),
+            row("affine in what is bounded", names("affine"), "none needed: exact"),
             row("elementwise", lines, "two lines"),
             row("elementwise", elementwise - lines - pairs, "two constants: the interval's ends"),
             row("of two bounded values", pairs, "two planes"),
             row("of an axis", planes, "two planes"),
-            row("of an axis", set(REDUCTIONS) - planes, "two constants: the interval's ends"),
-            row("products of two bounded values", set(BILINEAR), "McCormick, or a chord"),
+            row("of an axis", reductions - planes, "two constants: the interval's ends"),
+            row("products of two bounded values", names("product"), "McCormick, or a chord"),
         ]
     )
 

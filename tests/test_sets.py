@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bnncert._emptiness import is_valid, settled
-from bnncert.bounds.interval import hull
+from bnncert.bounds.ops.boxes import hull
 from bnncert.sets import Box, LpBall, ball, check_set, is_set
 
 

@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from bnncert._compiler.convolution import canonical
 from bnncert._varying import axes_of, varying
-from bnncert.bounds.convolution import canonical
 from bnncert.sets import is_concrete
 from bnncert.types import Apply, Params, Stacked
 

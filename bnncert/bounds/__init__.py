@@ -3,7 +3,7 @@
 from bnncert.bounds.api import Affine, LinearBounds, bound, crown, ibp, linear_bounds
 from bnncert.bounds.arithmetic import Float, Real
 from bnncert.bounds.graph import UnsupportedPrimitiveError
-from bnncert.bounds.joint import mean_bound
+from bnncert.bounds.mean import mean_bound
 from bnncert.bounds.methods import CROWN, CROWNIBP, IBP, AlphaCROWN, Forward
 
 __all__ = [

@@ -19,7 +19,7 @@ Sources: Gowal et al. 2018 (IBP); Zhang et al., ICLR 2020 (CROWN-IBP); Zhang et 
 (CROWN).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -29,14 +29,14 @@ from jaxtyping import Array, PyTree
 
 from bnncert._emptiness import unbounded_unless
 from bnncert.bounds.arithmetic import Rounding, arithmetic_of
-from bnncert.bounds.graph import Graph, trace
+from bnncert.bounds.graph import Graph, Ref
 from bnncert.bounds.graph.constants import around
 from bnncert.bounds.graph.nodes import unknown_constant
-from bnncert.bounds.graph.operands import Ref
 from bnncert.bounds.methods import LinearMethod, Method, linear_method_of, method_of
-from bnncert.bounds.methods.rows import Row, Steps, linear_rows, map_rows
-from bnncert.bounds.methods.sweeper import Options
-from bnncert.bounds.rounding import tracking
+from bnncert.bounds.ops import Operation
+from bnncert.bounds.plan import Options, make_plan
+from bnncert.bounds.rows import Row, Steps, linear_rows, map_rows
+from bnncert.bounds.tracing import trace
 from bnncert.sets import Box
 
 DEFAULT_BATCH_SIZE = 128
@@ -67,6 +67,7 @@ def bound(
     method: str | Method = "crown-ibp",
     *,
     rounding: Rounding = "nearest",
+    operations: Sequence[Operation] = (),
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> Callable[..., PyTree]:
     """Bounds on the outputs of a function over sets of inputs, of weights, or of both.
@@ -85,6 +86,7 @@ def bound(
             computes in that dtype, and of the function in real arithmetic, by the model of
             `bnncert.bounds.arithmetic`; `Float(unit_roundoff=2**-11)` of a network that is less
             exact than its bounds.
+        operations: of your own (`bnncert.operation`), each used where f calls its function.
         batch_size: rows of a backward pass at once; bounds memory. On an accelerator with memory to
             spare, more are faster.
 
@@ -120,7 +122,7 @@ def bound(
         [0.5, 2.0]
     """
     _check_batch_size(batch_size)
-    options = Options(batch_size, arithmetic=arithmetic_of(rounding))
+    options = Options(batch_size, arithmetic_of(rounding), operations=tuple(operations))
     return _bounded(f, method_of(method), options)
 
 
@@ -128,7 +130,7 @@ def margin_bound(
     f: Callable[..., PyTree], method: str | Method, rounding: Rounding
 ) -> Callable[..., PyTree]:
     """`bound` of margins f_k - f_c: merged with the last layer whatever that costs."""
-    options = Options(DEFAULT_BATCH_SIZE, arithmetic=arithmetic_of(rounding), margins=True)
+    options = Options(DEFAULT_BATCH_SIZE, arithmetic_of(rounding), margins=True)
     return _bounded(f, method_of(method), options)
 
 
@@ -147,6 +149,7 @@ def linear_bounds(
     method: str | LinearMethod = "crown",
     *,
     rounding: Rounding = "nearest",
+    operations: Sequence[Operation] = (),
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> Callable[..., PyTree]:
     """The linear functions of the sets that enclose a function, before they are concretised.
@@ -158,6 +161,7 @@ def linear_bounds(
         method: "crown-ibp" or "crown"; or `bnncert.CROWNIBP` or `CROWN` with options.
         rounding: as for `bound`: with "outward", what f computes lies between the exact values of
             the two functions.
+        operations: as for `bound`.
         batch_size: as for `bound`.
 
     Returns:
@@ -180,12 +184,12 @@ def linear_bounds(
         (3.0, 1.0)
     """
     _check_batch_size(batch_size)
-    arithmetic, chosen = arithmetic_of(rounding), linear_method_of(method)
-    options = Options(batch_size, arithmetic=arithmetic)
+    chosen = linear_method_of(method)
+    options = Options(batch_size, arithmetic_of(rounding), operations=tuple(operations))
 
     @wraps(f)
     def linear(*args: Any, **kwargs: Any) -> PyTree:
-        graph = trace(f, args, kwargs, arithmetic and tracking(arithmetic))
+        graph = traced(f, args, kwargs, options)
         _, variants = linear_outputs(graph, chosen, options)
         outputs = (_constant_unless(graph.valid, o) for o in variants[0])
         return jax.tree.unflatten(graph.out_tree, outputs)
@@ -193,12 +197,16 @@ def linear_bounds(
     return linear
 
 
+def traced(f: Callable[..., PyTree], args: tuple, kwargs: dict, options: Options) -> Graph:
+    """The operations of `f(*args, **kwargs)`, for bounds with these options."""
+    return trace(f, args, kwargs, options.arithmetic.tracking(), options.operations)
+
+
 def linear_outputs(
     graph: Graph, method: LinearMethod, options: Options
 ) -> tuple[list[Box], list[list[LinearBounds]]]:
     """Intervals of the outputs, and for each variant of the relaxations their linear bounds."""
-    sweep = method.sweeper(graph, options)
-    intervals, steps = method.relaxed_on(sweep)
+    intervals, steps = method.relaxed_on(make_plan(graph, options))
     variants = [
         [_linear_output(graph, o, way, options.batch_size) for o in graph.outputs]
         for way in steps.variants()
@@ -207,12 +215,10 @@ def linear_outputs(
 
 
 def _bounded(f: Callable[..., PyTree], method: Method, options: Options) -> Callable[..., PyTree]:
-    arithmetic = options.arithmetic
-
     @wraps(f)
     def bounded(*args: Any, **kwargs: Any) -> PyTree:
-        graph = trace(f, args, kwargs, arithmetic and tracking(arithmetic))
-        boxes = method.boxes(graph, options)
+        graph = traced(f, args, kwargs, options)
+        boxes = method.boxes(make_plan(graph, options))
         outputs = [unbounded_unless(graph.valid, _output(o, boxes)) for o in graph.outputs]
         return jax.tree.unflatten(graph.out_tree, outputs)
 

@@ -1,7 +1,7 @@
 """Bounds on margins f_k - f_c of a classifier, each bounded as one function of the input.
 
 A difference of two bounded logits forgets that both come from one hidden layer; the margin as a
-function of its own merges the difference with the last affine layer (`interval.py`).
+function of its own merges the difference with the last affine layer (`merging.py`).
 
 Two ways give the C margins against one class c:
 

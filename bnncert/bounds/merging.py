@@ -25,16 +25,17 @@ Robust Models", 2018 (the tail: section 3, "elision of the last layer").
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from bnncert.bounds.graph import Graph, Node
-from bnncert.bounds.graph.operands import Operand, Ref
-from bnncert.bounds.interval import bounded_nodes, output_nodes, spreads
+from bnncert.bounds.graph import Graph, Node, Ref
+from bnncert.bounds.graph.facts import output_nodes
+from bnncert.bounds.graph.operands import Operand
 from bnncert.bounds.norms import first_sums
-from bnncert.bounds.rules import AFFINE, affine_rule
+from bnncert.bounds.ops import acted_on, affine_of
+from bnncert.bounds.ops.affine import SUMMING, spreads
 from bnncert.sets import LpBall
 
 BUDGET = 4.0
@@ -72,7 +73,7 @@ def merged_runs(graph: Graph, margins: bool = False) -> dict[int, Run]:
     found = exactness(graph)
     depths = _depths(graph)
     outputs = set(output_nodes(graph))
-    places = (affine_prefix(graph) & bounded_nodes(graph)) | outputs
+    places = (affine_prefix(graph) & acted_on(graph)) | outputs
     loose = [i for i in sorted(places) if found[i][0] == LOOSE]
     runs: dict[int, Run] = {}
     left = max(BUDGET * sum(products(graph, node) for node in graph.nodes), FEW)
@@ -98,9 +99,14 @@ def affine_prefix(graph: Graph) -> set[int]:
     return {i for i, (_, sources) in enumerate(exactness(graph)) if max(sources) < num_sets}
 
 
-def exact_prefix(graph: Graph, margins: bool = False) -> set[int]:
-    """Nodes that are affine in the sets alone and that intervals bound exactly."""
-    runs, found = merged_runs(graph, margins), exactness(graph)
+def exact_prefix(graph: Graph, runs: Mapping[int, Run]) -> set[int]:
+    """Nodes that are affine in the sets alone and that intervals bound exactly.
+
+    Args:
+        graph: the traced function.
+        runs: its merged runs.
+    """
+    found = exactness(graph)
     whole = {i for i, run in runs.items() if run.whole}
     return {i for i in affine_prefix(graph) if found[i][0] != LOOSE or i in whole}
 
@@ -127,7 +133,7 @@ def exactness(
             state = EXACT if isinstance(graph.inputs[index], LpBall) else INDEPENDENT
             found.append((state, itself))
             continue
-        if affine_rule(node) is None or begins(index):
+        if affine_of(node) is None or begins(index):
             found.append((INDEPENDENT, itself))
             continue
         states, sources = zip(*(found[i] for i in node.refs), strict=True)
@@ -150,7 +156,7 @@ def _depths(graph: Graph) -> list[int]:
     """How many sums lie one after the other between a node and its sources."""
     found: list[int] = []
     for node in graph.nodes:
-        if node.op == "input" or affine_rule(node) is None:
+        if node.op == "input" or affine_of(node) is None:
             found.append(0)
         else:
             found.append(max(found[i] for i in node.refs) + _sums(node))
@@ -174,7 +180,7 @@ def _suffix(graph: Graph, index: int, depths: list[int], cut: int) -> Run:
     while waiting:
         i = waiting.pop()
         node = graph.nodes[i]
-        if i in passed or not node.refs or affine_rule(node) is None:
+        if i in passed or not node.refs or affine_of(node) is None:
             continue
         if depths[i] < cut or (depths[i] == cut and cut > 0):
             whole = False
@@ -191,7 +197,7 @@ def _first_sums(graph: Graph, index: int) -> set[int]:
         if node.op == "input":
             own.append(isinstance(graph.inputs[i], LpBall))
         else:
-            affine = affine_rule(node) is not None
+            affine = affine_of(node) is not None
             own.append(affine and not _sums(node) and any(own[j] for j in node.refs))
     return {
         i
@@ -232,4 +238,4 @@ def _shape(graph: Graph, operand: Operand) -> tuple[int, ...]:
 
 
 def _sums(node: Node) -> bool:
-    return AFFINE[node.op].spreads == "mixes"
+    return node.op in SUMMING

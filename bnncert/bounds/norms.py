@@ -23,14 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from bnncert.bounds.arithmetic import Float, gamma, own_unit, roundings, tiny
-from bnncert.bounds.graph import Graph, Node
-from bnncert.bounds.graph.operands import Ref
-from bnncert.bounds.interval import spreads
-from bnncert.bounds.rounding import network_error
-from bnncert.bounds.rounding.intervals import widened
-from bnncert.bounds.rules import affine_rule
-from bnncert.bounds.rules.affine import MIXING, magnitude
+from bnncert.bounds.arithmetic import Arithmetic
+from bnncert.bounds.graph import Graph, Node, Ref
+from bnncert.bounds.ops import affine_of
+from bnncert.bounds.ops.affine import MIXING, magnitude, spreads
+from bnncert.bounds.rounding import Precision, network_error, widened
+from bnncert.bounds.rounding.model import gamma, own_unit, roundings, tiny
 from bnncert.sets import Box, LpBall
 
 
@@ -39,37 +37,48 @@ def first_sums(graph: Graph) -> set[int]:
     return {i for i in range(len(graph.nodes)) if _way(graph, i)}
 
 
-def first_sum(graph: Graph, index: int, boxes: Sequence[Box], arithmetic: Float | None) -> Box:
+def first_sum(graph: Graph, index: int, boxes: Sequence[Box], arithmetic: Arithmetic) -> Box:
     """The box of a node of `first_sums`.
 
     Args:
         graph: the traced function.
         index: of the node.
         boxes: of all nodes before it.
-        arithmetic: of the network; None: real arithmetic.
+        arithmetic: that the box is to hold in.
     """
-    start, *way = _way(graph, index)
-    region: Any = graph.inputs[start]
+    begin, *way = _way(graph, index)
+    region: Any = graph.inputs[begin]
     node = graph.nodes[index]
     value, scale = jnp.asarray(region.center), jnp.ones_like(region.center)
-    error = jnp.zeros_like(scale)
     for i in way:
         passed = graph.nodes[i]
-        if arithmetic is not None:
-            own = network_error(graph, passed, [boxes[j] for j in passed.refs], arithmetic)
-            error = magnitude(passed, error) * _more(graph, passed) + (0.0 if own is None else own)
         value = passed.evaluate(*passed.fill([value]))
         scale = magnitude(passed, scale) if i != index else scale
     norms, top = _row_norms(node, scale, region.p)
     reach = (region.eps * top * norms).astype(node.dtype)
-    if arithmetic is None:
-        return Box(value - reach, value + reach)
-    lost = math.sqrt(8 * tiny(node) * math.prod(scale.shape))
-    more = _more(graph, node) * (1 + 16 * len(way) * own_unit(node))
-    reach = (reach + (region.eps * top * lost).astype(node.dtype)) * more + 2 * error * _more(
-        graph, node
-    )
-    return widened(Box(value - reach, value + reach), 8 * own_unit(node), 8 * tiny(node))
+
+    def rounded(box: Box, precision: Precision) -> Box:
+        error = _carried_errors(graph, way, boxes, region, precision)
+        lost = math.sqrt(8 * tiny(node) * math.prod(scale.shape))
+        more = _more(graph, node) * (1 + 16 * len(way) * own_unit(node))
+        wider = (reach + (region.eps * top * lost).astype(node.dtype)) * more
+        wider += 2 * error * _more(graph, node)
+        box = Box(value - wider, value + wider)
+        return widened(box, 8 * own_unit(node), 8 * tiny(node))
+
+    return arithmetic.allow(Box(value - reach, value + reach), rounded)
+
+
+def _carried_errors(
+    graph: Graph, way: Sequence[int], boxes: Sequence[Box], region: Any, precision: Precision
+) -> Array:
+    """What a network is off by once it has computed a sum, the operations before it included."""
+    error = jnp.zeros_like(region.center)
+    for i in way:
+        node = graph.nodes[i]
+        own = network_error(graph, node, [boxes[j] for j in node.refs], precision)
+        error = magnitude(node, error) * _more(graph, node) + (0.0 if own is None else own)
+    return error
 
 
 def _way(graph: Graph, index: int) -> list[int]:
@@ -81,7 +90,7 @@ def _way(graph: Graph, index: int) -> list[int]:
     (i,) = node.refs
     while graph.nodes[i].refs:
         node = graph.nodes[i]
-        if affine_rule(node) is None or len(node.refs) != 1:
+        if affine_of(node) is None or len(node.refs) != 1:
             return []
         if spreads(graph, node) not in ("places", "adds"):
             return []
@@ -91,7 +100,7 @@ def _way(graph: Graph, index: int) -> list[int]:
 
 
 def _sums_rows(node: Node) -> bool:
-    if node.op not in (*MIXING, "reduce_sum") or affine_rule(node) is None:
+    if node.op not in (*MIXING, "reduce_sum") or affine_of(node) is None:
         return False
     if node.op != "conv_general_dilated":
         return True

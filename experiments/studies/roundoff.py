@@ -4,9 +4,9 @@
     python -m experiments.studies.roundoff --stride 64          every 64th: minutes
     python -m experiments.studies.roundoff --functions exp tanh
 
-`bnncert.bounds.function_errors` takes |fl h(x) - h(x)| <= (R |h(x)| + A + X |x|) u + 2 t for each
-function h and for its slope, in place of a proof: that is as good as the backend that computes
-them. Run this on the backend at hand; the exit status is 1 if a function needs more.
+`bnncert.bounds.ops.operation.Rounding` takes |fl h(x) - h(x)| <= (R |h(x)| + A + X |x|) u + 2 t
+for each function h and for its slope, in place of a proof: that is as good as the backend that
+computes them. Run this on the backend at hand; the exit status is 1 if a function needs more.
 
 Each function is computed in float32 and again in float64 at the same points. Printed is the largest
 share of what it is allowed, where that is, and the largest relative error in units of u. Left out
@@ -27,14 +27,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from tqdm import tqdm
 
-from bnncert.bounds.function_errors import (
-    FUNCTION_ERRORS,
-    OPERAND_ERRORS,
-    SLOPE_ERROR,
-    SLOPE_ERRORS,
-)
-from bnncert.bounds.relaxations.powers import growth
-from bnncert.bounds.relaxations.smooth import CURVES
+from bnncert.bounds.ops import ELEMENTWISE
+from bnncert.bounds.rounding.functions import FUNCTION_ERRORS, OPERAND_ERRORS, SLOPE_ERRORS
 
 UNIT = 2.0**-24
 TINY = 2.0**-126
@@ -99,13 +93,12 @@ def cases() -> dict[str, Case]:
         "leaky_relu": jax.nn.leaky_relu,
         "logaddexp": lambda x: jnp.logaddexp(x, *_PARAMETERS["logaddexp"]),
     }
-    slopes = {name: build(*_PARAMETERS.get(name, ())).slope for name, build in CURVES.items()}
-    slopes |= {name: growth(name).slope for name in ("exp", "exp2", "expm1")}
+    curves = {operation.name: operation.curve for operation in ELEMENTWISE if operation.curve}
+    slopes = {name: build(*_PARAMETERS.get(name, ())).slope for name, build in curves.items()}
     slopes.pop("cbrt")  # infinite at 0: bounded by its interval
     found = {name: Case(f, *_allowed(name), _reach(name)) for name, f in values.items()}
     return found | {
-        f"{name}'": Case(f, *SLOPE_ERRORS.get(name, SLOPE_ERROR), 0.0, _reach(name))
-        for name, f in slopes.items()
+        f"{name}'": Case(f, *SLOPE_ERRORS[name], 0.0, _reach(name)) for name, f in slopes.items()
     }
 
 
@@ -172,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 _save(rows, options.stride, options.out)
     broken = [row.function for row in rows if not row.share <= 1]
     if broken:
-        sys.exit(f"these need more than bnncert.bounds.function_errors allows: {', '.join(broken)}")
+        sys.exit(f"these need more than bnncert.bounds.ops allows: {', '.join(broken)}")
 
 
 def _save(rows: Sequence[Row], stride: int, path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from bnncert.bounds import CROWN, bound, linear_bounds
 from bnncert.bounds.methods import method_of
-from bnncert.bounds.methods.rows import Row, concretize
-from bnncert.bounds.relaxations import LOWER_SLOPES
+from bnncert.bounds.ops import LOWER_SLOPES
+from bnncert.bounds.rows import Row, concretize
 from bnncert.sets import Box, LpBall, ball
 from tests.bounds import networks
 from tests.bounds.networks import KINDS

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnncert.bounds.convolution import canonical
+from bnncert._compiler.convolution import canonical
 
 CASES = {
     "NHWC": ((2, 5, 6, 4), (3, 2, 4, 6), ("NHWC", "HWIO", "NHWC"), {}),

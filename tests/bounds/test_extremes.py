@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 
 from bnncert.bounds import bound
-from bnncert.bounds.graph import trace
-from bnncert.bounds.relax import lines
-from bnncert.bounds.relaxations import LINES, TWO_VARIANTS, Choice
-from bnncert.bounds.rules import interval
+from bnncert.bounds.ops import LINES, Choice, interval, lines, operation_of
+from bnncert.bounds.tracing import trace
 from bnncert.sets import Box
 from tests.bounds.extremes import EXACT, intervals, points
 
@@ -84,7 +82,7 @@ def nearest(name, l, u, fraction):
     """The interval, and lines by default and by fractions."""
     node = trace(function(name), (Box(l, u),), {}).nodes[-1]
     assert node.op == CASES[name][0]
-    choices = [Choice(variant=v) for v in range(1 + (node.op in TWO_VARIANTS))]
+    choices = [Choice(variant=v) for v in range(operation_of(node).variants)]
     choices.append(Choice(fraction, fraction))
     return interval(node, Box(l, u)), [lines(node, Box(l, u), choice) for choice in choices]
 

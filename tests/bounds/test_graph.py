@@ -9,9 +9,9 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from bnncert.bounds import UnsupportedPrimitiveError, bound, linear_bounds
-from bnncert.bounds.graph import trace
 from bnncert.bounds.graph.operands import Ref
 from bnncert.bounds.methods import METHODS as KINDS
+from bnncert.bounds.tracing import trace
 from bnncert.sets import Box
 
 METHODS = tuple(KINDS)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from bnncert.bounds import bound, merging
-from bnncert.bounds.graph import trace
 from bnncert.bounds.margins import all_margin_bounds, margin_bounds
+from bnncert.bounds.tracing import trace
 from bnncert.sets import Box, LpBall, ball
 from experiments.benchmarks import affine_runs
 from tests.bounds.networks import METHODS, in_few_steps, starts

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from bnncert.bounds import bound
-from bnncert.bounds.graph import trace
 from bnncert.bounds.norms import first_sums
+from bnncert.bounds.tracing import trace
 from bnncert.sets import LpBall
 
 RNG = np.random.default_rng(5)

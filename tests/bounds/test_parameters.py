@@ -11,11 +11,11 @@ import pytest
 from jax import lax
 
 from bnncert.bounds import UnsupportedPrimitiveError, bound
-from bnncert.bounds.graph.equations import CALLS
-from bnncert.bounds.graph.parameters import PARAMETERS
-from bnncert.bounds.graph.rewriting import REWRITES
-from bnncert.bounds.graph.tracing import _IDENTITIES
-from bnncert.bounds.rules import SUPPORTED
+from bnncert.bounds.ops import SUPPORTED
+from bnncert.bounds.tracing.equations import CALLS
+from bnncert.bounds.tracing.parameters import PARAMETERS
+from bnncert.bounds.tracing.rewriting import REWRITES
+from bnncert.bounds.tracing.walk import _IDENTITIES
 from bnncert.sets import Box
 
 pytestmark = pytest.mark.slow

@@ -7,8 +7,8 @@ import pytest
 from jax import lax
 from jax.extend import core
 
+from bnncert._compiler.convolution import canonical
 from bnncert.bounds import UnsupportedPrimitiveError, bound, linear_bounds
-from bnncert.bounds.convolution import canonical
 from bnncert.bounds.methods import METHODS as KINDS
 from bnncert.sets import Box, LpBall
 from tests.bounds.networks import in_few_steps

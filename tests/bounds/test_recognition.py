@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from bnncert.bounds import bound
-from bnncert.bounds.graph import trace
-from bnncert.bounds.graph.recognition import find_runs
+from bnncert.bounds.tracing import trace
+from bnncert.bounds.tracing.recognition import find_runs
 from bnncert.sets import Box
 
 X = jnp.ones((2, 3))

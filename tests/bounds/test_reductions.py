@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnncert.bounds.relax import REDUCTION_PLANES
-from bnncert.bounds.relaxations import Choice
+from bnncert.bounds.ops import Choice
+from bnncert.bounds.ops.reductions import PLANES as REDUCTION_PLANES
 from bnncert.sets import Box
 
 FUNCTIONS = {

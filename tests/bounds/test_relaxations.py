@@ -9,16 +9,12 @@ import pytest
 
 from bnncert.bounds.graph import Node
 from bnncert.bounds.graph.operands import Ref
-from bnncert.bounds.relaxations import (
-    FREE,
-    LINES,
-    LOWER_SLOPES,
-    TWO_VARIANTS,
-    Choice,
-    initial_choice,
-)
-from bnncert.bounds.rules import interval
+from bnncert.bounds.ops import ELEMENTWISE, LINES, LOWER_SLOPES, Choice, interval
 from bnncert.sets import Box
+
+INITIAL = {operation.name: operation.initial for operation in ELEMENTWISE if operation.lines}
+FREE = {name for name, initial in INITIAL.items() if initial}
+TWO_VARIANTS = {operation.name for operation in ELEMENTWISE if operation.variants == 2}
 
 # By name: the operation, the function, its constants, and where it is defined and representable.
 EVERYWHERE = (-1e4, 1e4)
@@ -282,7 +278,7 @@ def test_gradients_are_finite(name, float64):
 def test_initial_choice_gives_the_default_lines(name, float64):
     l, u = intervals(name, jnp.float64)
     op, _, _, _ = CASES[name]
-    start = initial_choice(op, l, u, *constants_of(name, l.dtype))
+    start = INITIAL[op](l, u, *constants_of(name, l.dtype))
     found, default = (lines_of(name, l, u, c) for c in (start, Choice()))
     for a, b in zip(found, default, strict=True):
         scale = 1 + np.abs(b)

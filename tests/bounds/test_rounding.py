@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from bnncert.bounds import bound, linear_bounds
-from bnncert.bounds.arithmetic import Float, gamma
-from bnncert.bounds.function_errors import CURVATURES, FUNCTION_ERRORS, curvature
-from bnncert.bounds.graph import UnsupportedPrimitiveError, trace
-from bnncert.bounds.relaxations import LINES
+from bnncert.bounds.arithmetic import Float
+from bnncert.bounds.graph import UnsupportedPrimitiveError
+from bnncert.bounds.ops import AFFINE, LINES, SUPPORTED
 from bnncert.bounds.rounding import EXACT, affine_errors
-from bnncert.bounds.rules import AFFINE, SUPPORTED
+from bnncert.bounds.rounding.functions import CURVATURES, FUNCTION_ERRORS, curvature
+from bnncert.bounds.rounding.model import gamma
+from bnncert.bounds.tracing import trace
 from bnncert.sets import Box, LpBall, ball
 from experiments.studies import roundoff
 from tests.bounds.networks import in_few_steps

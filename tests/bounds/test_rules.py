@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 from bnncert.bounds import bound
-from bnncert.bounds.graph import Node, trace
+from bnncert.bounds.graph import Node
 from bnncert.bounds.graph.operands import Ref
-from bnncert.bounds.relaxations.products import chord
-from bnncert.bounds.rules import AFFINE, MONOTONE, REDUCTIONS, affine_rule, interval
+from bnncert.bounds.ops import AFFINE, EVERY, affine_of, interval
+from bnncert.bounds.ops.products import chord
+from bnncert.bounds.tracing import trace
 from bnncert.sets import Box
 
+MONOTONE = {operation.name for operation in EVERY if operation.increasing}
+REDUCTIONS = {operation.name for operation in EVERY if operation.family == "reduction"}
 RNG = np.random.default_rng(0)
 M = RNG.normal(size=(3, 6))
 KERNEL: Any = RNG.normal(size=(2, 2, 1, 2))
@@ -223,11 +226,11 @@ def test_affine_is_decided_by_what_is_bounded():
     def last(f):
         return trace(f, (box,), {}).nodes[-1]
 
-    assert affine_rule(last(lambda x: 2.0 * x)) is not None
-    assert affine_rule(last(lambda x: x / 2.0)) is not None
-    assert affine_rule(last(lambda x: x * x)) is None
-    assert affine_rule(last(lambda x: -(1.0 / x))) is not None
-    assert affine_rule(last(lambda x: x**-1)) is None
-    assert affine_rule(last(lambda x: jnp.dot(x, x))) is None
-    assert affine_rule(last(lambda x: x.astype(int))) is None
-    assert affine_rule(last(lambda x: x.astype(jnp.bfloat16))) is not None
+    assert affine_of(last(lambda x: 2.0 * x)) is not None
+    assert affine_of(last(lambda x: x / 2.0)) is not None
+    assert affine_of(last(lambda x: x * x)) is None
+    assert affine_of(last(lambda x: -(1.0 / x))) is not None
+    assert affine_of(last(lambda x: x**-1)) is None
+    assert affine_of(last(lambda x: jnp.dot(x, x))) is None
+    assert affine_of(last(lambda x: x.astype(int))) is None
+    assert affine_of(last(lambda x: x.astype(jnp.bfloat16))) is not None

@@ -9,9 +9,9 @@ import pytest
 
 from bnncert.bounds import UnsupportedPrimitiveError, bound, linear_bounds
 from bnncert.bounds.arithmetic import Float
-from bnncert.bounds.graph import trace
 from bnncert.bounds.graph.constants import Rounded, around
 from bnncert.bounds.rounding import tracking
+from bnncert.bounds.tracing import trace
 from bnncert.certify import decision
 from bnncert.sets import Box, ball
 

@@ -29,6 +29,8 @@ class Node(NamedTuple):
         computed: for each operand that is a constant which the function computes itself, how; else
             None. Empty where there are none, and in real arithmetic.
         summed: how many of its values are added up to one by the sums that it flows into directly.
+        operation: what is known of it (`ops.operation.Operation`), where that is not what its name
+            stands for: an operation of the user's own.
     """
 
     op: str
@@ -40,6 +42,7 @@ class Node(NamedTuple):
     source: str
     computed: tuple[Rounded | None, ...] = ()
     summed: int = 1
+    operation: Any = None
 
     @property
     def refs(self) -> tuple[int, ...]:

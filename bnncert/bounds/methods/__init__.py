@@ -5,8 +5,7 @@
     crown         linear bounds backward, over relaxations on intervals (CROWN-IBP) or on what was
                   found so far (CROWN)
     alpha_crown   CROWN, its free lines optimised
-    rows          one backward row
-    sweeper       a traced function made ready for rows
+    steps         how rows pass the nodes of a function (`bnncert.bounds.rows`)
 
 A name is short for a method with its default options: "crown" for `CROWN()`.
 """

@@ -22,32 +22,24 @@ import optax
 from jaxtyping import Array
 
 from bnncert._varying import axes_of, varying
-from bnncert.bounds.graph import Graph
-from bnncert.bounds.interval import bounded_nodes, drop_nan, intersect, output_nodes
-from bnncert.bounds.merging import affine_prefix
+from bnncert.bounds.graph.facts import ancestors
 from bnncert.bounds.methods.crown import CROWN
-from bnncert.bounds.methods.rows import (
+from bnncert.bounds.methods.ibp import intervals
+from bnncert.bounds.methods.steps import Passage, relaxed_step, steps_of
+from bnncert.bounds.ops import Choice, check_lower_slope, free_choice
+from bnncert.bounds.ops.boxes import drop_nan, intersect
+from bnncert.bounds.plan import Plan
+from bnncert.bounds.rounding import Errors
+from bnncert.bounds.rows import (
     Row,
     Step,
-    affine_row,
     both_signs,
     least,
     map_rows,
-    relaxed_row,
+    pull_back,
     shaped,
+    start,
 )
-from bnncert.bounds.methods.sweeper import (
-    Options,
-    Sweeper,
-    affine,
-    affine_errors,
-    boxes_by_node,
-    end_sets,
-    relaxed_step,
-)
-from bnncert.bounds.relax import free_choice, is_relaxed
-from bnncert.bounds.relaxations import Choice, check_lower_slope
-from bnncert.bounds.rounding import EXACT, Errors
 from bnncert.sets import Box
 
 _MOST_FRACTIONS = 2**22
@@ -91,11 +83,9 @@ class AlphaCROWN:
         if self.steps < 1:
             raise ValueError(f"steps = {self.steps}: alpha-crown takes at least one step.")
 
-    def boxes(self, graph: Graph, options: Options) -> list[Box]:
-        """A box for each node of a traced function."""
-        start = CROWN(self.lower_slope)
-        sweep = start.sweeper(graph, options)  # one: what it keeps must not be made inside the loop
-        return optimized(sweep, start.swept(sweep), self.steps)
+    def boxes(self, plan: Plan) -> list[Box]:
+        """A box for each node of a function."""
+        return optimized(plan, CROWN(self.lower_slope).boxes(plan), self)
 
 
 class Free(NamedTuple):
@@ -114,21 +104,21 @@ Fractions: TypeAlias = dict[int, dict[int, Free]]
 """For each node that is bounded, for each relaxation on its way; leading axes: rows (or 1), 2."""
 
 
-def optimized(sweep: Sweeper, boxes: Sequence[Box], num_steps: int) -> list[Box]:
+def optimized(plan: Plan, boxes: Sequence[Box], method: AlphaCROWN) -> list[Box]:
     """The boxes, those of the outputs intersected over all steps of the optimiser.
 
     Args:
-        sweep: the traced function.
+        plan: of the function.
         boxes: of all nodes, by CROWN.
-        num_steps: of the optimiser. Each costs about three times CROWN.
+        method: its options. Each step costs about three times CROWN.
     """
+    plan.affine()  # made before the loop: what is made inside may not leave it
     # Each device has its own: those that they shared would share their derivatives.
-    axes = axes_of(sweep.graph.inputs)
-    fractions, boxes = varying((initial_fractions(sweep.graph, boxes), list(boxes)), axes)
-    outputs = output_nodes(sweep.graph)
-    if not any(jax.tree.leaves(fractions[i]) for i in outputs if i in fractions):
+    axes = axes_of(plan.graph.inputs)
+    fractions, boxes = varying((initial_fractions(plan, boxes), list(boxes)), axes)
+    if not any(jax.tree.leaves(fractions[i]) for i in plan.outputs if i in fractions):
         return list(boxes)
-    bounds = partial(fraction_bounds, sweep, boxes)
+    bounds = partial(fraction_bounds, plan, boxes, method.lower_slope)
     optimizer = optax.adam(optax.exponential_decay(_LEARNING_RATE, 1, _DECAY))
 
     def loss(fractions: Fractions) -> tuple[Array, list[Box]]:
@@ -146,26 +136,27 @@ def optimized(sweep: Sweeper, boxes: Sequence[Box], num_steps: int) -> list[Box]
         best = [intersect(b, f) for b, f in zip(best, found, strict=True)]
         return (fractions, state, best), None
 
-    best = [boxes[i] for i in outputs]
+    best = [boxes[i] for i in plan.outputs]
     carry = (fractions, optimizer.init(fractions), best)
-    (fractions, _, best), _ = jax.lax.scan(step, carry, None, num_steps)
+    (fractions, _, best), _ = jax.lax.scan(step, carry, None, method.steps)
     # Once more outside the loop: what is differentiated is this bound, its fractions as they are.
     last = bounds(jax.lax.stop_gradient(fractions))
     found = list(boxes)
-    for i, a, b in zip(outputs, best, last, strict=True):
+    for i, a, b in zip(plan.outputs, best, last, strict=True):
         found[i] = intersect(jax.lax.stop_gradient(a), b)
     return found
 
 
-def initial_fractions(graph: Graph, boxes: Sequence[Box]) -> Fractions:
+def initial_fractions(plan: Plan, boxes: Sequence[Box]) -> Fractions:
     """Where the optimiser starts: at CROWN's own planes, or near them."""
+    graph = plan.graph
     free = {
         i: choice
-        for i, node in enumerate(graph.nodes)
-        if is_relaxed(node) and (choice := free_choice(graph, i, boxes)) is not None
+        for i in sorted(plan.relaxed)
+        if (choice := free_choice(graph, i, boxes)) is not None
     }
-    prefix = affine_prefix(graph)  # by CROWN exact, and nothing in it is free
-    starts = [i for i in sorted(bounded_nodes(graph)) if i not in prefix]
+    # What is affine in the sets is exact by CROWN, and nothing in it is free.
+    starts = sorted(plan.acted_on.union(plan.outputs) - plan.prefix)
     total = sum(
         math.prod(graph.nodes[i].shape) * leaf.size
         for i in starts
@@ -173,66 +164,72 @@ def initial_fractions(graph: Graph, boxes: Sequence[Box]) -> Fractions:
         for leaf in jax.tree.leaves((choice.lower, choice.upper))
     )
     found: Fractions = {}
-    for start in starts:
-        own = total <= _MOST_FRACTIONS or start in output_nodes(graph)
-        rows = math.prod(graph.nodes[start].shape) if own else 1
-        found[start] = {i: _repeated(free[i], rows) for i in _ancestors(graph, start) if i in free}
+    for begin in starts:
+        own = total <= _MOST_FRACTIONS or begin in plan.outputs
+        rows = math.prod(graph.nodes[begin].shape) if own else 1
+        found[begin] = {i: _repeated(free[i], rows) for i in ancestors(graph, begin) if i in free}
     return found
 
 
-def fraction_bounds(sweep: Sweeper, boxes: Sequence[Box], fractions: Fractions) -> list[Box]:
+def fraction_bounds(
+    plan: Plan, boxes: Sequence[Box], lower_slope: str, fractions: Fractions
+) -> list[Box]:
     """Bounds of the outputs with these fractions, over intermediate bounds with these fractions.
 
     The intermediate ones are intersected with `boxes`; the outputs are as swept.
     """
-    graph, batch_size = sweep.graph, sweep.options.batch_size
-    outputs: dict[int, Box] = {i: boxes[i] for i in output_nodes(graph)}
-    sets = end_sets(sweep, graph.inputs)
-    fixed: dict[int, Step] = {}
-    errors = EXACT
+    graph = plan.graph
+    outputs: dict[int, Box] = {i: boxes[i] for i in plan.outputs}
+    default = Choice(lower_slope=lower_slope)
 
-    def refine(index: int, tighter: list[Box]) -> Box | None:
-        nonlocal errors
+    def swept(index: int, tighter: list[Box], known: Passage) -> tuple[Box, Passage]:
         if index not in fractions:
-            return boxes[index]
-        errors = affine_errors(sweep, tighter, errors)
-        unfree = affine(sweep, errors)
-        for i in _ancestors(graph, index):
-            if i not in fixed and i not in fractions[index] and is_relaxed(graph.nodes[i]):
-                fixed[i] = relaxed_step(sweep, i, tighter, errors, Choice())
-        unfree = unfree.and_relaxed(fixed)
+            return boxes[index], known
+        errors = plan.arithmetic.errors(graph, tighter, known.errors)
+        fixed = dict(known.relaxed)
+        for i in ancestors(graph, index):
+            if i not in fixed and i not in fractions[index] and i in plan.relaxed:
+                fixed[i] = relaxed_step(plan, i, tighter, errors, default)
+        known = Passage(errors, fixed)
+        unfree = steps_of(plan, known)
 
         def one(row: Array, free: dict[int, Free]) -> Box:
-            start = affine_row(index, row, unfree, {*fixed, *free})
+            exact = pull_back(start(index, row, unfree), unfree, {*fixed, *free})
 
             def lower(row: Row, free: dict[int, Free]) -> Array:
-                steps = unfree.and_relaxed(_free_steps(sweep, tighter, errors, free))
-                return least(relaxed_row(row, steps), sets)
+                steps = unfree.and_relaxed(_free_steps(plan, tighter, errors, default, free))
+                return least(pull_back(row, steps), plan.regions)
 
-            low, high = jax.vmap(lower)(both_signs(start), free)
+            low, high = jax.vmap(lower)(both_signs(exact), free)
             return drop_nan(Box(low, -high))
 
         node = graph.nodes[index]
         leading = {leaf.shape[0] for leaf in jax.tree.leaves(fractions[index])}
         if leading == {1}:
             shared = jax.tree.map(lambda leaf: leaf[0], fractions[index])
-            box = map_rows(lambda row: one(row, shared), node, batch_size)
+            box = map_rows(lambda row: one(row, shared), node, plan.batch_size)
         else:
-            box = map_rows(one, node, batch_size, fractions[index])
-        swept = shaped(box, node)
+            box = map_rows(one, node, plan.batch_size, fractions[index])
+        found = shaped(box, node)
         if index in outputs:
-            outputs[index] = swept
-        return intersect(swept, boxes[index])
+            outputs[index] = found
+        return intersect(found, boxes[index]), known
 
-    boxes_by_node(sweep, refine)
-    return [outputs[i] for i in output_nodes(graph)]
+    intervals(plan, swept, Passage())
+    return [outputs[i] for i in plan.outputs]
 
 
 def _free_steps(
-    sweep: Sweeper, boxes: Sequence[Box], errors: Errors, free: Mapping[int, Free]
+    plan: Plan,
+    boxes: Sequence[Box],
+    errors: Errors,
+    default: Choice,
+    free: Mapping[int, Free],
 ) -> dict[int, Step]:
     return {
-        i: relaxed_step(sweep, i, boxes, errors, Choice(each.below, each.above))
+        i: relaxed_step(
+            plan, i, boxes, errors, default._replace(lower=each.below, upper=each.above)
+        )
         for i, each in free.items()
     }
 
@@ -242,12 +239,3 @@ def _repeated(choice: Choice, rows: int) -> Free:
         return jnp.broadcast_to(leaf, (rows, 2, *leaf.shape))
 
     return Free(*jax.tree.map(repeat, (choice.lower, choice.upper)))
-
-
-def _ancestors(graph: Graph, index: int) -> list[int]:
-    """Nodes that a node's value depends on, itself included, in order."""
-    found = {index}
-    for i in range(index, -1, -1):
-        if i in found:
-            found |= set(graph.nodes[i].refs)
-    return sorted(found)

@@ -21,23 +21,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph
-from bnncert.bounds.interval import intersect, nominal, output_nodes, relaxed_operands
-from bnncert.bounds.merging import exact_prefix
-from bnncert.bounds.methods.ibp import interval_bounds
-from bnncert.bounds.methods.rows import Step, Steps, TwoSteps, row_bounds, row_box, unit_row
-from bnncert.bounds.methods.sweeper import (
-    Options,
-    Sweeper,
-    affine,
-    affine_errors,
-    boxes_by_node,
-    default_step,
-    end_sets,
-    sweeper,
-)
-from bnncert.bounds.relax import is_relaxed
-from bnncert.bounds.relaxations import check_lower_slope
-from bnncert.bounds.rounding import EXACT
+from bnncert.bounds.methods.ibp import interval_bounds, intervals
+from bnncert.bounds.methods.steps import Passage, further, steps_of, steps_over
+from bnncert.bounds.ops import Choice, check_lower_slope
+from bnncert.bounds.ops.boxes import intersect
+from bnncert.bounds.plan import Plan
+from bnncert.bounds.propagate import Domain, propagate
+from bnncert.bounds.rows import Steps, row_bounds, row_box, unit_row
 from bnncert.sets import Box
 
 
@@ -72,19 +62,14 @@ class CROWNIBP:
     def __post_init__(self) -> None:
         check_lower_slope(self.lower_slope)
 
-    def boxes(self, graph: Graph, options: Options) -> list[Box]:
-        """A box for each node of a traced function."""
-        sweep = self.sweeper(graph, options)
-        return output_bounds(sweep, interval_bounds(sweep))
+    def boxes(self, plan: Plan) -> list[Box]:
+        """A box for each node of a function."""
+        return output_bounds(plan, *self.relaxed_on(plan))
 
-    def sweeper(self, graph: Graph, options: Options) -> Sweeper:
-        """The traced function, to be swept as this method does."""
-        return sweeper(graph, options._replace(lower_slope=self.lower_slope))
-
-    def relaxed_on(self, sweep: Sweeper) -> tuple[list[Box], Steps]:
-        """The intervals of all nodes, and how rows pass every node."""
-        boxes = interval_bounds(sweep)
-        return boxes, relaxed_steps(sweep, boxes)
+    def relaxed_on(self, plan: Plan) -> tuple[list[Box], Steps]:
+        """The intervals of all nodes, and how rows pass every node over them."""
+        boxes = interval_bounds(plan)
+        return boxes, steps_over(plan, boxes, Choice(lower_slope=self.lower_slope))
 
 
 @dataclass(frozen=True)
@@ -124,73 +109,52 @@ class CROWN:
     def __post_init__(self) -> None:
         check_lower_slope(self.lower_slope)
 
-    def boxes(self, graph: Graph, options: Options) -> list[Box]:
-        """A box for each node of a traced function."""
-        return self.swept(self.sweeper(graph, options))
+    def boxes(self, plan: Plan) -> list[Box]:
+        """A box for each node of a function."""
+        boxes, steps = CROWNIBP(self.lower_slope).relaxed_on(plan)
+        outer = output_bounds(plan, boxes, steps)
+        return output_bounds(plan, *intermediate_bounds(plan, outer, self))
 
-    def swept(self, sweep: Sweeper) -> list[Box]:
-        """The boxes, of a traced function that is made ready."""
-        boxes = output_bounds(sweep, interval_bounds(sweep))
-        boxes, steps = intermediate_bounds(sweep, boxes)
-        return output_bounds(sweep, boxes, steps)
-
-    def sweeper(self, graph: Graph, options: Options) -> Sweeper:
-        """The traced function, to be swept as this method does."""
-        own = {"lower_slope": self.lower_slope, "unstable_only": self.unstable_only}
-        return sweeper(graph, options._replace(**own))
-
-    def relaxed_on(self, sweep: Sweeper) -> tuple[list[Box], Steps]:
-        """The intervals of all nodes, and how rows pass every node."""
-        boxes = interval_bounds(sweep)
-        return boxes, intermediate_bounds(sweep, boxes)[1]
+    def relaxed_on(self, plan: Plan) -> tuple[list[Box], Steps]:
+        """The intervals of all nodes, and how rows pass every node over them."""
+        boxes = interval_bounds(plan)
+        return boxes, intermediate_bounds(plan, boxes, self)[1]
 
 
-def intermediate_bounds(sweep: Sweeper, boxes: Sequence[Box]) -> tuple[list[Box], Steps]:
+def intermediate_bounds(plan: Plan, boxes: Sequence[Box], method: CROWN) -> tuple[list[Box], Steps]:
     """The boxes, those that a nonlinearity acts on swept first to last over those found so far.
 
     Returns:
-        The boxes, and how rows pass every node over them: a nonlinearity is relaxed once, when all
-        that it acts on is found.
+        The boxes, and how rows pass every node over them.
     """
-    graph = sweep.graph
-    exact, acted_on = exact_prefix(graph, sweep.options.margins), relaxed_operands(graph)
-    relaxed: dict[int, Step | TwoSteps] = {}
-    errors = EXACT
+    choice = Choice(lower_slope=method.lower_slope)
 
-    def steps_up_to(last: int, tighter: Sequence[Box]) -> Steps:
-        nonlocal errors
-        errors = affine_errors(sweep, tighter, errors)
-        for i in range(last + 1):
-            if i not in relaxed and is_relaxed(graph.nodes[i]):
-                relaxed[i] = default_step(sweep, i, tighter, errors)
-        return affine(sweep, errors).and_relaxed(relaxed)
-
-    def refine(index: int, tighter: list[Box]) -> Box | None:
+    def swept(index: int, tighter: list[Box], known: Passage) -> tuple[Box, Passage]:
         found = boxes[index]
-        if index in exact or index not in acted_on:
-            return found
-        return intersect(found, _rows(sweep, index, steps_up_to(index, tighter), found))
+        if index in plan.exact or index not in plan.acted_on:
+            return found, known
+        known = further(plan, tighter, known, choice)
+        rows = _rows(plan, index, steps_of(plan, known), found, method.unstable_only)
+        return intersect(found, rows), known
 
-    found = boxes_by_node(sweep, refine)
-    return found, steps_up_to(len(graph.nodes) - 1, found)
+    found, known = intervals(plan, swept, Passage())
+    return found, steps_of(plan, further(plan, found, known, choice))
 
 
-def output_bounds(sweep: Sweeper, boxes: Sequence[Box], steps: Steps | None = None) -> list[Box]:
+def output_bounds(plan: Plan, boxes: Sequence[Box], steps: Steps) -> list[Box]:
     """The boxes, those of the outputs intersected with linear bounds over the others.
 
     Neither end is computed from the other, so that XLA drops the end that nobody asks for, and half
     of the cost. Both enclose the value at the centres of the sets, which keeps them in order.
 
     Args:
-        sweep: the traced function.
+        plan: of the function.
         boxes: of all nodes.
-        steps: how rows pass every node over these boxes, if that is known.
+        steps: how rows pass every node over these boxes.
     """
-    graph, found = sweep.graph, list(boxes)
-    values, sets = nominal(graph), end_sets(sweep, graph.inputs)
-    steps = relaxed_steps(sweep, boxes) if steps is None else steps
-    for index in output_nodes(graph):
-        swept = row_bounds(graph, index, steps, sets, sweep.options.batch_size)
+    found, values = list(boxes), _at_centers(plan.graph)
+    for index in plan.outputs:
+        swept = row_bounds(plan.graph, index, steps, plan.regions, plan.batch_size)
         lower = jnp.maximum(found[index].lower, swept.lower)
         upper = jnp.minimum(found[index].upper, swept.upper)
         value = values[index]
@@ -199,30 +163,32 @@ def output_bounds(sweep: Sweeper, boxes: Sequence[Box], steps: Steps | None = No
     return found
 
 
-def relaxed_steps(sweep: Sweeper, boxes: Sequence[Box]) -> Steps:
-    """How to pass every node over some boxes."""
-    errors, nodes = affine_errors(sweep, boxes), enumerate(sweep.graph.nodes)
-    relaxed = {i: default_step(sweep, i, boxes, errors) for i, node in nodes if is_relaxed(node)}
-    return affine(sweep, errors).and_relaxed(relaxed)
+def _at_centers(graph: Graph) -> list[Array]:
+    """The value of each node at the centres of the sets."""
+
+    def apply(index: int, values: list[Array]) -> Array:
+        node = graph.nodes[index]
+        return node.evaluate(*node.fill([values[i] for i in node.refs]))
+
+    return propagate(graph, Domain(lambda index: graph.inputs[index].center, apply))[0]
 
 
-def _rows(sweep: Sweeper, index: int, steps: Steps, known: Box) -> Box:
+def _rows(plan: Plan, index: int, steps: Steps, known: Box, unstable_only: bool) -> Box:
     """Bounds of one node by rows: all, or those that a kink crosses."""
-    graph = sweep.graph
-    thresholds = _thresholds(graph, index) if sweep.options.unstable_only else None
+    thresholds = _thresholds(plan, index) if unstable_only else None
     if thresholds is None:
-        sets = end_sets(sweep, graph.inputs)
-        return row_bounds(graph, index, steps, sets, sweep.options.batch_size, at_once=True)
-    return _unstable_rows(sweep, index, steps, known, thresholds)
+        return row_bounds(plan.graph, index, steps, plan.regions, plan.batch_size, at_once=True)
+    return _unstable_rows(plan, index, steps, known, thresholds)
 
 
-def _thresholds(graph: Graph, index: int) -> list[Array] | None:
+def _thresholds(plan: Plan, index: int) -> list[Array] | None:
     """Where the kinks of all that acts on a node lie; None where anything else acts on it."""
-    if index in output_nodes(graph):
+    if index in plan.outputs:
         return None
     found = []
-    for node in graph.nodes:
-        if index not in node.refs or not is_relaxed(node):
+    for i in sorted(plan.relaxed):
+        node = plan.graph.nodes[i]
+        if index not in node.refs:
             continue
         if node.op not in ("max", "min", "clip", "leaky_relu") or len(node.refs) > 1:
             return None
@@ -232,7 +198,7 @@ def _thresholds(graph: Graph, index: int) -> list[Array] | None:
 
 
 def _unstable_rows(
-    sweep: Sweeper,
+    plan: Plan,
     index: int,
     steps: Steps,
     known: Box,
@@ -242,19 +208,18 @@ def _unstable_rows(
 
     Elsewhere the relaxation is exact whatever the bounds, and `known` is kept.
     """
-    graph, node = sweep.graph, sweep.graph.nodes[index]
+    node = plan.graph.nodes[index]
     size = math.prod(node.shape)
-    chunk = min(sweep.options.batch_size, size, _UNSTABLE_CHUNK)
+    chunk = min(plan.batch_size, size, _UNSTABLE_CHUNK)
     crossing = [(known.lower < t) & (t < known.upper) for t in thresholds]
     unstable = jnp.stack(crossing).any(0).reshape(-1)
     order = jnp.argsort(~unstable)  # the unstable ones first
     order = jnp.concatenate([order, jnp.full(-size % chunk, size, order.dtype)])
     count = unstable.sum()
     lower, upper = known.lower.reshape(-1), known.upper.reshape(-1)
-    sets = end_sets(sweep, graph.inputs)
 
     def one(i: Array) -> Box:
-        return row_box(index, unit_row(node, i), steps, sets, at_once=True)
+        return row_box(index, unit_row(node, i), steps, plan.regions, at_once=True)
 
     def more(state: tuple[Array, Array, Array]) -> Array:
         return state[0] < count

@@ -19,24 +19,27 @@ NeurIPS 2020 (forward mode perturbation analysis).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from bnncert.bounds.arithmetic import Float, gamma, own_unit
-from bnncert.bounds.arithmetic import magnitude as magnitude_of
-from bnncert.bounds.graph import Graph, Node, trace
-from bnncert.bounds.graph.operands import Operand, Ref
-from bnncert.bounds.interval import bounded_nodes, drop_nan, intersect
+from bnncert.bounds import ops
+from bnncert.bounds.arithmetic import Arithmetic
+from bnncert.bounds.graph import Graph, Node, Ref
+from bnncert.bounds.graph.operands import Operand
 from bnncert.bounds.methods.ibp import interval_bounds
-from bnncert.bounds.methods.sweeper import Options, sweeper
-from bnncert.bounds.relax import is_relaxed, relax
-from bnncert.bounds.relaxations import Choice, check_lower_slope
-from bnncert.bounds.rounding import network_error, outward_planes, outward_set, side_error
-from bnncert.bounds.rules.affine import SIGNED, linear, magnitude
+from bnncert.bounds.ops import Choice, check_lower_slope
+from bnncert.bounds.ops.affine import AFFINE, linear, magnitude
+from bnncert.bounds.ops.boxes import drop_nan, intersect
+from bnncert.bounds.ops.extremes import magnitude as magnitude_of
+from bnncert.bounds.plan import Plan
+from bnncert.bounds.propagate import Domain, propagate
+from bnncert.bounds.rounding import network_error, side_error
+from bnncert.bounds.rounding.model import gamma, own_unit
+from bnncert.bounds.tracing import trace
 from bnncert.sets import Box, LpBall, Set, dual_norm
 
 
@@ -71,10 +74,9 @@ class Forward:
     def __post_init__(self) -> None:
         check_lower_slope(self.lower_slope)
 
-    def boxes(self, graph: Graph, options: Options) -> list[Box]:
-        """A box for each node of a traced function."""
-        boxes = interval_bounds(sweeper(graph, options))
-        return forward_bounds(graph, boxes, self.lower_slope, options.arithmetic)
+    def boxes(self, plan: Plan) -> list[Box]:
+        """A box for each node of a function."""
+        return forward_bounds(plan, interval_bounds(plan), Choice(lower_slope=self.lower_slope))
 
 
 class Side(NamedTuple):
@@ -96,57 +98,73 @@ class Between(NamedTuple):
     upper: Side
 
 
-def forward_bounds(
-    graph: Graph, boxes: Sequence[Box], lower_slope: str, arithmetic: Float | None = None
-) -> list[Box]:
+class Enclosed(NamedTuple):
+    """What is known of a node: two affine functions of the sets, and a box."""
+
+    between: Between
+    box: Box
+
+
+class Swept(NamedTuple):
+    """A function that is passed forward, or a plane of one.
+
+    Attributes:
+        graph: its nodes.
+        arithmetic: that the bounds are to hold in.
+        reach: the largest |x| of all coordinates of the sets.
+    """
+
+    graph: Graph
+    arithmetic: Arithmetic
+    reach: Array
+
+
+def forward_bounds(plan: Plan, boxes: Sequence[Box], choice: Choice) -> list[Box]:
     """The boxes, intersected at each node that matters with those of forward linear bounds.
 
     Args:
-        graph: the traced function.
+        plan: of the function.
         boxes: of all nodes, by intervals.
-        lower_slope: of a ReLU that crosses 0.
-        arithmetic: of the network, which the bounds are to hold in; None: real arithmetic.
+        choice: of the planes.
     """
-    choice = Choice(lower_slope=lower_slope)
-    found, sides = list(boxes), _inputs(graph)
-    size = sides[0].lower.A.shape[0]
-    matter = bounded_nodes(graph)
-    sets, inexact = list(graph.inputs), None
-    if arithmetic is not None:
-        sets = [outward_set(graph, region) for region in sets]
-        inexact = Inexact(graph, jnp.concatenate([_reach(s).reshape(-1) for s in sets]))
-    for index, node in enumerate(graph.nodes[len(graph.inputs) :], len(graph.inputs)):
-        operands = [sides[i] for i in node.refs]
-        if is_relaxed(node):
-            planes = relax(graph, index, found, choice)
-            if arithmetic is not None:
-                planes = outward_planes(graph, index, planes, found, {}, arithmetic)
-            operands = [sides[i] for i in planes.operands]
-            lower = _through(planes.lower, operands, node, size, inexact)
-            upper = _through(planes.upper, operands, node, size, inexact)
-            sides.append(Between(lower.lower, upper.upper))
-        else:
-            side = _affine(node, operands, inexact)
-            if arithmetic is not None:
-                error = network_error(graph, node, [found[i] for i in node.refs], arithmetic)
-                side = _apart(side, error)
-            sides.append(side)
-        if index in matter:
-            side = sides[index]
-            if inexact is not None:
-                last = 4 * gamma(len(sets) + 8, own_unit(node))
-                side = _apart(side, last * _size(side, inexact.reach))
-            swept = _concretize(side, sets)
-            cast = jax.tree.map(lambda end, dtype=node.dtype: end.astype(dtype), swept)
-            found[index] = intersect(found[index], drop_nan(cast))
-    return found
+    graph, arithmetic = plan.graph, plan.arithmetic
+    identity, matter = _inputs(graph), plan.acted_on.union(plan.outputs)
+    reach = jnp.concatenate([_reach(region).reshape(-1) for region in plan.regions])
+    swept = Swept(graph, arithmetic, reach)
 
+    def apply(index: int, known: list[Enclosed]) -> Enclosed:
+        node = graph.nodes[index]
+        found = [*(each.box for each in known), boxes[index]]
+        if index not in plan.relaxed:
+            between = _affine(swept, node, [known[i].between for i in node.refs])
+            between = arithmetic.allow(
+                between,
+                lambda between, precision: _apart(
+                    between, network_error(graph, node, [found[i] for i in node.refs], precision)
+                ),
+            )
+            return Enclosed(between, boxes[index])
+        planes = ops.relax(graph, index, found, choice)
+        planes = arithmetic.planes(graph, index, planes, found, {}, free=False)
+        operands = [known[i].between for i in planes.operands]
+        lower = _through(swept, planes.lower, operands, node)
+        upper = _through(swept, planes.upper, operands, node)
+        return Enclosed(Between(lower.lower, upper.upper), boxes[index])
 
-class Inexact(NamedTuple):
-    """For outward rounding: a function, and the largest |x| of all coordinates of its sets."""
+    def settle(index: int, known: list[Enclosed], memory: None) -> tuple[Enclosed, None]:
+        node, (between, box) = graph.nodes[index], known[index]
+        if index not in matter or not node.refs:
+            return known[index], memory
+        last = 4 * gamma(len(plan.regions) + 8, own_unit(node))
+        sides = arithmetic.allow(
+            between, lambda between, precision: _apart(between, last * _size(between, reach))
+        )
+        ends = _concretize(sides, plan.regions)
+        cast = jax.tree.map(lambda end: end.astype(node.dtype), ends)
+        return Enclosed(between, intersect(box, drop_nan(cast))), memory
 
-    graph: Graph
-    reach: Array
+    domain = Domain(lambda index: Enclosed(identity[index], boxes[index]), apply, settle)
+    return [each.box for each in propagate(graph, domain)[0]]
 
 
 def _inputs(graph: Graph) -> list[Between]:
@@ -162,18 +180,21 @@ def _inputs(graph: Graph) -> list[Between]:
     return found
 
 
-def _affine(node: Node, operands: Sequence[Between], inexact: Inexact | None) -> Between:
+def _affine(swept: Swept, node: Node, operands: Sequence[Between]) -> Between:
     """Passes an operation that is affine in its bounded operands."""
-    passed = _exactly(node, operands)
-    if inexact is None:
-        return passed
-    sizes = [_size(operand, inexact.reach) for operand in operands]
-    return _apart(passed, side_error(inexact.graph, node, sizes, jnp.sum(inexact.reach)))
+    graph, arithmetic, reach = swept
+
+    def rounded(passed: Between, precision: Any) -> Between:
+        sizes = [_size(operand, reach) for operand in operands]
+        return _apart(passed, side_error(graph, node, sizes, jnp.sum(reach)))
+
+    return arithmetic.allow(_exactly(node, operands), rounded)
 
 
 def _exactly(node: Node, operands: Sequence[Between]) -> Between:
     lowers, uppers = [o.lower for o in operands], [o.upper for o in operands]
-    if node.op in SIGNED and any(low is not high for low, high in zip(lowers, uppers, strict=True)):
+    alike = all(low is high for low, high in zip(lowers, uppers, strict=True))
+    if AFFINE[node.op].affine.negates and not alike:
         halves = [
             jax.tree.map(lambda l, u: 0.5 * (u - l), *pair)
             for pair in zip(lowers, uppers, strict=True)
@@ -191,7 +212,7 @@ def _exactly(node: Node, operands: Sequence[Between]) -> Between:
             jax.tree.map(jnp.subtract, center, radius), jax.tree.map(jnp.add, center, radius)
         )
     lower = _evaluate(node, lowers)
-    if all(low is high for low, high in zip(lowers, uppers, strict=True)):
+    if alike:
         return Between(lower, lower)
     return Between(lower, _evaluate(node, uppers))
 
@@ -229,11 +250,7 @@ def _evaluate(node: Node, sides: Sequence[Side]) -> Side:
 
 
 def _through(
-    f: Callable[..., Array],
-    operands: Sequence[Between],
-    node: Node,
-    size: int,
-    inexact: Inexact | None,
+    swept: Swept, f: Callable[..., Array], operands: Sequence[Between], node: Node
 ) -> Between:
     """Passes an affine function of values given by their sides."""
     zeros = [np.zeros(o.lower.b.shape, o.lower.b.dtype) for o in operands]
@@ -242,13 +259,16 @@ def _through(
     output: Operand = graph.outputs[0] if graph else f()
     if graph is None or not isinstance(output, Ref):
         value = jnp.broadcast_to(jnp.asarray(output), node.shape)
+        size = swept.reach.shape[0]
         side = Side(jnp.zeros((size, *node.shape), node.dtype), value)
         return Between(side, side)
-    sides = list(operands)
-    inexact = None if inexact is None else inexact._replace(graph=graph)
-    for inner in graph.nodes[len(points) :]:
-        sides.append(_affine(inner, [sides[i] for i in inner.refs], inexact))
-    return sides[output.index]
+    inner = swept._replace(graph=graph)
+
+    def apply(index: int, sides: list[Between]) -> Between:
+        passed = graph.nodes[index]
+        return _affine(inner, passed, [sides[i] for i in passed.refs])
+
+    return propagate(graph, Domain(lambda index: operands[index], apply))[0][output.index]
 
 
 def _concretize(between: Between, sets: Sequence[Set]) -> Box:

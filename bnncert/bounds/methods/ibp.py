@@ -3,7 +3,7 @@
     y = W x + b,   x in [c - r, c + r]        y in [W c + b - |W| r, W c + b + |W| r]
     y = h(x),      h increasing               y in [h(l), h(u)]
 
-Operation by operation (`interval.py`); where affine operations follow one another, a node that
+Operation by operation; where affine operations follow one another, a node that
 matters is bounded a second time by the affine map that it is of earlier nodes (`merging.py`), and
 the first sum of an `LpBall` by the dual norm (`norms.py`).
 
@@ -11,25 +11,21 @@ Source: Gowal et al., "On the Effectiveness of Interval Bound Propagation for Tr
 Robust Models", 2018.
 """
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, TypeAlias
 
-from bnncert.bounds.graph import Graph
-from bnncert.bounds.interval import frontier
-from bnncert.bounds.merging import merged_runs
-from bnncert.bounds.methods.rows import row_bounds
-from bnncert.bounds.methods.sweeper import (
-    Options,
-    Sweeper,
-    affine,
-    affine_errors,
-    boxes_by_node,
-    end_sets,
-    sweeper,
-)
-from bnncert.bounds.norms import first_sum, first_sums
-from bnncert.bounds.rounding import EXACT
+from bnncert.bounds.methods.steps import Passage, steps_of
+from bnncert.bounds.norms import first_sum
+from bnncert.bounds.ops.boxes import drop_nan, hull, intersect
+from bnncert.bounds.plan import Plan
+from bnncert.bounds.propagate import Domain, propagate
+from bnncert.bounds.rounding import EXACT, Errors
+from bnncert.bounds.rows import row_bounds
 from bnncert.sets import Box
+
+Look: TypeAlias = Callable[[int, list[Box], Any], tuple[Box | None, Any]]
+"""`(index, boxes so far, memory) -> (another bound of the last of them, memory)`."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +48,58 @@ class IBP:
 
     name: ClassVar[str] = "ibp"
 
-    def boxes(self, graph: Graph, options: Options) -> list[Box]:
-        """A box for each node of a traced function."""
-        return interval_bounds(sweeper(graph, options))
+    def boxes(self, plan: Plan) -> list[Box]:
+        """A box for each node of a function."""
+        return interval_bounds(plan)
 
 
-def interval_bounds(sweep: Sweeper) -> list[Box]:
+def interval_bounds(plan: Plan) -> list[Box]:
     """IBP: a box for each node, affine runs merged where that is sharper and within the budget."""
-    graph, errors = sweep.graph, EXACT
-    runs, normed = merged_runs(graph, sweep.options.margins), first_sums(graph)
+    graph, arithmetic = plan.graph, plan.arithmetic
 
-    def merge(index: int, boxes: list[Box]) -> Box | None:
-        nonlocal errors
-        if index in normed:
-            return first_sum(graph, index, boxes, sweep.options.arithmetic)
-        if index not in runs:
-            return None
-        errors = affine_errors(sweep, boxes, errors)
-        sets, steps = end_sets(sweep, frontier(graph, boxes)), affine(sweep, errors)
-        steps = steps._replace(affine={i: steps.affine[i] for i in runs[index].passed})
-        return row_bounds(graph, index, steps, sets, sweep.options.batch_size)
+    def merged(index: int, boxes: list[Box], errors: Errors) -> tuple[Box | None, Errors]:
+        if index in plan.sums:
+            return first_sum(graph, index, boxes, arithmetic), errors
+        if index not in plan.runs:
+            return None, errors
+        errors = arithmetic.errors(graph, boxes, errors)
+        steps = steps_of(plan, Passage(errors))
+        steps = steps._replace(affine={i: steps.affine[i] for i in plan.runs[index].passed})
+        ends = [*plan.regions, *(arithmetic.region(graph, b) for b in boxes[len(plan.regions) :])]
+        return row_bounds(graph, index, steps, ends, plan.batch_size), errors
 
-    return boxes_by_node(sweep, merge, normed.union(runs))
+    return intervals(plan, merged, EXACT, plan.sums.union(plan.runs))[0]
+
+
+def intervals(
+    plan: Plan, look: Look, memory: Any, also: Collection[int] = ()
+) -> tuple[list[Box], Any]:
+    """Intervals operation by operation, those that matter intersected with another bound.
+
+    Args:
+        plan: of the function.
+        look: the other bound, of a node that matters: an output, or acted on by a nonlinearity.
+        memory: what `look` is given at first.
+        also: more nodes that matter.
+
+    Returns:
+        A box for each node, and what `look` returned last. Cost: some two evaluations of the
+        function, and `look`.
+
+    Raises:
+        UnsupportedPrimitiveError: an operation without a rule.
+    """
+    graph, matter = plan.graph, {*plan.acted_on, *plan.outputs, *also}
+
+    def apply(index: int, boxes: list[Box]) -> Box:
+        node = graph.nodes[index]
+        return plan.arithmetic.interval(graph, node, [boxes[i] for i in node.refs])
+
+    def settle(index: int, boxes: list[Box], memory: Any) -> tuple[Box, Any]:
+        if index not in matter:
+            return boxes[index], memory
+        box = drop_nan(boxes[index])  # on from here, comparisons would hide it
+        second, memory = look(index, [*boxes[:index], box], memory)
+        return (box if second is None else intersect(box, second)), memory
+
+    return propagate(graph, Domain(lambda i: hull(graph.inputs[i]), apply, settle, memory))

@@ -1,6 +1,6 @@
 """Linear bounds that hold in floating-point arithmetic: what a row must allow for.
 
-Under the model of `arithmetic.py` a node computes its operation on what its operands computed, and
+Under the model of `model.py` a node computes its operation on what its operands computed, and
 then is off by some e_i:
 
     v_i = op_i(v_j, ...) + error,     |error| <= e_i   on the boxes of the operands
@@ -43,8 +43,11 @@ What remains is the last product, over the sets or over boxes: these are widened
 size. A coefficient that underflows is off by t for each of its terms, and meets the node's value:
 each node that a row comes through adds t (terms) sum (1 + m).
 
+    model     the model of floating-point arithmetic
+    functions what functions and their slopes are off by
     terms     how many terms the sums have that a row is made of
     constants what they may be off by where the network computes them itself
+    reordering what a compiler may make of several operations
     intervals of what a network computes
     affine    errors of affine nodes
     relaxed   planes that allow for the errors of relaxed nodes
@@ -57,13 +60,15 @@ from bnncert.bounds.rounding.affine import (
     network_error,
     side_error,
 )
-from bnncert.bounds.rounding.intervals import outward_interval, tracking
+from bnncert.bounds.rounding.intervals import outward_interval, tracking, widened
+from bnncert.bounds.rounding.model import Precision
 from bnncert.bounds.rounding.relaxed import outward_planes
 from bnncert.bounds.rounding.terms import outward_set
 
 __all__ = [
     "EXACT",
     "Errors",
+    "Precision",
     "affine_errors",
     "network_error",
     "outward_interval",
@@ -71,4 +76,5 @@ __all__ = [
     "outward_set",
     "side_error",
     "tracking",
+    "widened",
 ]

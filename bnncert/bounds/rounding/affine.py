@@ -7,22 +7,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert.bounds.arithmetic import (
-    Float,
-    gamma,
-    magnitude,
-    own_unit,
-    roundings,
-    tiny,
-)
 from bnncert.bounds.graph import Graph, Node
-from bnncert.bounds.relaxations import has_lines
+from bnncert.bounds.ops import affine_of, operation_of
+from bnncert.bounds.ops.affine import constant_part, has_constant
+from bnncert.bounds.ops.affine import magnitude as with_magnitudes
+from bnncert.bounds.ops.extremes import magnitude
 from bnncert.bounds.rounding.constants import constant_error
+from bnncert.bounds.rounding.model import Precision, gamma, own_unit, roundings, tiny
 from bnncert.bounds.rounding.reordering import reordering_error
 from bnncert.bounds.rounding.terms import offset_gamma, rounded_up, ways
-from bnncert.bounds.rules import AFFINE, affine_rule
-from bnncert.bounds.rules.affine import constant_part, has_constant
-from bnncert.bounds.rules.affine import magnitude as with_magnitudes
 from bnncert.sets import Box
 
 
@@ -46,13 +39,15 @@ EXACT = Errors()
 """Of real arithmetic."""
 
 
-def affine_errors(graph: Graph, boxes: Sequence[Box], arithmetic: Float, known: Errors) -> Errors:
+def affine_errors(
+    graph: Graph, boxes: Sequence[Box], precision: Precision, known: Errors
+) -> Errors:
     """The e_i of all affine nodes that have boxes.
 
     Args:
         graph: the traced function.
         boxes: of the first nodes.
-        arithmetic: the network's.
+        precision: the network's.
         known: of nodes that have been looked at.
 
     Cost: one evaluation of each affine operation.
@@ -62,9 +57,9 @@ def affine_errors(graph: Graph, boxes: Sequence[Box], arithmetic: Float, known: 
     for index in range(known.until, len(boxes)):
         node = graph.nodes[index]
         floors[index] = _floor(node, terms, boxes[index])
-        if not affine_rule(node):
+        if affine_of(node) is None:
             continue
-        error = _affine_error(graph, node, boxes, arithmetic)
+        error = _affine_error(graph, node, boxes, precision)
         inherited = [carried.get(i) for i in node.refs]
         if any(e is not None for e in inherited) and _carries(node):
             parts = [
@@ -82,18 +77,18 @@ def affine_errors(graph: Graph, boxes: Sequence[Box], arithmetic: Float, known: 
 
 
 def network_error(
-    graph: Graph, node: Node, operands: Sequence[Box], arithmetic: Float
+    graph: Graph, node: Node, operands: Sequence[Box], precision: Precision
 ) -> Array | None:
     """What the network's value of an affine node is off by; None where it is exact."""
     terms = roundings(graph, node).forward
     sizes = [magnitude(box) + 2 * tiny(node) for box in operands]
-    besides = _besides(graph, node, sizes, arithmetic)
+    besides = _besides(graph, node, sizes, precision)
     if not terms:
         return besides
     size = with_magnitudes(node, *sizes)
     if has_constant(node):
         size += jnp.abs(constant_part(node, *(box.lower for box in operands)))
-    error = arithmetic.relative(node, terms) * size
+    error = precision.relative(node, terms) * size
     if besides is not None:
         error += besides
     return rounded_up(graph, node, error) + 8 * (terms + 2) * tiny(node)
@@ -121,7 +116,7 @@ def _affine_error(
     graph: Graph,
     node: Node,
     boxes: Sequence[Box],
-    arithmetic: Float,
+    precision: Precision,
 ) -> Array | None:
     """e_i itself; None where the operation and its transpose are exact."""
     # The transpose of a cast rounds in the dtype of its operand.
@@ -132,10 +127,10 @@ def _affine_error(
     constant = has_constant(node)
     operands = [boxes[i] for i in node.refs]
     sizes = [magnitude(box) + 2 * tiny(node) for box in operands]
-    besides = _besides(graph, node, sizes, arithmetic)
+    besides = _besides(graph, node, sizes, precision)
     if not (counts.forward or backward or constant):
         return besides
-    forward = arithmetic.relative(node, counts.forward) if counts.forward else 0.0
+    forward = precision.relative(node, counts.forward) if counts.forward else 0.0
     transposed = gamma(backward + 4, own) if backward else 0.0
     error = (forward + transposed) * with_magnitudes(node, *sizes)
     if besides is not None:
@@ -147,9 +142,11 @@ def _affine_error(
     return rounded_up(graph, node, error) + 8 * (counts.forward + 2) * tiny(node)
 
 
-def _besides(graph: Graph, node: Node, sizes: Sequence[Array], arithmetic: Float) -> Array | None:
+def _besides(
+    graph: Graph, node: Node, sizes: Sequence[Array], precision: Precision
+) -> Array | None:
     """What a node is off by because its constants are, and because a compiler may reorder it."""
-    found = (f(graph, node, sizes, arithmetic) for f in (constant_error, reordering_error))
+    found = (f(graph, node, sizes, precision) for f in (constant_error, reordering_error))
     known = [error for error in found if error is not None]
     return sum(known[1:], known[0]) if known else None
 
@@ -161,9 +158,10 @@ def _floor(node: Node, terms: int, box: Box) -> Array:
 
 def _takes(node: Node) -> bool:
     """Whether a node's step allows for the error of what flows into it."""
-    return has_lines(node) or (bool(affine_rule(node)) and _carries(node))
+    return operation_of(node).lines is not None or _carries(node)
 
 
 def _carries(node: Node) -> bool:
     """Whether each coordinate of an operand goes to one coordinate of the value, at most."""
-    return AFFINE[node.op].spreads in ("places", "adds") if node.op in AFFINE else False
+    affine = affine_of(node)
+    return affine is not None and affine.spreads in ("places", "adds")

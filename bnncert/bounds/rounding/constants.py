@@ -18,17 +18,14 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert.bounds.arithmetic import Float, gamma, own_unit, roundings
-from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.graph import Graph, Node, Ref, unsupported
 from bnncert.bounds.graph.constants import is_float
-from bnncert.bounds.graph.nodes import unsupported
-from bnncert.bounds.graph.operands import Ref
-from bnncert.bounds.rules import affine_rule
-from bnncert.bounds.rules.affine import SCALING
+from bnncert.bounds.ops import EVERY, operation_of
+from bnncert.bounds.rounding.model import Precision, gamma, own_unit, roundings
 
 
 def constant_error(
-    graph: Graph, node: Node, sizes: Sequence[Array], arithmetic: Float
+    graph: Graph, node: Node, sizes: Sequence[Array], precision: Precision
 ) -> Array | None:
     """The largest change in a node's value for all that its constants may be.
 
@@ -36,7 +33,7 @@ def constant_error(
         graph: the traced function.
         node: the node.
         sizes: the largest magnitudes of its bounded operands.
-        arithmetic: of the network, which rounds products with what a constant is off by as well.
+        precision: of the network, which rounds products with what a constant is off by as well.
 
     Returns:
         The shape of the value, rounded up; None where all constants are exact.
@@ -49,7 +46,9 @@ def constant_error(
     errors = [None if c is None else c.error for c in node.computed]
     error = jnp.broadcast_to(_change(node, errors, sizes), node.shape)
     terms = max(math.prod(v.shape) for v in (*sizes, *errors) if v is not None)
-    rounded = arithmetic.relative(node, roundings(graph, node).forward) if affine_rule(node) else 0
+    rounded = (
+        precision.relative(node, roundings(graph, node).forward) if operation_of(node).affine else 0
+    )
     return error * (1 + rounded) * (1 + 4 * gamma(terms + 8, own_unit(node)))
 
 
@@ -59,20 +58,22 @@ def _change(node: Node, errors: Sequence[Any], sizes: Sequence[Array]) -> Array:
         least = divisor - error
         quotient = sizes[0] * error / (divisor * jnp.where(least > 0, least, 1))
         return jnp.where(least > 0, quotient, jnp.inf)
-    if node.op in (*SCALING, "leaky_relu"):
+    operation = operation_of(node)
+    depends = operation.rounding.constants if operation.rounding else ""
+    if depends == "moves":
+        return jnp.asarray(sum(filter(_is_known, errors)))
+    if depends == "scales" or (operation.affine and operation.affine.scales):
         (error,) = filter(_is_known, errors)
         (place,) = (i for i, e in enumerate(errors) if _is_known(e))
-        if node.op == "leaky_relu":
+        if depends == "scales":
             return sizes[0] * error
         operands = [sizes[0], sizes[0]]
         operands[place] = error
         return node.evaluate(*operands)
-    if node.op in _LIPSCHITZ:
-        return jnp.asarray(sum(filter(_is_known, errors)))
-    if not affine_rule(node):
+    if not operation.affine:
         raise unsupported(
             node,
-            (*_LIPSCHITZ, *SCALING, "leaky_relu"),
+            _KNOWN,
             f"rounding=\"outward\" does not know what '{node.op}' makes of a constant that f "
             "computes itself: compute it before.",
         )
@@ -95,5 +96,8 @@ def _is_known(error: Any) -> bool:
     return error is not None
 
 
-_LIPSCHITZ = ("max", "min", "clip", "logaddexp")
-"""Functions that change by no more than their constants do."""
+_KNOWN = sorted(
+    {o.name for o in EVERY if o.affine and o.affine.scales}
+    | {o.name for o in EVERY if o.rounding and o.rounding.constants}
+)
+"""Operations that are known to depend on their constants so."""

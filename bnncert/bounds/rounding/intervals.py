@@ -1,6 +1,6 @@
 """Intervals of what a network computes: the interval rules, their operands and values widened.
 
-Sums by widened operands, functions by widened values: both derived in `arithmetic.py`.
+Sums by widened operands, functions by widened values: both derived in `model.py`.
 """
 
 from collections.abc import Sequence
@@ -8,65 +8,65 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
-from bnncert.bounds import rules
-from bnncert.bounds.arithmetic import (
-    EXACT,
-    REPEATING,
-    SINGLE,
-    Float,
-    gamma,
-    magnitude,
-    own_unit,
-    roundings,
-    tiny,
-)
-from bnncert.bounds.function_errors import EXACT_FUNCTIONS, function_error
 from bnncert.bounds.graph import Graph, Node
-from bnncert.bounds.graph.tracing import Tracking
-from bnncert.bounds.interval import propagate
+from bnncert.bounds.graph.facts import output_nodes
+from bnncert.bounds.ops import acted_on, affine_of, interval, operation_of
+from bnncert.bounds.ops.affine import MIXING, MOVING, constant_part, has_constant, mix
+from bnncert.bounds.ops.boxes import drop_nan, hull
+from bnncert.bounds.ops.extremes import magnitude
+from bnncert.bounds.propagate import Domain, propagate
 from bnncert.bounds.rounding.constants import constant_error
+from bnncert.bounds.rounding.functions import function_error
+from bnncert.bounds.rounding.model import Precision, gamma, own_unit, roundings, tiny
 from bnncert.bounds.rounding.reordering import histories, reordering_error
-from bnncert.bounds.rules import affine_rule
-from bnncert.bounds.rules.affine import MIXING, constant_part, has_constant, mix
+from bnncert.bounds.tracing import Tracking
 from bnncert.sets import Box
 
 
-def outward_interval(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Float) -> Box:
+def outward_interval(graph: Graph, node: Node, boxes: Sequence[Box], precision: Precision) -> Box:
     """The interval of what a node computes, from those of its bounded operands.
 
     Raises:
         UnsupportedPrimitiveError: no rule for this operation, or nothing known of its rounding.
     """
-    box = _rounded(graph, node, boxes, arithmetic)
+    box = _rounded(graph, node, boxes, precision)
     sizes = [magnitude(box) + 2 * tiny(node) for box in boxes]
     for besides in (constant_error, reordering_error):
-        error = besides(graph, node, sizes, arithmetic)
+        error = besides(graph, node, sizes, precision)
         if error is not None:
             box = widened(box, 0.0, error)
     return box
 
 
-def tracking(arithmetic: Float) -> Tracking:
-    """What `graph.trace` is to know of constants, in an arithmetic."""
+def tracking(precision: Precision) -> Tracking:
+    """What `trace` is to know of constants, at a precision."""
 
     def boxes(graph: Graph) -> list[Box]:
-        def rule(node: Node, *operands: Box) -> Box:
-            return outward_interval(graph, node, operands, arithmetic)
+        def apply(index: int, found: list[Box]) -> Box:
+            node = graph.nodes[index]
+            return outward_interval(graph, node, [found[i] for i in node.refs], precision)
 
-        return propagate(graph, lambda index, boxes: None, rule)
+        matter = acted_on(graph).union(output_nodes(graph))
+
+        def settle(index: int, found: list[Box], memory: None) -> tuple[Box, None]:
+            return (drop_nan(found[index]) if index in matter else found[index]), memory
+
+        domain = Domain(lambda index: hull(graph.inputs[index]), apply, settle)
+        return propagate(graph, domain)[0]
 
     return Tracking(boxes, histories)
 
 
-def _rounded(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Float) -> Box:
+def _rounded(graph: Graph, node: Node, boxes: Sequence[Box], precision: Precision) -> Box:
     """As `outward_interval`, for the constants as they are."""
-    if node.op in EXACT or node.op in REPEATING or node.op in EXACT_FUNCTIONS:
-        return rules.interval(node, *boxes)
-    if affine_rule(node) or (node.op in rules.BILINEAR and len(boxes) == 2):
-        return _sum_interval(graph, node, boxes, arithmetic)
+    operation = operation_of(node)
+    if node.op in MOVING or (operation.rounding is not None and operation.rounding.exact):
+        return operation.interval(node, *boxes)
+    if operation.roundings is not None:
+        return _sum_interval(graph, node, boxes, precision)
     relative, absolute = function_error(node, boxes)
-    units = arithmetic.unit(node) + own_unit(node)
-    box = rules.interval(node, *(_off_subnormal(box, tiny(node)) for box in boxes))
+    units = precision.unit(node) + own_unit(node)
+    box = interval(node, *(_off_subnormal(box, tiny(node)) for box in boxes))
     return widened(box, units * relative, units * absolute + 8 * tiny(node))
 
 
@@ -78,29 +78,29 @@ def widened(box: Box, relative: ArrayLike, absolute: ArrayLike) -> Box:
     )
 
 
-def _sum_interval(graph: Graph, node: Node, boxes: Sequence[Box], arithmetic: Float) -> Box:
+def _sum_interval(graph: Graph, node: Node, boxes: Sequence[Box], precision: Precision) -> Box:
     """Of an operation that is linear in each operand: its rule on widened operands.
 
     Where each value is one rounded result there is nothing to widen before it: its error is
     relative to the value itself. A sum of even two products may cancel, and is not like that.
     """
     terms = roundings(graph, node).forward
-    unit, own = arithmetic.unit(node), own_unit(node)
+    unit, own = precision.unit(node), own_unit(node)
     absolute = 8 * (terms + 2) * tiny(node)
-    if node.op in SINGLE:
+    if node.op in _SINGLE:
         boxes = [_scaled(box, 0.0, 2 * tiny(node)) for box in boxes] if terms > 1 else boxes
-        return widened(rules.interval(node, *boxes), 4 * (unit + own), absolute)
-    relative = arithmetic.relative(node, terms) + gamma(terms + 12, own)
+        return widened(interval(node, *boxes), 4 * (unit + own), absolute)
+    relative = precision.relative(node, terms) + gamma(terms + 12, own)
     relative *= 1 + 4 * relative
     if node.op in MIXING and len(boxes) == 1:
         box = boxes[0]
         radius = box.radius + relative * (jnp.abs(box.center) + box.radius) + 2 * tiny(node)
         return widened(mix(node, box.center, radius), 0.0, absolute)
-    if affine_rule(node) and has_constant(node):
+    if affine_of(node) and has_constant(node):
         absolute += relative * jnp.abs(constant_part(node, *(box.lower for box in boxes)))
     # What subnormal operands add to a sum is covered by `absolute`.
     boxes = [_scaled(box, relative, 2 * tiny(node)) for box in boxes]
-    return widened(rules.interval(node, *boxes), 4 * (unit + own), absolute)
+    return widened(interval(node, *boxes), 4 * (unit + own), absolute)
 
 
 def _off_subnormal(box: Box, smallest: float) -> Box:
@@ -113,3 +113,7 @@ def _scaled(box: Box, relative: float, absolute: float) -> Box:
     """The box of all x (1 + theta), |theta| <= relative."""
     reach = relative * magnitude(box) + absolute
     return Box(box.lower - reach, box.upper + reach)
+
+
+_SINGLE = frozenset("add add_any sub mul div convert_element_type".split())
+"""Operations each value of which is one product, quotient, sum of two or conversion, rounded."""

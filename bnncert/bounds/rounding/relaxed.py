@@ -5,18 +5,18 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert.bounds.arithmetic import Float, gamma, magnitude, own_unit, roundings, tiny
-from bnncert.bounds.function_errors import (
-    CURVATURES,
-    EXACT_FUNCTIONS,
-    SLOPE_ERROR,
+from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.ops.extremes import magnitude
+from bnncert.bounds.ops.lines import Lines
+from bnncert.bounds.ops.planes import Planes, from_lines
+from bnncert.bounds.rounding.constants import constant_error
+from bnncert.bounds.rounding.functions import (
     curvature,
     function_error,
+    rounding_of,
     slope_error,
 )
-from bnncert.bounds.graph import Graph, Node
-from bnncert.bounds.relaxations import Lines, Planes, from_lines
-from bnncert.bounds.rounding.constants import constant_error
+from bnncert.bounds.rounding.model import Precision, gamma, own_unit, roundings, tiny
 from bnncert.bounds.rounding.reordering import reordering_error
 from bnncert.bounds.rounding.terms import offset_gamma, rounded_up, ways
 from bnncert.sets import Box
@@ -28,7 +28,7 @@ def outward_planes(
     planes: Planes,
     boxes: Sequence[Box],
     carried: Mapping[int, Array],
-    arithmetic: Float,
+    precision: Precision,
     free: bool = False,
 ) -> Planes:
     """Planes that enclose what a node computes, errors carried to it included.
@@ -36,20 +36,20 @@ def outward_planes(
     Args:
         graph: the traced function.
         index: of the node.
-        planes: that enclose it in real arithmetic.
+        planes: that enclose it in real precision.
         boxes: of all nodes up to it, itself included.
         carried: as `Errors`.
-        arithmetic: the network's.
+        precision: the network's.
         free: whether they are by fractions, and not the default ones.
     """
     node = graph.nodes[index]
-    if not planes.operands or node.op in _BY_INTERVAL:
+    if not planes.operands or rounding_of(node).planes == "interval":
         box = boxes[index]
         slack = 2 * offset_gamma(graph, node) * magnitude(box)
         lower, upper = box.lower - slack, box.upper + slack
         return Planes((), lambda: lower, lambda: upper)
     if planes.lines is None:
-        error = _planes_error(graph, index, boxes, arithmetic)
+        error = _planes_error(graph, index, boxes, precision)
         return Planes(
             planes.operands,
             lambda *v: planes.lower(*v) - error,
@@ -57,7 +57,7 @@ def outward_planes(
         )
     (operand,) = planes.operands
     below, low, above, high = lines = planes.lines
-    low_error = high_error = _lines_error(graph, index, lines, boxes, arithmetic, free)
+    low_error = high_error = _lines_error(graph, index, lines, boxes, precision, free)
     if operand in carried:
         inherited = (1 + 16 * own_unit(node)) * carried[operand]
         low_error = low_error + jnp.abs(below) * inherited
@@ -70,13 +70,13 @@ def _lines_error(
     index: int,
     lines: Lines,
     boxes: Sequence[Box],
-    arithmetic: Float,
+    precision: Precision,
     free: bool,
 ) -> Array:
     """Of lines around a function of one value."""
     node = graph.nodes[index]
     (operand,) = node.refs
-    own, unit = own_unit(node), arithmetic.unit(node)
+    own, unit = own_unit(node), precision.unit(node)
     below, low, above, high = lines
     box, value = boxes[operand], magnitude(boxes[index])
     size = magnitude(box)
@@ -85,12 +85,12 @@ def _lines_error(
     relative, absolute = function_error(node, [box])
     off = relative * value + absolute
     error = (unit + 4 * own) * off + 32 * own * ((1 + slope) * (size + value) + offset)
-    if node.op not in EXACT_FUNCTIONS:
+    if not rounding_of(node).exact:
         of_slope, constant = slope_error(node)
         error += own * (of_slope * slope + constant) * (box.upper - box.lower + 2 * size)
         error += 8 * own * curvature(node, box, free) * size * size
-    of_constants = constant_error(graph, node, [size], arithmetic)
-    reordered = reordering_error(graph, node, [size], arithmetic)
+    of_constants = constant_error(graph, node, [size], precision)
+    reordered = reordering_error(graph, node, [size], precision)
     for besides in (of_constants, reordered):
         if besides is not None:
             error += besides
@@ -99,49 +99,47 @@ def _lines_error(
     return rounded_up(graph, node, error) + 16 * tiny(node)
 
 
-def _planes_error(graph: Graph, index: int, boxes: Sequence[Box], arithmetic: Float) -> Array:
+def _planes_error(graph: Graph, index: int, boxes: Sequence[Box], precision: Precision) -> Array:
     """Of planes that are functions: of products, of functions of two values, of extrema."""
     node = graph.nodes[index]
-    own = own_unit(node)
+    own, kind = own_unit(node), rounding_of(node).planes
     sizes = [magnitude(boxes[i]) for i in node.refs]
-    flows = max(ways(graph, i) for i in node.refs)
-    if node.op == "logaddexp":
-        size, terms = sizes[0] + sizes[1], 1
-        error = _logaddexp_error(node, size, magnitude(boxes[index]), boxes, arithmetic)
-        error += (gamma(flows + 8, own) + 2 * offset_gamma(graph, node)) * (1 + size)
-    elif node.op in ("max", "min"):
-        # The bounds of a - b hold for what a network would compute of it, and for a - b itself.
-        size, terms = sizes[0] + sizes[1], 1
-        error = own * 64 * size + (gamma(flows + 8, own) + 2 * offset_gamma(graph, node)) * size
-    elif node.op in ("reduce_max", "reduce_min"):
-        size, terms = _largest(node, sizes[0]), 1
-        error = own * 64 * size + (gamma(flows + 8, own) + 3 * offset_gamma(graph, node)) * size
-    else:
+    flows, offset = max(ways(graph, i) for i in node.refs), offset_gamma(graph, node)
+    if kind == "products":
         counts = roundings(graph, node)
         size, terms = node.evaluate(*sizes), counts.forward + counts.backward
-        rows = gamma(terms + flows + 16, own) + offset_gamma(graph, node)
-        error = (arithmetic.relative(node, counts.forward) + 8 * rows) * size
-    reordered = reordering_error(graph, node, sizes, arithmetic)
+        rows = gamma(terms + flows + 16, own) + offset
+        error = (precision.relative(node, counts.forward) + 8 * rows) * size
+    elif len(sizes) == 1:
+        size, terms = _largest(node, sizes[0]), 1
+        error = own * 64 * size + (gamma(flows + 8, own) + 3 * offset) * size
+    else:
+        # The bounds of a - b hold for what a network would compute of it, and for a - b itself.
+        size, terms = sizes[0] + sizes[1], 1
+        rows = gamma(flows + 8, own) + 2 * offset
+        if kind == "softplus":
+            value = magnitude(boxes[index])
+            error = _softplus_error(node, size, value, boxes, precision) + rows * (1 + size)
+        else:
+            error = own * 64 * size + rows * size
+    reordered = reordering_error(graph, node, sizes, precision)
     if reordered is not None:
         error += reordered
     return rounded_up(graph, node, error) + 32 * (terms + 4) * tiny(node)
 
 
-def _logaddexp_error(
-    node: Node, size: Array, value: Array, boxes: Sequence[Box], arithmetic: Float
+def _softplus_error(
+    node: Node, size: Array, value: Array, boxes: Sequence[Box], precision: Precision
 ) -> Array:
     """As `_lines_error`, for lines of softplus on a difference of at most `size`, slopes 0 to 1."""
-    own, unit = own_unit(node), arithmetic.unit(node)
+    own, unit = own_unit(node), precision.unit(node)
     relative, absolute = function_error(node, boxes)
-    of_slope, constant = SLOPE_ERROR
+    of_slope, constant = slope_error(node)
     off = (unit + 4 * own) * (relative * value + absolute)
     lines = 64 * (2 * size + value + 1) + 3 * (of_slope + constant) * size
-    return jnp.asarray(off + own * (lines + 8 * CURVATURES["softplus"] * size * size))
+    return jnp.asarray(off + own * (lines + 8 * curvature(node, boxes[0], True) * size * size))
 
 
 def _largest(node: Node, size: Array) -> Array:
     axes = tuple(map(int, node.params["axes"]))
     return jnp.max(size, axes).reshape(node.shape)
-
-
-_BY_INTERVAL = frozenset(("softmax", "log_softmax", "logsumexp", "cbrt"))

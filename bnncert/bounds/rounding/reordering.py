@@ -15,7 +15,7 @@ has to happen, and which do depends on backend, version and sizes):
 also through operations that only move values or negate them, and through those that do nothing: a
 factor of 1, an addend of 0, a sum of one term. Powers are products. Sums of sums are one sum, whose
 terms `Node.summed` counts. Products of exponentials become the exponential of a sum:
-`function_errors`.
+their error (`ops.powers`).
 That quotients of quotients and x 2^k + y 2^k neither overflow nor underflow in another order is
 part of the model.
 
@@ -31,18 +31,11 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
-from bnncert.bounds.arithmetic import (
-    EXACT,
-    REPEATING,
-    SUMMING,
-    Float,
-    gamma,
-    roundings,
-    tiny,
-)
-from bnncert.bounds.graph import Graph, Node
-from bnncert.bounds.graph.equations import is_neutral
-from bnncert.bounds.graph.operands import Ref
+from bnncert.bounds.graph import Graph, Node, Ref
+from bnncert.bounds.ops.affine import MOVING, SUMMING
+from bnncert.bounds.propagate import Domain, propagate
+from bnncert.bounds.rounding.model import Precision, gamma, roundings, tiny
+from bnncert.bounds.tracing.equations import is_neutral
 
 
 class History(NamedTuple):
@@ -75,17 +68,17 @@ def histories(graph: Graph, starts: Sequence[History | None]) -> tuple[History, 
         graph: the traced function.
         starts: those of its sets; None: they were given.
     """
-    found: list[History] = []
-    for index, node in enumerate(graph.nodes):
-        if node.op == "input":
-            found.append(starts[index] or NONE)
-        else:
-            found.append(_history(graph, node, _operands(node, found)))
-    return tuple(found)
+
+    def apply(index: int, found: list[History]) -> History:
+        node = graph.nodes[index]
+        return _history(graph, node, _operands(node, [found[i] for i in node.refs]))
+
+    domain = Domain(lambda index: starts[index] or NONE, apply)
+    return tuple(propagate(graph, domain)[0])
 
 
 def reordering_error(
-    graph: Graph, node: Node, sizes: Sequence[Array], arithmetic: Float
+    graph: Graph, node: Node, sizes: Sequence[Array], precision: Precision
 ) -> Array | None:
     """What a node may be off by in another order of operations.
 
@@ -93,16 +86,16 @@ def reordering_error(
         graph: the traced function, with its histories.
         node: the node.
         sizes: the largest magnitudes of its bounded operands.
-        arithmetic: of the network.
+        precision: of the network.
 
     Returns:
         Something that broadcasts to the shape of the value; None where no order is worse.
     """
     if not graph.histories:
         return None
-    operands = _operands(node, graph.histories)
+    operands = _operands(node, [graph.histories[i] for i in node.refs])
     if node.op in _ADDING:
-        return _of_sums(graph, node, operands, sizes, arithmetic.unit(node))
+        return _of_sums(graph, node, operands, sizes, precision.unit(node))
     if node.op in _SCALING or _is_one_product(graph, node):
         return _of_products(graph, node, operands, sizes)
     if node.op in _POWERS:
@@ -247,11 +240,12 @@ def _of_products(
     return jnp.where(fits, error, jnp.inf)
 
 
-def _operands(node: Node, found: Sequence[History]) -> list[History | None]:
+def _operands(node: Node, bounded: Sequence[History]) -> list[History | None]:
     """Of each operand; None for a constant that was given."""
     computed = node.computed or (None,) * len(node.operands)
+    histories = iter(bounded)
     return [
-        found[o.index] if isinstance(o, Ref) else c and c.history
+        next(histories) if isinstance(o, Ref) else c and c.history
         for o, c in zip(node.operands, computed, strict=True)
     ]
 
@@ -289,4 +283,4 @@ _ADDING = ("add", "add_any", "sub")
 _SCALING = ("mul", "div")
 _POWERS = ("square", "integer_pow")
 _PLAIN_SUMS = ("reduce_sum", "cumsum", "reduce_window_sum")
-_PASSING = EXACT | REPEATING | {"convert_element_type"}
+_PASSING = MOVING | {"convert_element_type"}

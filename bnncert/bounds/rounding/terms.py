@@ -5,8 +5,9 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from bnncert.bounds.arithmetic import gamma, magnitude, own_unit
 from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.ops.extremes import magnitude
+from bnncert.bounds.rounding.model import gamma, own_unit
 from bnncert.sets import Box, LpBall, Set, dual_norm
 
 

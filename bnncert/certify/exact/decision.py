@@ -41,6 +41,7 @@ from bnncert.bounds.arithmetic import Rounding, arithmetic_of
 from bnncert.bounds.graph.precision import asked_of
 from bnncert.bounds.margins import all_margin_bounds, margin_bounds
 from bnncert.bounds.methods import Method
+from bnncert.bounds.rounding import Precision
 from bnncert.certify.exact.softmax import least_differences, probability_box
 from bnncert.certify.inputs import check_region, nominal_input, num_samples
 from bnncert.outputs import classifier, look_at_ending, normalised, probabilities
@@ -259,23 +260,23 @@ def rounding_slack(rounding: Rounding, probabilities: Array, count: int) -> floa
     Raises:
         ValueError: it would be 1 or more, which no difference of two probabilities exceeds.
     """
-    arithmetic = arithmetic_of(rounding)
-    if arithmetic is None:
-        return 0.0
-    own = 0.5 * float(jnp.finfo(probabilities.dtype).eps)
-    unit = max(own, arithmetic.unit_roundoff or 0.0)
-    classes = probabilities.shape[0]
-    slack = (400 + 8 * classes + 4 * count) * unit
-    if slack >= 1:
-        raise ValueError(
-            f"outputs of dtype {probabilities.dtype}, unit roundoff {unit:g}: with {classes} "
-            f"classes and {count} networks "
-            f"rounding may move a probability by more than {slack:.2f}, so that nothing can "
-            "certify a decision. Return float32 outputs (the last layer in float32, or "
-            'apply(params, x).astype(jnp.float32)), or ask for rounding="nearest", which speaks '
-            "of real arithmetic."
-        )
-    return slack
+    own, classes = 0.5 * float(jnp.finfo(probabilities.dtype).eps), probabilities.shape[0]
+
+    def rounded(slack: float, precision: Precision) -> float:
+        unit = max(own, precision.unit_roundoff or 0.0)
+        slack = (400 + 8 * classes + 4 * count) * unit
+        if slack >= 1:
+            raise ValueError(
+                f"outputs of dtype {probabilities.dtype}, unit roundoff {unit:g}: with {classes} "
+                f"classes and {count} networks "
+                f"rounding may move a probability by more than {slack:.2f}, so that nothing can "
+                "certify a decision. Return float32 outputs (the last layer in float32, or "
+                'apply(params, x).astype(jnp.float32)), or ask for rounding="nearest", which '
+                "speaks of real arithmetic."
+            )
+        return slack
+
+    return arithmetic_of(rounding).allow(0.0, rounded)
 
 
 def arithmetic_name(
@@ -294,13 +295,14 @@ def arithmetic_name(
         "real"; the dtype; "tensorfloat32" or "bfloat16" where factors of matrix products are
         rounded to that; or the unit roundoff that was given.
     """
-    arithmetic = arithmetic_of(rounding)
-    if arithmetic is None:
-        return "real"
-    if arithmetic.unit_roundoff is not None:
-        return f"unit roundoff {arithmetic.unit_roundoff:g}"
-    asked = asked_of(network, params, x)
-    return str(dtype) if asked == "float32" else str(asked)
+
+    def rounded(name: str, precision: Precision) -> str:
+        if precision.unit_roundoff is not None:
+            return f"unit roundoff {precision.unit_roundoff:g}"
+        asked = asked_of(network, params, x)
+        return str(dtype) if asked == "float32" else str(asked)
+
+    return arithmetic_of(rounding).allow("real", rounded)
 
 
 def _check(samples: Stacked, x_set: Set, batch_size: int | None) -> None:

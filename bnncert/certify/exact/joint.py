@@ -213,11 +213,9 @@ def corner_terms(box: Box, anchor: float, rounding: Rounding = "nearest") -> Cor
     # than the derivation allows.
     fits = jnp.all(jnp.isfinite(box.upper)) & (e * e >= 4 * tiny / unit)
     arithmetic = arithmetic_of(rounding)
-    if arithmetic is not None:
-        fits &= charge < 0.5
+    fits = arithmetic.allow(fits, lambda fits, _: fits & (charge < 0.5))
     value = jnp.where(fits, value, least_differences(box))
-    if arithmetic is not None:
-        value = value - charge
+    value = arithmetic.allow(value, lambda value, _: value - charge)
     # The predicted class against itself: 0.
     itself = (box.lower == 0) & (box.upper == 0)
     a, b, at = (jnp.where(fits & ~itself, term, 0.0) for term in (a, b * weight, at))

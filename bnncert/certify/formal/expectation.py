@@ -32,11 +32,12 @@ from jaxtyping import Array, Float
 from bnncert import prior as priors
 from bnncert._emptiness import unbounded_unless
 from bnncert.bounds import arithmetic
-from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError, trace
+from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError
 from bnncert.bounds.graph.operands import Ref
+from bnncert.bounds.ops.affine import constant_magnitude, has_constant, magnitude
 from bnncert.bounds.rounding import tracking
-from bnncert.bounds.rules.affine import constant_magnitude, has_constant, magnitude
-from bnncert.certify.formal.moments import PRODUCTS, Value, propagate, settled, unit_error
+from bnncert.bounds.tracing import trace
+from bnncert.certify.formal.moments import PRODUCTS, Value, moments, settled, unit_error
 from bnncert.certify.inputs import check_region
 from bnncert.posterior import MeanField
 from bnncert.posterior.leaves import check_structure
@@ -114,7 +115,7 @@ def expectation(apply: Apply, posterior: Posterior, x_set: Set) -> Expectation:
     if len(shape) != 1:
         raise ValueError(f"apply must return a vector of outputs; its value has shape {shape}")
     scales = [jnp.asarray(s) for s in priors.named(posterior.scale).values() if s is not None]
-    values = propagate(graph, scales)
+    values = moments(graph, scales)
     found = _at_the_output(graph, values, output.index)
     if graph.valid is None:
         return found

@@ -40,9 +40,10 @@ from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError
 from bnncert.bounds.graph.operands import Ref
-from bnncert.bounds.interval import hull
-from bnncert.bounds.rules import AFFINE, affine_rule
-from bnncert.bounds.rules.affine import MIXING, constant_magnitude, has_constant, magnitude
+from bnncert.bounds.ops import affine_of, interval
+from bnncert.bounds.ops.affine import MIXING, constant_magnitude, has_constant, magnitude
+from bnncert.bounds.ops.boxes import hull
+from bnncert.bounds.propagate import Domain, propagate
 from bnncert.certify.formal import rectified
 from bnncert.sets import Box, is_concrete
 
@@ -78,7 +79,7 @@ class Value(NamedTuple):
     weights: bool = False
 
 
-def propagate(graph: Graph, scales: Sequence[Array]) -> list[Value]:
+def moments(graph: Graph, scales: Sequence[Array]) -> list[Value]:
     """What is known of each node of a traced network.
 
     Args:
@@ -92,15 +93,17 @@ def propagate(graph: Graph, scales: Sequence[Array]) -> list[Value]:
     Raises:
         UnsupportedPrimitiveError: an operation on random values without a rule.
     """
-    values: list[Value] = []
-    for index, node in enumerate(graph.nodes):
+
+    def start(index: int) -> Value:
         if index < len(scales):
-            values.append(_leaf(index, graph.inputs[index], jnp.asarray(scales[index])))
-        elif node.op == "input":
-            values.append(_constant(hull(graph.inputs[index])))
-        else:
-            values.append(_step(node, [values[i] for i in node.refs]))
-    return values
+            return _leaf(index, graph.inputs[index], jnp.asarray(scales[index]))
+        return _constant(hull(graph.inputs[index]))
+
+    def apply(index: int, values: list[Value]) -> Value:
+        node = graph.nodes[index]
+        return _step(node, [values[i] for i in node.refs])
+
+    return propagate(graph, Domain(start, apply))[0]
 
 
 def _leaf(index: int, point: Any, scale: Array) -> Value:
@@ -131,7 +134,7 @@ def _step(node: Node, operands: list[Value]) -> Value:
             return _sum(node, a, b)
     elif node.op == "max" and _is_zero(node):
         return _rectified(operands[0])
-    elif len(operands) == 1 and affine_rule(node) is not None:
+    elif len(operands) == 1 and affine_of(node) is not None:
         if _coarsens(node, operands[0]):
             raise _no_rule(
                 node,
@@ -204,8 +207,7 @@ def settled(v: Value) -> Value:
 
 def _sum(node: Node, a: Value, b: Value) -> Value:
     """Sum or difference of independent values of one shape."""
-    rule: Any = AFFINE[node.op]
-    mean: Box = rule.interval(node, a.mean, b.mean)
+    mean = interval(node, a.mean, b.mean)
     unit = unit_error(mean.lower, 2)
     slack = unit * jnp.maximum(jnp.abs(mean.lower), jnp.abs(mean.upper))
     return Value(
@@ -223,8 +225,8 @@ def _sum(node: Node, a: Value, b: Value) -> Value:
 
 def _affine(node: Node, v: Value) -> Value:
     """An operation that is affine in its one random operand, the others constant."""
-    rule: Any = affine_rule(node)
-    mean: Box = rule.interval(node, v.mean)
+    rule: Any = affine_of(node)
+    mean = interval(node, v.mean)
     length = 2
     if rule.spreads == "mixes":  # constants that are added on the way are terms as well
         constants = (jnp.size(o) for o in node.operands if not isinstance(o, Ref))

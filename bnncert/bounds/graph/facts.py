@@ -1,0 +1,27 @@
+"""What is true of a graph's nodes, whatever their operations mean."""
+
+from bnncert.bounds.graph.nodes import Graph
+from bnncert.bounds.graph.operands import Ref
+
+
+def output_nodes(graph: Graph) -> list[int]:
+    """Nodes that are outputs."""
+    return sorted({o.index for o in graph.outputs if isinstance(o, Ref)})
+
+
+def input_sets(graph: Graph) -> list[frozenset[int]]:
+    """For each node, the sets that its value depends on."""
+    found: list[frozenset[int]] = []
+    for index, node in enumerate(graph.nodes):
+        own = (index,) if node.op == "input" else ()
+        found.append(frozenset(own).union(*(found[i] for i in node.refs)))
+    return found
+
+
+def ancestors(graph: Graph, index: int) -> list[int]:
+    """Nodes that a node's value depends on, itself included, in order."""
+    found = {index}
+    for i in range(index, -1, -1):
+        if i in found:
+            found |= set(graph.nodes[i].refs)
+    return sorted(found)

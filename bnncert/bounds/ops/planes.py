@@ -1,0 +1,41 @@
+"""What a relaxation is: two affine functions of a node's bounded operands that enclose its value.
+
+    lower(v_1, ..., v_k)  <=  node(v_1, ..., v_k)  <=  upper(v_1, ..., v_k)
+
+for all operands in their boxes. They are JAX functions, so the backward pass transposes them as it
+does any affine operation, and the forward pass traces them: no second rule for either.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxtyping import Array
+
+from bnncert.bounds.ops.lines import Lines
+
+
+class Planes(NamedTuple):
+    """Two affine functions of the values of nodes.
+
+    Attributes:
+        operands: indices of the nodes they are functions of.
+        lower: `(*values) -> value` of the relaxed node's shape.
+        upper: likewise.
+        lines: where they are elementwise functions of one value, their slopes and offsets: rows
+            then pass by a multiplication.
+    """
+
+    operands: tuple[int, ...]
+    lower: Callable[..., Array]
+    upper: Callable[..., Array]
+    lines: Lines | None = None
+
+
+def from_lines(operand: int, lines: Lines) -> Planes:
+    """The planes of an elementwise function of one value."""
+    return Planes(
+        (operand,),
+        lambda v: lines.lower_slope * v + lines.lower_offset,
+        lambda v: lines.upper_slope * v + lines.upper_offset,
+        lines,
+    )

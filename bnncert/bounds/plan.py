@@ -1,0 +1,81 @@
+"""A traced function made ready: what every method asks about its nodes, found once."""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import NamedTuple
+
+from bnncert.bounds.arithmetic import Arithmetic
+from bnncert.bounds.graph import Graph
+from bnncert.bounds.graph.facts import output_nodes
+from bnncert.bounds.merging import Run, affine_prefix, exact_prefix, merged_runs
+from bnncert.bounds.norms import first_sums
+from bnncert.bounds.ops import Operation, acted_on, is_relaxed
+from bnncert.bounds.rows import Step, affine_steps
+from bnncert.sets import Set
+
+
+class Options(NamedTuple):
+    """What all methods are told.
+
+    Attributes:
+        batch_size: rows of a backward pass at once.
+        arithmetic: that bounds are to hold in.
+        margins: whether the outputs are differences of the last layer's, to be merged with it.
+        operations: the user's own.
+    """
+
+    batch_size: int
+    arithmetic: Arithmetic
+    margins: bool = False
+    operations: tuple[Operation, ...] = ()
+
+
+class Plan(NamedTuple):
+    """A traced function, and what is true of its nodes.
+
+    Attributes:
+        graph: the traced function.
+        arithmetic: that its bounds are to hold in.
+        batch_size: rows at once.
+        outputs: the nodes that are outputs.
+        relaxed: the nodes that are neither sets nor affine in what is bounded.
+        acted_on: the nodes that a relaxed one acts on.
+        prefix: the nodes that are affine in the sets alone.
+        exact: of these, those whose intervals are exact.
+        runs: the nodes that are bounded as one affine map of earlier ones, and of which.
+        sums: the nodes that sum coordinates of one ball, bounded by its dual norm.
+        regions: what a row that ends on a set is concretised over, by set.
+        affine: how rows pass affine nodes; made when first asked for.
+    """
+
+    graph: Graph
+    arithmetic: Arithmetic
+    batch_size: int
+    outputs: tuple[int, ...]
+    relaxed: frozenset[int]
+    acted_on: frozenset[int]
+    prefix: frozenset[int]
+    exact: frozenset[int]
+    runs: Mapping[int, Run]
+    sums: frozenset[int]
+    regions: tuple[Set, ...]
+    affine: Callable[[], Mapping[int, Step]]
+
+
+def make_plan(graph: Graph, options: Options) -> Plan:
+    """The plan of a traced function."""
+    arithmetic, runs = options.arithmetic, merged_runs(graph, options.margins)
+    return Plan(
+        graph,
+        arithmetic,
+        options.batch_size,
+        tuple(output_nodes(graph)),
+        frozenset(i for i, node in enumerate(graph.nodes) if is_relaxed(node)),
+        frozenset(acted_on(graph)),
+        frozenset(affine_prefix(graph)),
+        frozenset(exact_prefix(graph, runs)),
+        runs,
+        frozenset(first_sums(graph)),
+        tuple(arithmetic.region(graph, region) for region in graph.inputs),
+        cache(lambda: affine_steps(graph)),
+    )

@@ -1,0 +1,423 @@
+"""Backward linear bounds (CROWN): from one coordinate of a node back to where the values come from.
+
+A row bounds a linear form of a node's value from below: for each node i still to be passed it holds
+coefficients a_i, with
+
+    sum_i <a_i, v_i> + offset - lost  <=  <row, value>
+
+starting from a_target = row. Nodes are passed last to first. An affine node is passed by its own
+transpose (`jax.vjp`: no rule for each operation), a nonlinearity by its two planes: a positive
+coefficient takes the plane below, a negative one the plane above, and each is passed by its
+transpose again. What remains stands on the frontier (the sets, or any node that is not passed), and
+is concretised there by the dual norm. `lost` is what the row allows for rounding.
+
+A bound from above is that from below of the negated row, turned back. The two are one as long as
+only affine nodes are passed: they part at the first nonlinearity. Rows are vmapped.
+
+Where a nonlinearity has two pairs of planes neither of which is always the better (variants), a row
+becomes two on its way: from there on all that it holds has a leading axis for them, and its bound
+is the better of the two.
+
+Source: Zhang et al., NeurIPS 2018 (CROWN); Xu et al., NeurIPS 2020 (on general graphs, auto_LiRPA).
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from bnncert._compiler.convolution import canonical
+from bnncert._varying import axes_of, varying
+from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.ops import affine_of
+from bnncert.bounds.ops.affine import has_constant
+from bnncert.bounds.ops.boxes import drop_nan
+from bnncert.bounds.ops.lines import Lines
+from bnncert.bounds.ops.planes import Planes
+from bnncert.sets import Box, LpBall, Set, dual_norm
+
+
+class Row(NamedTuple):
+    """A linear bound from below, or two.
+
+    Attributes:
+        coefficients: of the frontier, by node; the shapes of the values, after an axis of two where
+            the variants of a nonlinearity were passed.
+        offset: the constant term; likewise.
+        lost: what the bound gives way by besides, never negative.
+    """
+
+    coefficients: dict[int, Array]
+    offset: Array
+    lost: Array
+
+
+class Passed(NamedTuple):
+    """What a row gains by passing one node.
+
+    Attributes:
+        coefficients: of its operands.
+        offset: what the constant term gains.
+        lost: what the bound gives way by.
+    """
+
+    coefficients: tuple[Array, ...]
+    offset: Array | float
+    lost: Array | float = 0.0
+
+
+class Step(NamedTuple):
+    """How a row passes one node.
+
+    Attributes:
+        rank: of the node's value.
+        operands: nodes, one of which may come more than once.
+        through: from the row's coefficients at the node, of the shape of its value.
+        lines: where it is passed by two lines, what they are.
+    """
+
+    rank: int
+    operands: tuple[int, ...]
+    through: Callable[[Array], Passed]
+    lines: Lines | None = None
+
+    def __call__(self, a: Array) -> Passed:
+        """Passes a row, or two."""
+        return self.through(a) if a.ndim == self.rank else jax.vmap(self.through)(a)
+
+
+class TwoSteps(NamedTuple):
+    """How a row passes a nonlinearity of two variants: it becomes two.
+
+    Attributes:
+        steps: one for each variant.
+        lines: of both, stacked; None: not all are lines.
+    """
+
+    steps: tuple[Step, Step]
+    lines: Lines | None
+
+    @property
+    def operands(self) -> tuple[int, ...]:
+        """Nodes."""
+        return self.steps[0].operands
+
+    def __call__(self, a: Array) -> Passed:
+        """Passes a row, or two of them, by a step each."""
+        single = a.ndim == self.steps[0].rank
+        if self.lines is not None:
+            return jax.vmap(_past_lines, (None if single else 0, 0))(a, self.lines)
+        found = (step.through(a if single else a[i]) for i, step in enumerate(self.steps))
+        return jax.tree.map(lambda *v: jnp.stack(v), *found)
+
+
+def two_steps(first: Step, second: Step) -> TwoSteps:
+    """Both steps at once; those of planes that are functions of several nodes, of the same ones."""
+    if first.lines is None or second.lines is None:
+        return TwoSteps((first, second), None)
+    lines = jax.tree.map(lambda *v: jnp.stack(jnp.broadcast_arrays(*v)), first.lines, second.lines)
+    return TwoSteps((first, second), lines)
+
+
+class Steps(NamedTuple):
+    """How rows pass a graph; where a node is not here, a row stops.
+
+    Attributes:
+        affine: the nodes that rows of both signs pass alike.
+        relaxed: the nonlinearities.
+        slack: what a row allows for at the node where it begins (`rounding.Errors.carried`).
+        floors: what it allows for at every node it comes to: scalars.
+    """
+
+    affine: Mapping[int, Step]
+    relaxed: Mapping[int, Step | TwoSteps] = {}
+    slack: Mapping[int, Array] = {}
+    floors: Mapping[int, Array] = {}
+
+    def and_relaxed(self, more: Mapping[int, Step | TwoSteps]) -> "Steps":
+        """With steps for more nonlinearities."""
+        return self._replace(relaxed={**self.relaxed, **more})
+
+    def variants(self) -> "list[Steps]":
+        """The ways by one pair of planes each: by the first of every node, and by the second."""
+        if not any(isinstance(step, TwoSteps) for step in self.relaxed.values()):
+            return [self]
+
+        def one(step: Step | TwoSteps, variant: int) -> Step:
+            return step.steps[variant] if isinstance(step, TwoSteps) else step
+
+        ways = ({i: one(step, v) for i, step in self.relaxed.items()} for v in (0, 1))
+        return [self._replace(relaxed=relaxed) for relaxed in ways]
+
+
+def pull_back(row: Row, steps: Steps, until: Collection[int] = ()) -> Row:
+    """A row passed back node by node, last to first, to the frontier.
+
+    Args:
+        row: where it stands.
+        steps: how to pass each node; where a node is not among them, the row ends on it.
+        until: nodes at the first of which it stops, and waits.
+    """
+    waiting, ended = dict(row.coefficients), {}
+    offset, lost = row.offset, row.lost
+    floors: list[Array] = []
+    for index in range(max(waiting, default=-1), -1, -1):
+        if index not in waiting:
+            continue
+        if index in until:
+            break
+        coefficients = waiting.pop(index)
+        if index in steps.floors:
+            floors.append(steps.floors[index])
+        step = steps.affine.get(index, steps.relaxed.get(index))
+        if step is None:
+            ended[index] = coefficients
+            continue
+        passed, gained, less = step(coefficients)
+        offset, lost = offset + gained, lost + less
+        for operand, more in zip(step.operands, passed, strict=True):
+            waiting[operand] = waiting[operand] + more if operand in waiting else more
+    if floors:  # the same for all rows: one sum
+        lost = lost + jnp.sum(jnp.stack(floors))
+    return Row({**ended, **waiting}, offset, lost)
+
+
+def start(target: int, row: Array, steps: Steps) -> Row:
+    """`<row, value of target>`, not passed back at all.
+
+    Args:
+        target: index of the node.
+        row: the shape of its value.
+        steps: how to pass each node.
+    """
+    zero = jnp.zeros((), row.dtype)
+    lost = charge(row, steps.slack[target]) if target in steps.slack else zero
+    return Row({target: row}, zero, lost)
+
+
+def linear_rows(target: int, row: Array, steps: Steps) -> tuple[Row, Row]:
+    """The linear bounds of `<row, value of target>`, and of its negative, both from below."""
+    exact = pull_back(start(target, row, steps), steps, steps.relaxed)
+    return pull_back(exact, steps), pull_back(negative(exact), steps)
+
+
+def negative(row: Row) -> Row:
+    """The bound from below of the negated form, where a row is exact."""
+    return Row({i: -a for i, a in row.coefficients.items()}, -row.offset, row.lost)
+
+
+def row_box(target: int, row: Array, steps: Steps, sets: Sequence[Set], at_once: bool) -> Box:
+    """Bounds on `<row, value of target>`.
+
+    Args:
+        target: index of the node.
+        row: the shape of its value.
+        steps: how to pass each node.
+        sets: for each node, what to concretise over where a row ends there.
+        at_once: whether both ends are computed as one, of a program of half the size; else XLA
+            drops the end that nobody asks for.
+    """
+    exact = pull_back(start(target, row, steps), steps, steps.relaxed)
+    if not any(i in steps.relaxed for i in exact.coefficients):
+        return _extremes_of(exact, sets)
+
+    def lower(row: Row) -> Array:
+        return least(pull_back(row, steps), sets)
+
+    if at_once:
+        low, high = jax.vmap(lower)(both_signs(exact))
+    else:
+        low, high = lower(exact), lower(negative(exact))
+    return drop_nan(Box(low, -high))
+
+
+def both_signs(row: Row) -> Row:
+    """A row and its negative, stacked."""
+    return jax.tree.map(lambda *v: jnp.stack(v), row, negative(row))
+
+
+def row_bounds(
+    graph: Graph,
+    target: int,
+    steps: Steps,
+    sets: Sequence[Set],
+    batch_size: int,
+    at_once: bool = False,
+) -> Box:
+    """Bounds on each coordinate of a node, by one row each.
+
+    Args:
+        graph: the traced function.
+        target: index of the node.
+        steps: how to pass each node.
+        sets: as `row_box`.
+        batch_size: rows at once. Memory: batch_size times the widest value passed.
+        at_once: as `row_box`.
+    """
+    node = graph.nodes[target]
+
+    def one(row: Array) -> Box:
+        return row_box(target, row, steps, sets, at_once)
+
+    return shaped(map_rows(one, node, batch_size), node)
+
+
+def shaped(box: Box, node: Node) -> Box:
+    """The bounds of a node's coordinates, as of its value.
+
+    A set of another dtype (the function casts) must not pass it on.
+    """
+    lower, upper = (end.reshape(node.shape).astype(node.dtype) for end in (box.lower, box.upper))
+    return drop_nan(Box(lower, upper))
+
+
+def map_rows(one: Callable[..., Any], node: Node, batch_size: int, *each: Any) -> Any:
+    """Maps over the unit rows of a node's value, in chunks.
+
+    Args:
+        one: `(row, *its part of each) -> anything`.
+        node: whose value's coordinates the rows are.
+        batch_size: rows at once.
+        each: pytrees with a leading axis over rows.
+    """
+    size = math.prod(node.shape)
+    if size <= batch_size:
+        return jax.vmap(one)(jnp.eye(size, dtype=node.dtype).reshape(size, *node.shape), *each)
+
+    def unit(xs: tuple) -> Any:
+        i, *parts = xs
+        return one(unit_row(node, i), *parts)
+
+    return jax.lax.map(unit, (jnp.arange(size), *each), batch_size=batch_size)
+
+
+def unit_row(node: Node, i: Array) -> Array:
+    """The row of the i-th coordinate of a node's value."""
+    size = math.prod(node.shape)
+    return (jnp.arange(size) == i).astype(node.dtype).reshape(node.shape)
+
+
+def least(row: Row, sets: Sequence[Set]) -> Array:
+    """The least value of a linear bound over the sets it ends on: `a.c - |a|.r`, or the dual norm.
+
+    Of two bounds the better. NaN of an overflow in a plane.
+    """
+    value = row.offset - row.lost
+    for index, a in row.coefficients.items():
+
+        def lowest(a: Array, region: Set = sets[index]) -> Array:
+            return _extremes(a, region)[0]
+
+        single = a.ndim == jnp.ndim(sets[index].center)
+        value = value + (lowest(a) if single else jax.vmap(lowest)(a))
+    if value.ndim == 0:
+        return value
+    return jnp.max(jnp.where(value < jnp.inf, value, -jnp.inf))
+
+
+def concretize(lower: Row, upper: Row, sets: Sequence[Set]) -> Box:
+    """The extremes of two linear bounds, the second of the negated value, both from below."""
+    return drop_nan(Box(least(lower, sets), -least(upper, sets)))
+
+
+def _extremes_of(row: Row, sets: Sequence[Set]) -> Box:
+    """Both ends of a row that is exact."""
+    lower, upper = row.offset - row.lost, row.offset + row.lost
+    for index, a in row.coefficients.items():
+        low, high = _extremes(a, sets[index])
+        lower, upper = lower + low, upper + high
+    return drop_nan(Box(lower, upper))
+
+
+def affine_steps(graph: Graph) -> dict[int, Step]:
+    """How to pass each affine node."""
+    return {i: _affine_step(graph, node) for i, node in enumerate(graph.nodes) if affine_of(node)}
+
+
+def charged_step(step: Step, error: Array) -> Step:
+    """Passes a node whose value is off by up to `error`."""
+
+    def charged(a: Array) -> Passed:
+        passed = step.through(a)
+        return passed._replace(lost=passed.lost + charge(a, error))
+
+    return step._replace(through=charged)
+
+
+def charge(row: Array, error: Array) -> Array:
+    """`<|row|, error>`."""
+    return _dot(jnp.abs(row), error)
+
+
+def planes_step(graph: Graph, index: int, planes: Planes) -> Step:
+    """Passes a relaxed node: positive coefficients by the plane below, others by that above."""
+    rank, lines = len(graph.nodes[index].shape), planes.lines
+    if lines is not None:
+        return Step(rank, planes.operands, lambda a: _past_lines(a, lines), lines)
+    zeros = _zeros(graph, planes.operands)
+    at_zero, transpose = _transposed(planes.lower, zeros)
+    other_at_zero, other_transpose = _transposed(planes.upper, zeros)
+
+    def through(a: Array) -> Passed:
+        parts = zip(transpose(jnp.maximum(a, 0)), other_transpose(jnp.minimum(a, 0)), strict=True)
+        return Passed(tuple(p + n for p, n in parts), _weighed(a, at_zero, other_at_zero))
+
+    return Step(rank, planes.operands, through)
+
+
+def _past_lines(a: Array, lines: Lines) -> Passed:
+    slopes = jnp.maximum(a, 0) * lines.lower_slope + jnp.minimum(a, 0) * lines.upper_slope
+    return Passed((slopes,), _weighed(a, lines.lower_offset, lines.upper_offset))
+
+
+def _weighed(a: Array, positive: Array, negative: Array) -> Array:
+    """`<max(a, 0), positive> + <min(a, 0), negative>`.
+
+    A sum and no product: XLA fuses it with what made `a`, which a product would have to write out.
+    """
+    return jnp.sum(jnp.where(a > 0, a * positive, a * negative))
+
+
+def _affine_step(graph: Graph, node: Node) -> Step:
+    """Passes an affine node: coefficients by its transpose, the offset by its value at 0."""
+    at_zero, transpose = _transposed(
+        lambda *values: node.evaluate(*node.fill(values)), _zeros(graph, node.refs)
+    )
+
+    def through(a: Array) -> Passed:
+        return Passed(transpose(a), _dot(a, at_zero) if has_constant(node) else 0.0)
+
+    return Step(len(node.shape), node.refs, through)
+
+
+def _zeros(graph: Graph, operands: Sequence[int]) -> list[Array]:
+    zeros = [jnp.zeros(graph.nodes[i].shape, graph.nodes[i].dtype) for i in operands]
+    return varying(zeros, axes_of(graph.inputs))
+
+
+def _transposed(
+    f: Callable[..., Array], zeros: Sequence[Array]
+) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
+    """An affine function's value at 0, and its transpose."""
+    if not zeros:
+        return f(), lambda row: ()
+    axes = axes_of(zeros)
+    at_zero, pullback = jax.vjp(lambda *values: varying(f(*values), axes), *zeros)
+    transpose = canonical(pullback)
+    return at_zero, lambda row: transpose(varying(row, axes))
+
+
+def _extremes(a: Array, region: Set) -> tuple[Array, Array]:
+    """The smallest and the largest value of `<a, x>` over a set."""
+    if isinstance(region, LpBall):
+        middle, reach = _dot(a, region.center), region.eps * dual_norm(a, region.p)
+    else:
+        middle, reach = _dot(a, region.center), _dot(jnp.abs(a), region.radius)
+    return middle - reach, middle + reach
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.vdot(a, b, precision=jax.lax.Precision.HIGHEST)
