@@ -18,6 +18,7 @@ from bnncert import (  # noqa: E402
     posterior,
     prior,
     sets,
+    testing,
     types,
 )
 from bnncert.bounds import (  # noqa: E402
@@ -29,12 +30,14 @@ from bnncert.bounds import (  # noqa: E402
     Float,
     Forward,
     LinearBounds,
+    Operation,
     Real,
     UnsupportedPrimitiveError,
     bound,
     crown,
     ibp,
     linear_bounds,
+    operation,
 )
 from bnncert.posterior import MeanField, Samples  # noqa: E402
 from bnncert.sets import Box, LpBall, ball  # noqa: E402
@@ -56,6 +59,7 @@ __all__ = [  # noqa: RUF022
     "LinearBounds",
     "LpBall",
     "MeanField",
+    "Operation",
     "Real",
     "Samples",
     "Threat",
@@ -71,9 +75,11 @@ __all__ = [  # noqa: RUF022
     "likelihood",
     "linear_bounds",
     "metrics",
+    "operation",
     "outputs",
     "posterior",
     "prior",
     "sets",
+    "testing",
     "types",
 ]

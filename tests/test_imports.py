@@ -27,7 +27,7 @@ ORDER = """
     bounds.arithmetic bounds.norms bounds.merging bounds.rows bounds.plan
     bounds.methods.steps bounds.methods.ibp bounds.methods.forward
     bounds.methods.crown bounds.methods.alpha_crown bounds.methods
-    bounds.api bounds.margins bounds.mean bounds outputs
+    bounds.api bounds.margins bounds.mean bounds.own bounds outputs testing
     likelihood prior posterior.leaves posterior.mean_field posterior.samples posterior.low_rank
     posterior.gaussian posterior.mixture posterior.summary posterior
     infer._minibatch infer.map infer._elbo infer._variational infer.bbb

@@ -5,6 +5,8 @@ from bnncert.bounds.arithmetic import Float, Real
 from bnncert.bounds.graph import UnsupportedPrimitiveError
 from bnncert.bounds.mean import mean_bound
 from bnncert.bounds.methods import CROWN, CROWNIBP, IBP, AlphaCROWN, Forward
+from bnncert.bounds.ops import Operation
+from bnncert.bounds.own import operation
 
 __all__ = [
     "CROWN",
@@ -15,6 +17,7 @@ __all__ = [
     "Float",
     "Forward",
     "LinearBounds",
+    "Operation",
     "Real",
     "UnsupportedPrimitiveError",
     "bound",
@@ -22,4 +25,5 @@ __all__ = [
     "ibp",
     "linear_bounds",
     "mean_bound",
+    "operation",
 ]

@@ -21,7 +21,7 @@ from typing import TypeAlias, TypeVar
 
 from jaxtyping import Array
 
-from bnncert.bounds import ops, rounding
+from bnncert.bounds import rounding
 from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.ops.planes import Planes
 from bnncert.bounds.rounding import Errors, Precision
@@ -51,7 +51,7 @@ class Real:
 
     def interval(self, graph: Graph, node: Node, operands: Sequence[Box]) -> Box:
         """The node's interval rule."""
-        return ops.interval(node, *operands)
+        return node.operation.interval(node, *operands)
 
     def region(self, graph: Graph, region: Set) -> Set:
         """The set itself."""

@@ -25,16 +25,14 @@ Robust Models", 2018 (the tail: section 3, "elision of the last layer").
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from bnncert.bounds.graph import Graph, Node, Ref
-from bnncert.bounds.graph.facts import output_nodes
 from bnncert.bounds.graph.operands import Operand
 from bnncert.bounds.norms import first_sums
-from bnncert.bounds.ops import acted_on, affine_of
 from bnncert.bounds.ops.affine import SUMMING, spreads
 from bnncert.sets import LpBall
 
@@ -60,6 +58,33 @@ class Run(NamedTuple):
     whole: bool
 
 
+class Merged(NamedTuple):
+    """What is bounded as one affine map.
+
+    Attributes:
+        runs: by node, its run. A node that is exact op by op has none.
+        prefix: the nodes that are affine in the sets alone.
+        exact: of these, those that intervals bound exactly.
+    """
+
+    runs: dict[int, Run]
+    prefix: frozenset[int]
+    exact: frozenset[int]
+
+
+def merged(graph: Graph, margins: bool = False) -> Merged:
+    """What of a function is merged.
+
+    Args:
+        graph: the traced function.
+        margins: whether its outputs are differences of a last layer's.
+    """
+    runs, prefix, found = merged_runs(graph, margins), affine_prefix(graph), exactness(graph)
+    whole = {i for i, run in runs.items() if run.whole}
+    exact = frozenset(i for i in prefix if found[i][0] != LOOSE or i in whole)
+    return Merged(runs, frozenset(prefix), exact)
+
+
 def merged_runs(graph: Graph, margins: bool = False) -> dict[int, Run]:
     """The nodes to bound as one affine map of what their run begins with.
 
@@ -72,8 +97,8 @@ def merged_runs(graph: Graph, margins: bool = False) -> dict[int, Run]:
     """
     found = exactness(graph)
     depths = _depths(graph)
-    outputs = set(output_nodes(graph))
-    places = (affine_prefix(graph) & acted_on(graph)) | outputs
+    outputs = set(graph.output_nodes)
+    places = (affine_prefix(graph) & graph.acted_on) | outputs
     loose = [i for i in sorted(places) if found[i][0] == LOOSE]
     runs: dict[int, Run] = {}
     left = max(BUDGET * sum(products(graph, node) for node in graph.nodes), FEW)
@@ -99,18 +124,6 @@ def affine_prefix(graph: Graph) -> set[int]:
     return {i for i, (_, sources) in enumerate(exactness(graph)) if max(sources) < num_sets}
 
 
-def exact_prefix(graph: Graph, runs: Mapping[int, Run]) -> set[int]:
-    """Nodes that are affine in the sets alone and that intervals bound exactly.
-
-    Args:
-        graph: the traced function.
-        runs: its merged runs.
-    """
-    found = exactness(graph)
-    whole = {i for i, run in runs.items() if run.whole}
-    return {i for i in affine_prefix(graph) if found[i][0] != LOOSE or i in whole}
-
-
 def exactness(
     graph: Graph, begins: Callable[[int], bool] = lambda index: False, until: int | None = None
 ) -> list[tuple[int, frozenset[int]]]:
@@ -133,7 +146,7 @@ def exactness(
             state = EXACT if isinstance(graph.inputs[index], LpBall) else INDEPENDENT
             found.append((state, itself))
             continue
-        if affine_of(node) is None or begins(index):
+        if node.affine is None or begins(index):
             found.append((INDEPENDENT, itself))
             continue
         states, sources = zip(*(found[i] for i in node.refs), strict=True)
@@ -156,7 +169,7 @@ def _depths(graph: Graph) -> list[int]:
     """How many sums lie one after the other between a node and its sources."""
     found: list[int] = []
     for node in graph.nodes:
-        if node.op == "input" or affine_of(node) is None:
+        if node.op == "input" or node.affine is None:
             found.append(0)
         else:
             found.append(max(found[i] for i in node.refs) + _sums(node))
@@ -180,7 +193,7 @@ def _suffix(graph: Graph, index: int, depths: list[int], cut: int) -> Run:
     while waiting:
         i = waiting.pop()
         node = graph.nodes[i]
-        if i in passed or not node.refs or affine_of(node) is None:
+        if i in passed or not node.refs or node.affine is None:
             continue
         if depths[i] < cut or (depths[i] == cut and cut > 0):
             whole = False
@@ -197,7 +210,7 @@ def _first_sums(graph: Graph, index: int) -> set[int]:
         if node.op == "input":
             own.append(isinstance(graph.inputs[i], LpBall))
         else:
-            affine = affine_of(node) is not None
+            affine = node.affine is not None
             own.append(affine and not _sums(node) and any(own[j] for j in node.refs))
     return {
         i

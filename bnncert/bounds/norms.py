@@ -25,7 +25,6 @@ from jaxtyping import Array
 
 from bnncert.bounds.arithmetic import Arithmetic
 from bnncert.bounds.graph import Graph, Node, Ref
-from bnncert.bounds.ops import affine_of
 from bnncert.bounds.ops.affine import MIXING, magnitude, spreads
 from bnncert.bounds.rounding import Precision, network_error, widened
 from bnncert.bounds.rounding.model import gamma, own_unit, roundings, tiny
@@ -90,7 +89,7 @@ def _way(graph: Graph, index: int) -> list[int]:
     (i,) = node.refs
     while graph.nodes[i].refs:
         node = graph.nodes[i]
-        if affine_of(node) is None or len(node.refs) != 1:
+        if node.affine is None or len(node.refs) != 1:
             return []
         if spreads(graph, node) not in ("places", "adds"):
             return []
@@ -100,7 +99,7 @@ def _way(graph: Graph, index: int) -> list[int]:
 
 
 def _sums_rows(node: Node) -> bool:
-    if node.op not in (*MIXING, "reduce_sum") or affine_of(node) is None:
+    if node.op not in (*MIXING, "reduce_sum") or node.affine is None:
         return False
     if node.op != "conv_general_dilated":
         return True

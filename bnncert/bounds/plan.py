@@ -1,15 +1,13 @@
 """A traced function made ready: what every method asks about its nodes, found once."""
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 from bnncert.bounds.arithmetic import Arithmetic
 from bnncert.bounds.graph import Graph
-from bnncert.bounds.graph.facts import output_nodes
-from bnncert.bounds.merging import Run, affine_prefix, exact_prefix, merged_runs
-from bnncert.bounds.norms import first_sums
-from bnncert.bounds.ops import Operation, acted_on, is_relaxed
+from bnncert.bounds.merging import Merged, merged
+from bnncert.bounds.ops import Operation
 from bnncert.bounds.rows import Step, affine_steps
 from bnncert.sets import Set
 
@@ -40,10 +38,7 @@ class Plan(NamedTuple):
         outputs: the nodes that are outputs.
         relaxed: the nodes that are neither sets nor affine in what is bounded.
         acted_on: the nodes that a relaxed one acts on.
-        prefix: the nodes that are affine in the sets alone.
-        exact: of these, those whose intervals are exact.
-        runs: the nodes that are bounded as one affine map of earlier ones, and of which.
-        sums: the nodes that sum coordinates of one ball, bounded by its dual norm.
+        merged: what is bounded as one affine map.
         regions: what a row that ends on a set is concretised over, by set.
         affine: how rows pass affine nodes; made when first asked for.
     """
@@ -54,28 +49,22 @@ class Plan(NamedTuple):
     outputs: tuple[int, ...]
     relaxed: frozenset[int]
     acted_on: frozenset[int]
-    prefix: frozenset[int]
-    exact: frozenset[int]
-    runs: Mapping[int, Run]
-    sums: frozenset[int]
+    merged: Merged
     regions: tuple[Set, ...]
     affine: Callable[[], Mapping[int, Step]]
 
 
 def make_plan(graph: Graph, options: Options) -> Plan:
     """The plan of a traced function."""
-    arithmetic, runs = options.arithmetic, merged_runs(graph, options.margins)
+    arithmetic = options.arithmetic
     return Plan(
         graph,
         arithmetic,
         options.batch_size,
-        tuple(output_nodes(graph)),
-        frozenset(i for i, node in enumerate(graph.nodes) if is_relaxed(node)),
-        frozenset(acted_on(graph)),
-        frozenset(affine_prefix(graph)),
-        frozenset(exact_prefix(graph, runs)),
-        runs,
-        frozenset(first_sums(graph)),
+        graph.output_nodes,
+        frozenset(i for i, node in enumerate(graph.nodes) if node.is_relaxed),
+        graph.acted_on,
+        merged(graph, options.margins),
         tuple(arithmetic.region(graph, region) for region in graph.inputs),
-        cache(lambda: affine_steps(graph)),
+        cache(partial(affine_steps, graph)),
     )

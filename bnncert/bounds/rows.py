@@ -32,8 +32,6 @@ from jaxtyping import Array
 from bnncert._compiler.convolution import canonical
 from bnncert._varying import axes_of, varying
 from bnncert.bounds.graph import Graph, Node
-from bnncert.bounds.ops import affine_of
-from bnncert.bounds.ops.affine import has_constant
 from bnncert.bounds.ops.boxes import drop_nan
 from bnncert.bounds.ops.lines import Lines
 from bnncert.bounds.ops.planes import Planes
@@ -231,7 +229,7 @@ def row_box(target: int, row: Array, steps: Steps, sets: Sequence[Set], at_once:
         low, high = jax.vmap(lower)(both_signs(exact))
     else:
         low, high = lower(exact), lower(negative(exact))
-    return drop_nan(Box(low, -high))
+    return Box(low, -high)
 
 
 def both_signs(row: Row) -> Row:
@@ -334,7 +332,7 @@ def _extremes_of(row: Row, sets: Sequence[Set]) -> Box:
 
 def affine_steps(graph: Graph) -> dict[int, Step]:
     """How to pass each affine node."""
-    return {i: _affine_step(graph, node) for i, node in enumerate(graph.nodes) if affine_of(node)}
+    return {i: _affine_step(graph, node) for i, node in enumerate(graph.nodes) if node.affine}
 
 
 def charged_step(step: Step, error: Array) -> Step:
@@ -388,7 +386,7 @@ def _affine_step(graph: Graph, node: Node) -> Step:
     )
 
     def through(a: Array) -> Passed:
-        return Passed(transpose(a), _dot(a, at_zero) if has_constant(node) else 0.0)
+        return Passed(transpose(a), _dot(a, at_zero) if node.has_constant else 0.0)
 
     return Step(len(node.shape), node.refs, through)
 

@@ -74,7 +74,8 @@ def cases() -> dict[str, Case]:
         name: getattr(jnp, name) for name in ("exp", "exp2", "expm1", "log", "log1p", "sqrt")
     }
     values |= {
-        name: getattr(jnp, name) for name in ("tanh", "sin", "cos", "sinh", "square", "cbrt")
+        name: getattr(jnp, name)
+        for name in ("tanh", "sin", "cos", "sinh", "cosh", "square", "cbrt")
     }
     values |= {name: getattr(jax.lax, name) for name in ("rsqrt", "logistic", "erf", "asinh")}
     values |= {
@@ -84,6 +85,7 @@ def cases() -> dict[str, Case]:
     values |= {
         "atan": jnp.arctan,
         "reciprocal": lambda x: 1 / x,
+        "lgamma": lambda x: jax.lax.lgamma(jnp.abs(x)),  # bounded where x > 0
         "erfc": jax.lax.erfc,
         "gelu": lambda x: jax.nn.gelu(x, approximate=False),
         "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -96,6 +98,7 @@ def cases() -> dict[str, Case]:
     curves = {operation.name: operation.curve for operation in ELEMENTWISE if operation.curve}
     slopes = {name: build(*_PARAMETERS.get(name, ())).slope for name, build in curves.items()}
     slopes.pop("cbrt")  # infinite at 0: bounded by its interval
+    slopes["lgamma"] = lambda x: jax.lax.digamma(jnp.abs(x))
     found = {name: Case(f, *_allowed(name), _reach(name)) for name, f in values.items()}
     return found | {
         f"{name}'": Case(f, *SLOPE_ERRORS[name], 0.0, _reach(name)) for name, f in slopes.items()

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 
 from bnncert.bounds import bound
-from bnncert.bounds.graph.facts import output_nodes
 from bnncert.bounds.merging import affine_prefix, merged_runs
 from bnncert.bounds.norms import first_sums
-from bnncert.bounds.ops import acted_on
 from bnncert.bounds.ops.boxes import drop_nan, intersect
 from bnncert.bounds.tracing import trace
 from bnncert.sets import Box, LpBall, ball
@@ -101,7 +99,7 @@ def test_prefix_and_bounded_nodes():
     ops = [node.op for node in graph.nodes]
     assert ops == ["input", "dot_general", "add", "max", "dot_general"]
     assert affine_prefix(graph) == {0, 1, 2}
-    assert acted_on(graph) | set(output_nodes(graph)) == {2, 4}
+    assert graph.acted_on | set(graph.output_nodes) == {2, 4}
 
 
 def test_boxes_that_rounding_parted_keep_the_gap():

@@ -12,8 +12,8 @@ from bnncert.bounds.graph.operands import Ref
 from bnncert.bounds.ops import ELEMENTWISE, LINES, LOWER_SLOPES, Choice, interval
 from bnncert.sets import Box
 
-INITIAL = {operation.name: operation.initial for operation in ELEMENTWISE if operation.lines}
-FREE = {name for name, initial in INITIAL.items() if initial}
+INITIAL = {o.name: o.initial for o in ELEMENTWISE if o.lines and o.initial}
+FREE = set(INITIAL)
 TWO_VARIANTS = {operation.name for operation in ELEMENTWISE if operation.variants == 2}
 
 # By name: the operation, the function, its constants, and where it is defined and representable.
@@ -80,6 +80,8 @@ CASES = {
     "reciprocal": ("reciprocal", lambda x: 1 / x, (), POSITIVE),
     "reciprocal, negative": ("reciprocal", lambda x: 1 / x, (), (-1e4, -1e-3)),
     "square": ("square", jnp.square, (), EVERYWHERE),
+    "cosh": ("cosh", jnp.cosh, (), (-60.0, 60.0)),
+    "lgamma": ("lgamma", jax.lax.lgamma, (), POSITIVE),
     **{
         f"power {n}": ("integer_pow", lambda x, n=n: x**n, (n,), EVERYWHERE)
         for n in (0, 1, 3, 4, 5)

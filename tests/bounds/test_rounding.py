@@ -16,7 +16,7 @@ from bnncert.bounds.graph import UnsupportedPrimitiveError
 from bnncert.bounds.ops import AFFINE, LINES, SUPPORTED
 from bnncert.bounds.rounding import EXACT, affine_errors
 from bnncert.bounds.rounding.functions import CURVATURES, FUNCTION_ERRORS, curvature
-from bnncert.bounds.rounding.model import gamma
+from bnncert.bounds.rounding.model import Precision, gamma
 from bnncert.bounds.tracing import trace
 from bnncert.sets import Box, LpBall, ball
 from experiments.studies import roundoff
@@ -275,7 +275,7 @@ def test_a_cast_s_transpose_rounds_in_the_dtype_it_comes_to(float64):
     """Coefficients of a float32 value that is cast to float64 are float32 again."""
     region = Box(jnp.float32([1.0, 2.0]), jnp.float32([1.0, 2.0]))
     graph = trace(lambda x: x.astype(jnp.float64) / 3, (region,), {})
-    found = affine_errors(graph, [region, region], Float(), EXACT)
+    found = affine_errors(graph, [region, region], Precision(), EXACT)
     error = {**found.charged, **found.carried}[1]
     assert (error >= 2.0**-24 * region.upper).all()
 

@@ -11,7 +11,7 @@ import pytest
 from bnncert.bounds import bound
 from bnncert.bounds.graph import Node
 from bnncert.bounds.graph.operands import Ref
-from bnncert.bounds.ops import AFFINE, EVERY, affine_of, interval
+from bnncert.bounds.ops import AFFINE, EVERY, interval
 from bnncert.bounds.ops.products import chord
 from bnncert.bounds.tracing import trace
 from bnncert.sets import Box
@@ -226,11 +226,11 @@ def test_affine_is_decided_by_what_is_bounded():
     def last(f):
         return trace(f, (box,), {}).nodes[-1]
 
-    assert affine_of(last(lambda x: 2.0 * x)) is not None
-    assert affine_of(last(lambda x: x / 2.0)) is not None
-    assert affine_of(last(lambda x: x * x)) is None
-    assert affine_of(last(lambda x: -(1.0 / x))) is not None
-    assert affine_of(last(lambda x: x**-1)) is None
-    assert affine_of(last(lambda x: jnp.dot(x, x))) is None
-    assert affine_of(last(lambda x: x.astype(int))) is None
-    assert affine_of(last(lambda x: x.astype(jnp.bfloat16))) is not None
+    assert last(lambda x: 2.0 * x).affine is not None
+    assert last(lambda x: x / 2.0).affine is not None
+    assert last(lambda x: x * x).affine is None
+    assert last(lambda x: -(1.0 / x)).affine is not None
+    assert last(lambda x: x**-1).affine is None
+    assert last(lambda x: jnp.dot(x, x)).affine is None
+    assert last(lambda x: x.astype(int)).affine is None
+    assert last(lambda x: x.astype(jnp.bfloat16)).affine is not None

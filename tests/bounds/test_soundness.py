@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bnncert.bounds import bound
-from bnncert.bounds.ops import EVERY, is_relaxed
+from bnncert.bounds.ops import EVERY
 from bnncert.bounds.tracing import trace
 from tests.bounds import networks
 from tests.bounds.networks import KINDS, METHODS, NETWORKS
@@ -69,7 +69,7 @@ def test_every_relaxation_there_is_is_in_a_network():
     for kind in KINDS.values():
         params, args = kind.init(np.random.default_rng(0))
         nodes = trace(partial(kind.apply, params), args, {}).nodes
-        used |= {node.op for node in nodes if is_relaxed(node)}
+        used |= {node.op for node in nodes if node.is_relaxed}
     assert used == {o.name for o in EVERY if o.family != "affine"} - exempt
 
 

@@ -10,7 +10,6 @@ import pytest
 from bnncert.bounds import UnsupportedPrimitiveError, bound, linear_bounds
 from bnncert.bounds.arithmetic import Float
 from bnncert.bounds.graph.constants import Rounded, around
-from bnncert.bounds.rounding import tracking
 from bnncert.bounds.tracing import trace
 from bnncert.certify import decision
 from bnncert.sets import Box, ball
@@ -154,7 +153,7 @@ def test_an_output_of_weights_alone_is_the_point_it_is_or_holds_what_may_be_comp
 
 
 def constants_of(f, *sets):
-    graph = trace(f, sets, {}, tracking(Float()))
+    graph = trace(f, sets, {}, Float().tracking())
     return [c for node in graph.nodes for c in node.computed if c is not None]
 
 

@@ -2,7 +2,7 @@
 
 nodes         what a graph is made of, and the errors that name a place in it
 operands      a reference to a node, or a constant
-facts         what a value depends on, and which are outputs
+facts         what a value depends on
 primitives    JAX's own operations, as objects
 constants     what is computed of constants, in rounded arithmetic
 precision     how exactly matrix products are computed

@@ -35,7 +35,6 @@ _INSTEAD: Mapping[str, str] = {
     "reduce_window": "Give jax.lax.reduce_window the neutral value of its operation: -jnp.inf for "
     "jax.lax.max, jnp.inf for jax.lax.min, 0 for jax.lax.add.",
     "tan": "Write jnp.sin(x) / jnp.cos(x).",
-    "cosh": "Write 0.5 * (jnp.exp(x) + jnp.exp(-x)).",
 }
 
 

@@ -1,12 +1,6 @@
-"""What is true of a graph's nodes, whatever their operations mean."""
+"""What a value depends on, whatever the operations mean."""
 
 from bnncert.bounds.graph.nodes import Graph
-from bnncert.bounds.graph.operands import Ref
-
-
-def output_nodes(graph: Graph) -> list[int]:
-    """Nodes that are outputs."""
-    return sorted({o.index for o in graph.outputs if isinstance(o, Ref)})
 
 
 def input_sets(graph: Graph) -> list[frozenset[int]]:

@@ -29,8 +29,7 @@ class Node(NamedTuple):
         computed: for each operand that is a constant which the function computes itself, how; else
             None. Empty where there are none, and in real arithmetic.
         summed: how many of its values are added up to one by the sums that it flows into directly.
-        operation: what is known of it (`ops.operation.Operation`), where that is not what its name
-            stands for: an operation of the user's own.
+        operation: what is known of it (`ops.operation.Operation`); None of a set.
     """
 
     op: str
@@ -43,6 +42,22 @@ class Node(NamedTuple):
     computed: tuple[Rounded | None, ...] = ()
     summed: int = 1
     operation: Any = None
+
+    @property
+    def affine(self) -> Any:
+        """How it is affine in its bounded operands (`ops.operation.Affine`); None: it is not."""
+        return None if self.operation is None else self.operation.affine
+
+    @property
+    def has_constant(self) -> bool:
+        """Whether it is affine and may have a value other than 0 at 0."""
+        affine = self.affine
+        return affine is not None and affine.has_offset and len(self.refs) < len(self.operands)
+
+    @property
+    def is_relaxed(self) -> bool:
+        """Whether a node is neither a set nor affine in what is bounded."""
+        return self.op != "input" and self.affine is None
 
     @property
     def refs(self) -> tuple[int, ...]:
@@ -81,6 +96,16 @@ class Graph(NamedTuple):
     out_tree: Any
     users: tuple[tuple[int, ...], ...]
     histories: tuple[Any, ...] = ()
+
+    @property
+    def output_nodes(self) -> tuple[int, ...]:
+        """Nodes that are outputs."""
+        return tuple(sorted({o.index for o in self.outputs if isinstance(o, Ref)}))
+
+    @property
+    def acted_on(self) -> frozenset[int]:
+        """Nodes that a nonlinearity acts on."""
+        return frozenset(i for node in self.nodes if node.is_relaxed for i in node.refs)
 
 
 def unsupported(node: Node, supported: Sequence[str], hint: str = "") -> UnsupportedPrimitiveError:

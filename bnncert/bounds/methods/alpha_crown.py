@@ -26,7 +26,7 @@ from bnncert.bounds.graph.facts import ancestors
 from bnncert.bounds.methods.crown import CROWN
 from bnncert.bounds.methods.ibp import intervals
 from bnncert.bounds.methods.steps import Passage, relaxed_step, steps_of
-from bnncert.bounds.ops import Choice, check_lower_slope, free_choice
+from bnncert.bounds.ops import Choice, check_lower_slope
 from bnncert.bounds.ops.boxes import drop_nan, intersect
 from bnncert.bounds.plan import Plan
 from bnncert.bounds.rounding import Errors
@@ -153,10 +153,10 @@ def initial_fractions(plan: Plan, boxes: Sequence[Box]) -> Fractions:
     free = {
         i: choice
         for i in sorted(plan.relaxed)
-        if (choice := free_choice(graph, i, boxes)) is not None
+        if (choice := graph.nodes[i].operation.relaxation.start(graph, i, boxes)) is not None
     }
     # What is affine in the sets is exact by CROWN, and nothing in it is free.
-    starts = sorted(plan.acted_on.union(plan.outputs) - plan.prefix)
+    starts = sorted(plan.acted_on.union(plan.outputs) - plan.merged.prefix)
     total = sum(
         math.prod(graph.nodes[i].shape) * leaf.size
         for i in starts

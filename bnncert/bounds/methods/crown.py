@@ -5,7 +5,7 @@
 | crown-ibp | intervals                   | the outputs                         |
 | crown     | what has been found so far  | each node that is relaxed, in order |
 
-Where a nonlinearity has two sets of planes neither of which is always the better (`has_variants`),
+Where a nonlinearity has two sets of planes neither of which is always the better (variants),
 rows are swept through both, and their bounds intersected.
 
 Sources: Zhang et al., NeurIPS 2018 (CROWN); Zhang et al., ICLR 2020 (CROWN-IBP).
@@ -24,7 +24,7 @@ from bnncert.bounds.graph import Graph
 from bnncert.bounds.methods.ibp import interval_bounds, intervals
 from bnncert.bounds.methods.steps import Passage, further, steps_of, steps_over
 from bnncert.bounds.ops import Choice, check_lower_slope
-from bnncert.bounds.ops.boxes import intersect
+from bnncert.bounds.ops.boxes import drop_nan, intersect
 from bnncert.bounds.plan import Plan
 from bnncert.bounds.propagate import Domain, propagate
 from bnncert.bounds.rows import Steps, row_bounds, row_box, unit_row
@@ -68,8 +68,7 @@ class CROWNIBP:
 
     def relaxed_on(self, plan: Plan) -> tuple[list[Box], Steps]:
         """The intervals of all nodes, and how rows pass every node over them."""
-        boxes = interval_bounds(plan)
-        return boxes, steps_over(plan, boxes, Choice(lower_slope=self.lower_slope))
+        return over_intervals(plan, self.lower_slope)
 
 
 @dataclass(frozen=True)
@@ -111,14 +110,19 @@ class CROWN:
 
     def boxes(self, plan: Plan) -> list[Box]:
         """A box for each node of a function."""
-        boxes, steps = CROWNIBP(self.lower_slope).relaxed_on(plan)
-        outer = output_bounds(plan, boxes, steps)
+        outer = output_bounds(plan, *over_intervals(plan, self.lower_slope))
         return output_bounds(plan, *intermediate_bounds(plan, outer, self))
 
     def relaxed_on(self, plan: Plan) -> tuple[list[Box], Steps]:
         """The intervals of all nodes, and how rows pass every node over them."""
         boxes = interval_bounds(plan)
         return boxes, intermediate_bounds(plan, boxes, self)[1]
+
+
+def over_intervals(plan: Plan, lower_slope: str) -> tuple[list[Box], Steps]:
+    """The intervals of all nodes, and how rows pass every node over them."""
+    boxes = interval_bounds(plan)
+    return boxes, steps_over(plan, boxes, Choice(lower_slope=lower_slope))
 
 
 def intermediate_bounds(plan: Plan, boxes: Sequence[Box], method: CROWN) -> tuple[list[Box], Steps]:
@@ -131,7 +135,7 @@ def intermediate_bounds(plan: Plan, boxes: Sequence[Box], method: CROWN) -> tupl
 
     def swept(index: int, tighter: list[Box], known: Passage) -> tuple[Box, Passage]:
         found = boxes[index]
-        if index in plan.exact or index not in plan.acted_on:
+        if index in plan.merged.exact or index not in plan.acted_on:
             return found, known
         known = further(plan, tighter, known, choice)
         rows = _rows(plan, index, steps_of(plan, known), found, method.unstable_only)
@@ -228,6 +232,7 @@ def _unstable_rows(
         start, lower, upper = state
         rows = jax.lax.dynamic_slice(order, (start,), (chunk,))
         box = jax.vmap(one)(rows)
+        box = drop_nan(box)
         lower = lower.at[rows].max(box.lower, mode="drop")
         return start + chunk, lower, upper.at[rows].min(box.upper, mode="drop")
 

@@ -26,13 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from bnncert.bounds import ops
 from bnncert.bounds.arithmetic import Arithmetic
 from bnncert.bounds.graph import Graph, Node, Ref
 from bnncert.bounds.graph.operands import Operand
 from bnncert.bounds.methods.ibp import interval_bounds
 from bnncert.bounds.ops import Choice, check_lower_slope
-from bnncert.bounds.ops.affine import AFFINE, linear, magnitude
+from bnncert.bounds.ops.affine import linear, magnitude
 from bnncert.bounds.ops.boxes import drop_nan, intersect
 from bnncert.bounds.ops.extremes import magnitude as magnitude_of
 from bnncert.bounds.plan import Plan
@@ -144,7 +143,7 @@ def forward_bounds(plan: Plan, boxes: Sequence[Box], choice: Choice) -> list[Box
                 ),
             )
             return Enclosed(between, boxes[index])
-        planes = ops.relax(graph, index, found, choice)
+        planes = node.operation.relaxation.planes(graph, index, found, choice)
         planes = arithmetic.planes(graph, index, planes, found, {}, free=False)
         operands = [known[i].between for i in planes.operands]
         lower = _through(swept, planes.lower, operands, node)
@@ -194,7 +193,7 @@ def _affine(swept: Swept, node: Node, operands: Sequence[Between]) -> Between:
 def _exactly(node: Node, operands: Sequence[Between]) -> Between:
     lowers, uppers = [o.lower for o in operands], [o.upper for o in operands]
     alike = all(low is high for low, high in zip(lowers, uppers, strict=True))
-    if AFFINE[node.op].affine.negates and not alike:
+    if node.affine.negates and not alike:
         halves = [
             jax.tree.map(lambda l, u: 0.5 * (u - l), *pair)
             for pair in zip(lowers, uppers, strict=True)

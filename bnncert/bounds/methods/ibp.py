@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 from bnncert.bounds.methods.steps import Passage, steps_of
-from bnncert.bounds.norms import first_sum
+from bnncert.bounds.norms import first_sum, first_sums
 from bnncert.bounds.ops.boxes import drop_nan, hull, intersect
 from bnncert.bounds.plan import Plan
 from bnncert.bounds.propagate import Domain, propagate
@@ -55,20 +55,21 @@ class IBP:
 
 def interval_bounds(plan: Plan) -> list[Box]:
     """IBP: a box for each node, affine runs merged where that is sharper and within the budget."""
-    graph, arithmetic = plan.graph, plan.arithmetic
+    graph, arithmetic, runs = plan.graph, plan.arithmetic, plan.merged.runs
+    sums = first_sums(graph)
 
     def merged(index: int, boxes: list[Box], errors: Errors) -> tuple[Box | None, Errors]:
-        if index in plan.sums:
+        if index in sums:
             return first_sum(graph, index, boxes, arithmetic), errors
-        if index not in plan.runs:
+        if index not in runs:
             return None, errors
         errors = arithmetic.errors(graph, boxes, errors)
         steps = steps_of(plan, Passage(errors))
-        steps = steps._replace(affine={i: steps.affine[i] for i in plan.runs[index].passed})
+        steps = steps._replace(affine={i: steps.affine[i] for i in runs[index].passed})
         ends = [*plan.regions, *(arithmetic.region(graph, b) for b in boxes[len(plan.regions) :])]
         return row_bounds(graph, index, steps, ends, plan.batch_size), errors
 
-    return intervals(plan, merged, EXACT, plan.sums.union(plan.runs))[0]
+    return intervals(plan, merged, EXACT, sums.union(runs))[0]
 
 
 def intervals(

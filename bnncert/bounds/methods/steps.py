@@ -7,7 +7,6 @@ found once as well. A `Passage` is what is known of both, and grows from node to
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from bnncert.bounds import ops
 from bnncert.bounds.ops import Choice
 from bnncert.bounds.plan import Plan
 from bnncert.bounds.rounding import EXACT, Errors
@@ -44,11 +43,6 @@ def further(plan: Plan, boxes: Sequence[Box], known: Passage, choice: Choice) ->
     return Passage(errors, relaxed)
 
 
-def steps_over(plan: Plan, boxes: Sequence[Box], choice: Choice) -> Steps:
-    """How to pass every node, over the boxes of all."""
-    return steps_of(plan, further(plan, boxes, Passage(), choice))
-
-
 def steps_of(plan: Plan, known: Passage) -> Steps:
     """How to pass the nodes of a passage."""
     steps, errors = plan.affine(), known.errors
@@ -56,14 +50,20 @@ def steps_of(plan: Plan, known: Passage) -> Steps:
     return Steps({**steps, **charged}, known.relaxed, errors.carried, errors.floors)
 
 
+def steps_over(plan: Plan, boxes: Sequence[Box], choice: Choice) -> Steps:
+    """How to pass every node, over the boxes of all."""
+    return steps_of(plan, further(plan, boxes, Passage(), choice))
+
+
 def default_step(
     plan: Plan, index: int, boxes: Sequence[Box], errors: Errors, choice: Choice
 ) -> Step | TwoSteps:
     """Passes a relaxed node by its default planes, all that it has."""
-    first = relaxed_step(plan, index, boxes, errors, choice)
-    if not ops.has_variants(plan.graph, index):
-        return first
-    return two_steps(first, relaxed_step(plan, index, boxes, errors, choice._replace(variant=1)))
+    node = plan.graph.nodes[index]
+    count = node.operation.relaxation.variants(plan.graph, node)
+    ways = [choice._replace(variant=variant) for variant in range(count)]
+    steps = [relaxed_step(plan, index, boxes, errors, way) for way in ways]
+    return steps[0] if count == 1 else two_steps(*steps)
 
 
 def relaxed_step(
@@ -72,6 +72,6 @@ def relaxed_step(
     """Passes a relaxed node by the planes of one choice."""
     graph = plan.graph
     free = choice.lower is not None or choice.upper is not None
-    planes = ops.relax(graph, index, boxes, choice)
+    planes = graph.nodes[index].operation.relaxation.planes(graph, index, boxes, choice)
     planes = plan.arithmetic.planes(graph, index, planes, boxes, errors.carried, free)
     return planes_step(graph, index, planes)

@@ -20,19 +20,21 @@ and what they are made of:
     extremes     what all but the affine ones allow for under- and overflow
     boxes        intersections, and boxes around sets
 
-A node is *relaxed* where it is in no way affine: it then needs an interval for its operands, in
-IBP, CROWN-IBP and CROWN alike.
+A node knows its operation (`operation_of`) from the trace on, as its operands are bounded there.
+It is *relaxed* where it is in no way affine: it then needs an interval for its operands, in IBP,
+CROWN-IBP and CROWN alike.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError, unsupported
+from bnncert.bounds.graph import Node, UnsupportedPrimitiveError, unsupported
 from bnncert.bounds.graph.advice import instead_of
-from bnncert.bounds.ops.affine import AFFINE, AFFINE_OPERATIONS, affine_of
+from bnncert.bounds.ops.affine import AFFINE, AFFINE_OPERATIONS
 from bnncert.bounds.ops.elementwise import enclosing_lines
 from bnncert.bounds.ops.hinges import HINGES
 from bnncert.bounds.ops.lines import LOWER_SLOPES, Choice, Lines, check_lower_slope
-from bnncert.bounds.ops.operation import Operation
+from bnncert.bounds.ops.operation import Operation, Rounding, anything
 from bnncert.bounds.ops.pairs import PAIRS
 from bnncert.bounds.ops.piecewise import PIECEWISE
 from bnncert.bounds.ops.planes import Planes
@@ -54,16 +56,10 @@ __all__ = [
     "Lines",
     "Operation",
     "Planes",
-    "acted_on",
-    "affine_of",
     "check_lower_slope",
-    "free_choice",
-    "has_variants",
     "interval",
-    "is_relaxed",
     "lines",
     "operation_of",
-    "relax",
 ]
 
 ELEMENTWISE: tuple[Operation, ...] = (*PIECEWISE, *SMOOTH, *HINGES, *POWERS, *WAVES)
@@ -98,27 +94,11 @@ _COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
 
 
 def operation_of(node: Node) -> Operation:
-    """What is known of a node's operation on what is bounded of its operands.
-
-    Raises:
-        UnsupportedPrimitiveError: nothing.
-    """
+    """What is known of an operation on what is bounded of its operands, or a refusal."""
     if node.operation is not None:
         return node.operation
-    for operation in OPERATIONS.get(node.op, ()):
-        if operation.applies(node):
-            return operation
-    raise _unsupported(node)
-
-
-def is_relaxed(node: Node) -> bool:
-    """Whether a node is neither a set nor affine in what is bounded."""
-    return bool(node.refs) and affine_of(node) is None
-
-
-def acted_on(graph: Graph) -> set[int]:
-    """Nodes that a nonlinearity acts on."""
-    return {i for node in graph.nodes if is_relaxed(node) for i in node.refs}
+    found = (o for o in OPERATIONS.get(node.op, ()) if o.applies(node))
+    return next(found, _unknown(node.op))
 
 
 def interval(node: Node, *operands: Box) -> Box:
@@ -130,39 +110,18 @@ def interval(node: Node, *operands: Box) -> Box:
     return operation_of(node).interval(node, *operands)
 
 
-def relax(graph: Graph, index: int, boxes: Sequence[Box], choice: Choice) -> Planes:
-    """Planes that enclose a node on the boxes of its operands: its own, else its interval.
-
-    Args:
-        graph: the traced function.
-        index: of the node.
-        boxes: of all nodes before it.
-        choice: which of the valid planes.
-    """
-    node = graph.nodes[index]
-    operation = operation_of(node)
-    if operation.relaxation is not None:
-        return operation.relaxation.planes(graph, index, boxes, choice)
-    values = operation.interval(node, *(boxes[i] for i in node.refs))
-    return Planes((), lambda: values.lower, lambda: values.upper)
-
-
-def has_variants(graph: Graph, index: int) -> bool:
-    """Whether a node has two defaults, neither of which is always the better."""
-    node = graph.nodes[index]
-    relaxation = operation_of(node).relaxation
-    return relaxation is not None and relaxation.variants(graph, node)
-
-
-def free_choice(graph: Graph, index: int, boxes: Sequence[Box]) -> Choice | None:
-    """Where an optimisation of a node's planes may start; None where it has but one choice."""
-    relaxation = operation_of(graph.nodes[index]).relaxation
-    return None if relaxation is None else relaxation.start(graph, index, boxes)
-
-
 def lines(node: Node, operand: Box, choice: Choice) -> Lines:
     """The lines around a function of one value, as they are used (`elementwise`)."""
     return enclosing_lines(operation_of(node), node, operand, choice)
+
+
+def _unknown(name: str) -> Operation:
+    """An operation of which nothing is known: whoever asks is refused."""
+
+    def refuse(node: Node, *boxes: Any) -> Any:
+        raise _unsupported(node)
+
+    return Operation(name, "elementwise", refuse, anything, rounding=Rounding(errors=refuse))
 
 
 def _unsupported(node: Node) -> UnsupportedPrimitiveError:

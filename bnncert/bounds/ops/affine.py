@@ -53,34 +53,23 @@ def _scale(node: Node, box: Box) -> Box:
     return Box(jnp.minimum(a, b), jnp.maximum(a, b))
 
 
-def affine_of(node: Node) -> Affine | None:
-    """How a node is affine in its bounded operands; None where it is not, and for a set."""
-    record = AFFINE.get(node.op)
-    return record.affine if record is not None and record.applies(node) else None
-
-
 def magnitude(node: Node, *radii: Array) -> Array:
     """The linear part with every coefficient's magnitude: what radii grow by."""
     if node.op == "neg":
         return radii[0]
     if node.op == "sub":
         return sum(radii[1:], radii[0])
-    if AFFINE[node.op].affine.scales:
+    if node.affine.scales:
         return node.evaluate(*_with_magnitudes(node).fill(radii))
     return linear(node, *radii)
 
 
 def linear(node: Node, *values: Array) -> Array:
     """An affine operation without its constant: its derivative, which no large constant rounds."""
-    if not has_constant(node):
+    if not node.has_constant:
         return node.evaluate(*node.fill(values))
     zeros = tuple(map(jnp.zeros_like, values))
     return jax.jvp(lambda *v: node.evaluate(*node.fill(v)), zeros, tuple(values))[1]
-
-
-def has_constant(node: Node) -> bool:
-    """Whether an affine operation may have a value other than 0 at 0."""
-    return AFFINE[node.op].affine.has_offset and len(node.refs) < len(node.operands)
 
 
 def constant_part(node: Node, *values: Array) -> Array:
@@ -253,7 +242,7 @@ AFFINE_OPERATIONS: tuple[Operation, ...] = (
 )
 
 AFFINE: Mapping[str, Any] = {operation.name: operation for operation in AFFINE_OPERATIONS}
-"""By name, whatever is bounded; `affine_of` says where it holds."""
+"""By name, whatever is bounded; `Node.affine` says where it holds."""
 
 SUMMING = frozenset(o.name for o in AFFINE_OPERATIONS if o.affine and o.affine.spreads == "mixes")
 """Operations that add up many terms."""
@@ -269,4 +258,4 @@ def spreads(graph: Graph, node: Node) -> str:
     kept = all(math.prod(graph.nodes[i].shape) == math.prod(node.shape) for i in node.refs)
     if node.op == "broadcast_in_dim" and kept:
         return "places"
-    return AFFINE[node.op].affine.spreads
+    return node.affine.spreads

@@ -86,7 +86,7 @@ def below(
     under_chord = jnp.minimum(h(l) - chord * l, h(u) - chord * u)
     if _is(curve.start, math.inf):
         return chord, under_chord
-    first, last, at, exist = _tangents(curve, l, u, variant)
+    first, last, at, exist = tangents(curve, l, u, variant)
     if fraction is not None:
         at = jnp.where(exist, jnp.clip(first + fraction * (last - first), first, last), at)
     if curve.edge > -math.inf:
@@ -105,7 +105,7 @@ def below(
 
 def default_fraction(curve: Curve, l: Array, u: Array, variant: int) -> Array:
     """The fraction that gives the default line below."""
-    found = _tangents(curve, l, u, variant)
+    found = tangents(curve, l, u, variant)
     wide = found.last > found.first
     width = jnp.where(wide, found.last - found.first, 1)
     return jnp.where(wide, jnp.clip((found.default - found.first) / width, 0, 1), 0.5)
@@ -150,7 +150,8 @@ def _is(end: End, value: float) -> bool:
     return isinstance(end, float) and end == value
 
 
-def _tangents(curve: Curve, l: Array, u: Array, variant: int) -> Tangents:
+def tangents(curve: Curve, l: Array, u: Array, variant: int) -> Tangents:
+    """The points of [l, u] whose tangents lie below a curve."""
     start, end = curve.start, curve.end
     middle = 0.5 * (l + u)
     if _is(start, math.inf):

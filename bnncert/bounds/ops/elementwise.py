@@ -15,11 +15,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert.bounds.graph import Graph, Node
+from bnncert.bounds.graph import Graph, Node, Ref
 from bnncert.bounds.ops import curves
 from bnncert.bounds.ops.extremes import (
     least,
-    magnitude,
     off_overflow,
     off_subnormal,
     off_underflow,
@@ -32,7 +31,6 @@ from bnncert.bounds.ops.operation import (
     Parameter,
     Relaxation,
     Rounding,
-    constants_of,
     of_one_value,
 )
 from bnncert.bounds.ops.planes import Planes, from_lines
@@ -105,12 +103,10 @@ def relaxed_by_lines(operation: Operation) -> Operation:
         node = graph.nodes[index]
         ends = _ends(node, boxes[node.refs[0]])
         initial = operation.initial
-        return None if initial is None else initial(*ends, *constants_of(node, operation))
+        return None if initial is None else initial(*ends, *_constants(operation, node))
 
-    def variants(graph: Graph, node: Node) -> bool:
-        return operation.variants > 1
-
-    return operation._replace(relaxation=Relaxation(planes, start, variants))
+    relaxation = Relaxation(planes, start, lambda graph, node: operation.variants)
+    return operation._replace(relaxation=relaxation)
 
 
 def guarded(rule: IntervalRule, rounding: Rounding) -> IntervalRule:
@@ -190,11 +186,11 @@ def enclosing_lines(operation: Operation, node: Node, operand: Box, choice: Choi
     """
     assert operation.lines is not None
     l, u = _ends(node, off_subnormal(operand))
-    size = magnitude(Box(l, u))
+    size = jnp.maximum(jnp.abs(l), jnp.abs(u))
     # 1. The lines, where the box is not so large that they would overflow.
     usual = size <= 0.25 * float(jnp.finfo(node.dtype).max)
     inside = with_finite_gradients(jnp.where(usual, l, 1), jnp.where(usual, u, 1))
-    found = operation.lines(*inside, *constants_of(node, operation), choice=choice)
+    found = operation.lines(*inside, *_constants(operation, node), choice=choice)
     # 2. Both as lines from below: that above, of the negated function. Constants beside them.
     slope, offset = _both(found.lower_slope, found.upper_slope), _both(*found[1::2])
     constant = _both(*vars(operation.interval(node, Box(l, u))).values())
@@ -254,3 +250,9 @@ def _lines_of(curve: Callable[..., curves.Curve]) -> LinesRule:
 
 def _initial_of(curve: Callable[..., curves.Curve]) -> Callable[..., Choice]:
     return lambda l, u, *constants: curves.fractions(curve(*constants), l, u)
+
+
+def _constants(operation: Operation, node: Node) -> list[Any]:
+    """What lines take after the ends: constant operands, then parameters."""
+    constants = [o for o in node.operands if not isinstance(o, Ref)]
+    return constants + [node.params[name] for name in operation.parameters]

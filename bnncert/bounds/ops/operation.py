@@ -118,13 +118,23 @@ class Relaxation(NamedTuple):
         planes: `(graph, index, boxes, choice) -> Planes`.
         start: `(graph, index, boxes) -> Choice`: where an optimisation of the fractions may start;
             None of a node that has but one choice.
-        variants: `(graph, node) -> bool`: whether it has two defaults, neither of which is always
-            the better.
+        variants: `(graph, node) -> ` how many defaults it has, none of which is always the better:
+            1 or 2.
     """
 
     planes: Callable[[Graph, int, Sequence[Box], Choice], Planes]
     start: Callable[[Graph, int, Sequence[Box]], Choice | None]
-    variants: Callable[[Graph, Node], bool]
+    variants: Callable[[Graph, Node], int]
+
+
+def _interval_planes(graph: Graph, index: int, boxes: Sequence[Box], choice: Choice) -> Planes:
+    node = graph.nodes[index]
+    values = node.operation.interval(node, *(boxes[i] for i in node.refs))
+    return Planes((), lambda: values.lower, lambda: values.upper)
+
+
+BY_INTERVAL = Relaxation(_interval_planes, lambda *_: None, lambda *_: 1)
+"""Two constants: the ends of the interval."""
 
 
 class Parameter(NamedTuple):
@@ -155,7 +165,7 @@ class Operation(NamedTuple):
         kinked: whether its lines have closed forms, which lose nothing but to the range.
         variants: how many default lines it has, none of which is always the better.
         parameters: those of the node that its lines take after its constants.
-        relaxation: None: its interval encloses it.
+        relaxation: its own, or its interval.
         roundings: `(graph, node) -> Roundings` of a sum or a product, by itself.
         rounding: of what is neither; None: nothing is known.
         function: of one value (and the parameter's), recognised wherever it is traced.
@@ -174,7 +184,7 @@ class Operation(NamedTuple):
     kinked: bool = False
     variants: int = 1
     parameters: tuple[str, ...] = ()
-    relaxation: Relaxation | None = None
+    relaxation: Relaxation = BY_INTERVAL
     roundings: Callable[[Graph, Node], Roundings] | None = None
     rounding: Rounding | None = None
     function: Callable[..., Any] | None = None
@@ -201,12 +211,6 @@ def of_one_value(node: Node) -> bool:
 def of_two_values(node: Node) -> bool:
     """Whether two operands are bounded, or one twice."""
     return len(node.refs) == 2
-
-
-def constants_of(node: Node, operation: Operation) -> list[Any]:
-    """What lines take after the ends: constant operands, then parameters."""
-    constants = [o for o in node.operands if not isinstance(o, Ref)]
-    return constants + [node.params[name] for name in operation.parameters]
 
 
 def parameter_of(node: Node) -> Array:

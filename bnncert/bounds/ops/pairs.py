@@ -66,7 +66,7 @@ def _record(name: str, half: _Half, rounding: Rounding) -> Operation:
         "pair",
         guarded(increasing, rounding),
         anything,
-        relaxation=Relaxation(planes, start, lambda graph, node: False),
+        relaxation=Relaxation(planes, start, lambda graph, node: 1),
         rounding=rounding,
         increasing=True,
     )

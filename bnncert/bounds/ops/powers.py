@@ -6,6 +6,7 @@
     rsqrt, 1/x, x^-n     convex on x > 0; no bound where [l, u] touches the pole; for x < 0 mirrored
     x^n                  convex for even n; for odd n convex where x >= 0
     x^p                  on x > 0 (p > 0: x >= 0): concave for 0 < p < 1, else convex
+    log Gamma(x)         convex on x > 0, least at 1.4616; no bound where [l, u] reaches beyond
 
 No bound: slope 0 and an infinite offset.
 """
@@ -108,6 +109,11 @@ def rsqrt(l: Array, u: Array, choice: Choice = DEFAULT) -> Lines:
 def reciprocal(l: Array, u: Array, choice: Choice = DEFAULT) -> Lines:
     """1 / x."""
     return integer_pow(l, u, -1, choice)
+
+
+def lgamma(l: Array, u: Array, choice: Choice = DEFAULT) -> Lines:
+    """The logarithm of the gamma function; its derivative is the digamma function."""
+    return _beyond(Curve(jax.lax.lgamma, jax.lax.digamma), l, u, choice)
 
 
 def integer_pow(l: Array, u: Array, exponent: int, choice: Choice = DEFAULT) -> Lines:
@@ -280,6 +286,12 @@ def _power_curvature(exponent: float, factor: float, box: Box, free: bool) -> Ar
     return factor * (near if free else jnp.maximum(near, 0.49 * size)) ** (exponent - 2)
 
 
+def _lgamma_curvature(node: Node, box: Box, free: bool) -> ArrayLike:
+    """The trigamma function decreases, and is below 1 / x + 1 / x^2."""
+    near = box.lower if free else jnp.maximum(box.lower, 0.49 * box.upper)
+    return 1 / near + 1 / near**2
+
+
 def _grows(name: str, rounding: Rounding) -> Operation:
     def lines(l: Array, u: Array, choice: Choice = DEFAULT) -> Lines:
         return growing(name, l, u, choice)
@@ -355,4 +367,10 @@ POWERS: tuple[Operation, ...] = (
         parameters=("y",),
     ),
     _singular("pow", None, power, where_defined(hull, _has_power)),
+    _singular(
+        "lgamma",
+        Rounding(absolute=80.0, slope=(64.0, 32.0), curvature=_lgamma_curvature),
+        lgamma,
+        where_defined(valley(1.4616321449683622, -0.12148629053584961), _is_positive),
+    ),
 )

@@ -34,7 +34,7 @@ from jaxtyping import Array, Float
 
 from bnncert.bounds.graph import Graph, Node, unsupported
 from bnncert.bounds.graph.facts import input_sets
-from bnncert.bounds.ops.affine import affine_of, convolution_roundings, dot_roundings
+from bnncert.bounds.ops.affine import convolution_roundings, dot_roundings
 from bnncert.bounds.ops.extremes import off_overflow
 from bnncert.bounds.ops.lines import Choice, with_finite_gradients
 from bnncert.bounds.ops.operation import (
@@ -140,8 +140,8 @@ def _start(graph: Graph, index: int, boxes: Sequence[Box]) -> Choice | None:
     return Choice(half, half)
 
 
-def _has_variants(graph: Graph, node: Node) -> bool:
-    return _weight(graph, node) is None
+def _variants(graph: Graph, node: Node) -> int:
+    return 2 if _weight(graph, node) is None else 1
 
 
 def _weight(graph: Graph, node: Node) -> int | None:
@@ -172,7 +172,7 @@ def _is_moved_input(graph: Graph, index: int) -> bool:
     node = graph.nodes[index]
     if not node.refs:
         return True
-    affine = affine_of(node)
+    affine = node.affine
     moves = affine is not None and affine.spreads in ("places", "repeats") and len(node.refs) == 1
     return moves and _is_moved_input(graph, node.refs[0])
 
@@ -265,7 +265,7 @@ def _record(
         "product",
         lambda node, *boxes: off_overflow(rule(node, *boxes)),
         of_two_values,
-        relaxation=Relaxation(_planes, _start, _has_variants),
+        relaxation=Relaxation(_planes, _start, _variants),
         roundings=roundings,
         rounding=Rounding(planes="products"),
     )

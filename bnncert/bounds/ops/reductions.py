@@ -45,6 +45,7 @@ from bnncert.bounds.ops.elementwise import guarded, increasing
 from bnncert.bounds.ops.extremes import off_subnormal, off_underflow
 from bnncert.bounds.ops.lines import DEFAULT, Choice, with_finite_gradients
 from bnncert.bounds.ops.operation import (
+    BY_INTERVAL,
     EXACT,
     IntervalRule,
     Operation,
@@ -355,7 +356,8 @@ def _record(
     rounding: Rounding,
     start: Callable[[Graph, int, Sequence[Box]], Choice | None] = lambda graph, index, boxes: None,
 ) -> Operation:
-    relaxation = Relaxation(_planes, start, lambda graph, node: True) if name in PLANES else None
+    own = Relaxation(_planes, start, lambda graph, node: 2)
+    relaxation = own if name in PLANES else BY_INTERVAL
 
     def rule(node: Node, box: Box) -> Box:
         return off_underflow(interval(node, off_subnormal(box)), humped=False)

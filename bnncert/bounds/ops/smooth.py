@@ -25,6 +25,7 @@ from jaxtyping import Array, ArrayLike
 
 from bnncert.bounds.ops.curves import Curve
 from bnncert.bounds.ops.elementwise import by_formula, elementwise, hull, increasing, valley
+from bnncert.bounds.ops.extremes import magnitude
 from bnncert.bounds.ops.operation import Operation, Parameter, Rounding, parameter_of
 
 # Inflections; those of gelu, silu and mish to the last digit of float64.
@@ -258,6 +259,14 @@ SMOOTH: tuple[Operation, ...] = (
     # Its slope is infinite at 0: rounded outward, its interval encloses it.
     _grows("cbrt", _s_shaped(_cbrt, _cbrt_slope), Rounding(planes="interval")),
     elementwise("sinh", Rounding(64.0, 4.0), interval=increasing, increases=True),
+    elementwise(
+        "cosh",
+        Rounding(
+            64.0, slope=(64.0, 4.0), curvature=lambda node, box, free: jnp.cosh(magnitude(box))
+        ),
+        interval=valley(0.0, 1.0),
+        curve=_convex(jnp.cosh, jnp.sinh),
+    ),
     _dips(
         "gelu",
         _humped(_gelu, _gelu_slope, -_GELU, _GELU),

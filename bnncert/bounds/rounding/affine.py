@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph, Node
-from bnncert.bounds.ops import affine_of, operation_of
-from bnncert.bounds.ops.affine import constant_part, has_constant
+from bnncert.bounds.ops.affine import constant_part
 from bnncert.bounds.ops.affine import magnitude as with_magnitudes
 from bnncert.bounds.ops.extremes import magnitude
 from bnncert.bounds.rounding.constants import constant_error
@@ -57,7 +56,7 @@ def affine_errors(
     for index in range(known.until, len(boxes)):
         node = graph.nodes[index]
         floors[index] = _floor(node, terms, boxes[index])
-        if affine_of(node) is None:
+        if node.affine is None:
             continue
         error = _affine_error(graph, node, boxes, precision)
         inherited = [carried.get(i) for i in node.refs]
@@ -86,7 +85,7 @@ def network_error(
     if not terms:
         return besides
     size = with_magnitudes(node, *sizes)
-    if has_constant(node):
+    if node.has_constant:
         size += jnp.abs(constant_part(node, *(box.lower for box in operands)))
     error = precision.relative(node, terms) * size
     if besides is not None:
@@ -106,7 +105,7 @@ def side_error(graph: Graph, node: Node, sizes: Sequence[Array], reach: Array) -
     terms, own = roundings(graph, node).forward, own_unit(node)
     relative = gamma(terms + 12, own)
     error = 2 * relative * with_magnitudes(node, *sizes)
-    if has_constant(node):
+    if node.has_constant:
         constant = jnp.abs(constant_part(node, *sizes))
         error += relative * constant * (1 + reach) if terms > 1 else relative * constant
     return rounded_up(graph, node, error) + 16 * (terms + 2) * tiny(node) * (1 + reach)
@@ -124,7 +123,7 @@ def _affine_error(
     counts = roundings(graph, node)
     # An operand that goes several ways has its coefficients added up.
     backward = counts.backward + max(ways(graph, i) for i in node.refs) - 1
-    constant = has_constant(node)
+    constant = node.has_constant
     operands = [boxes[i] for i in node.refs]
     sizes = [magnitude(box) + 2 * tiny(node) for box in operands]
     besides = _besides(graph, node, sizes, precision)
@@ -158,10 +157,10 @@ def _floor(node: Node, terms: int, box: Box) -> Array:
 
 def _takes(node: Node) -> bool:
     """Whether a node's step allows for the error of what flows into it."""
-    return operation_of(node).lines is not None or _carries(node)
+    return node.operation.lines is not None or _carries(node)
 
 
 def _carries(node: Node) -> bool:
     """Whether each coordinate of an operand goes to one coordinate of the value, at most."""
-    affine = affine_of(node)
+    affine = node.affine
     return affine is not None and affine.spreads in ("places", "adds")

@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph, Node, Ref, unsupported
 from bnncert.bounds.graph.constants import is_float
-from bnncert.bounds.ops import EVERY, operation_of
+from bnncert.bounds.ops import EVERY
 from bnncert.bounds.rounding.model import Precision, gamma, own_unit, roundings
 
 
@@ -46,9 +46,7 @@ def constant_error(
     errors = [None if c is None else c.error for c in node.computed]
     error = jnp.broadcast_to(_change(node, errors, sizes), node.shape)
     terms = max(math.prod(v.shape) for v in (*sizes, *errors) if v is not None)
-    rounded = (
-        precision.relative(node, roundings(graph, node).forward) if operation_of(node).affine else 0
-    )
+    rounded = precision.relative(node, roundings(graph, node).forward) if node.affine else 0
     return error * (1 + rounded) * (1 + 4 * gamma(terms + 8, own_unit(node)))
 
 
@@ -58,7 +56,7 @@ def _change(node: Node, errors: Sequence[Any], sizes: Sequence[Array]) -> Array:
         least = divisor - error
         quotient = sizes[0] * error / (divisor * jnp.where(least > 0, least, 1))
         return jnp.where(least > 0, quotient, jnp.inf)
-    operation = operation_of(node)
+    operation = node.operation
     depends = operation.rounding.constants if operation.rounding else ""
     if depends == "moves":
         return jnp.asarray(sum(filter(_is_known, errors)))

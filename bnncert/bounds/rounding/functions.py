@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from jaxtyping import ArrayLike
 
 from bnncert.bounds.graph import Node
-from bnncert.bounds.ops import ELEMENTWISE, operation_of
+from bnncert.bounds.ops import ELEMENTWISE
 from bnncert.bounds.ops.extremes import magnitude
 from bnncert.bounds.ops.operation import Rounding
 from bnncert.bounds.rounding.model import unknown_rounding
@@ -25,7 +25,7 @@ def rounding_of(node: Node) -> Rounding:
     Raises:
         UnsupportedPrimitiveError: nothing.
     """
-    rounding = operation_of(node).rounding
+    rounding = node.operation.rounding
     if rounding is None:
         raise unknown_rounding(node)
     return rounding

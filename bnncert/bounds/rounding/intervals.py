@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
 from bnncert.bounds.graph import Graph, Node
-from bnncert.bounds.graph.facts import output_nodes
-from bnncert.bounds.ops import acted_on, affine_of, interval, operation_of
-from bnncert.bounds.ops.affine import MIXING, MOVING, constant_part, has_constant, mix
+from bnncert.bounds.ops import interval
+from bnncert.bounds.ops.affine import MIXING, MOVING, constant_part, mix
 from bnncert.bounds.ops.boxes import drop_nan, hull
 from bnncert.bounds.ops.extremes import magnitude
 from bnncert.bounds.propagate import Domain, propagate
@@ -46,7 +45,7 @@ def tracking(precision: Precision) -> Tracking:
             node = graph.nodes[index]
             return outward_interval(graph, node, [found[i] for i in node.refs], precision)
 
-        matter = acted_on(graph).union(output_nodes(graph))
+        matter = graph.acted_on.union(graph.output_nodes)
 
         def settle(index: int, found: list[Box], memory: None) -> tuple[Box, None]:
             return (drop_nan(found[index]) if index in matter else found[index]), memory
@@ -59,7 +58,7 @@ def tracking(precision: Precision) -> Tracking:
 
 def _rounded(graph: Graph, node: Node, boxes: Sequence[Box], precision: Precision) -> Box:
     """As `outward_interval`, for the constants as they are."""
-    operation = operation_of(node)
+    operation = node.operation
     if node.op in MOVING or (operation.rounding is not None and operation.rounding.exact):
         return operation.interval(node, *boxes)
     if operation.roundings is not None:
@@ -96,7 +95,7 @@ def _sum_interval(graph: Graph, node: Node, boxes: Sequence[Box], precision: Pre
         box = boxes[0]
         radius = box.radius + relative * (jnp.abs(box.center) + box.radius) + 2 * tiny(node)
         return widened(mix(node, box.center, radius), 0.0, absolute)
-    if affine_of(node) and has_constant(node):
+    if node.has_constant:
         absolute += relative * jnp.abs(constant_part(node, *(box.lower for box in boxes)))
     # What subnormal operands add to a sum is covered by `absolute`.
     boxes = [_scaled(box, relative, 2 * tiny(node)) for box in boxes]

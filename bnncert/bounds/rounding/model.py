@@ -62,7 +62,7 @@ import jax.numpy as jnp
 
 from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError, unsupported
 from bnncert.bounds.graph.precision import FACTOR_UNITS, PRODUCTS, factors
-from bnncert.bounds.ops import SUPPORTED, operation_of
+from bnncert.bounds.ops import SUPPORTED
 from bnncert.bounds.ops.affine import SUMMING
 from bnncert.bounds.ops.operation import Roundings
 
@@ -140,7 +140,7 @@ def roundings(graph: Graph, node: Node) -> Roundings:
     Raises:
         UnsupportedPrimitiveError: an operation whose rounding is not known.
     """
-    rule = operation_of(node).roundings
+    rule = node.operation.roundings
     if rule is None:
         raise unknown_rounding(node)
     found = rule(graph, node)

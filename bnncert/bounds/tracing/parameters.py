@@ -180,6 +180,7 @@ PARAMETERS: Mapping[str, Mapping[str, Parameter]] = {
     **_each("optimization_barrier pow select_n sign sinh square stop_gradient sub", {}),
     **_each("cbrt cos erfc exp exp2 expm1 log log1p", {"accuracy": _ACCURACY}),
     **_each("logistic rsqrt sin sqrt tanh", {"accuracy": _ACCURACY}),
+    **_each("acos acosh asin atanh cosh digamma erf_inv lgamma tan", {"accuracy": _ACCURACY}),
     **_each("cummax cummin cumlogsumexp cumsum", _ALONG),
     **_each("reduce_max reduce_min reduce_sum", _REDUCED),
     **_each("reduce_window_max reduce_window_min", {**_WINDOW, "padding": _PADDING}),

@@ -47,7 +47,7 @@ from bnncert.bounds.graph.nodes import (
 )
 from bnncert.bounds.graph.operands import Operand, Ref
 from bnncert.bounds.graph.primitives import own_name
-from bnncert.bounds.ops.operation import Operation
+from bnncert.bounds.ops import Operation, operation_of
 from bnncert.bounds.tracing.equations import (
     bind,
     called,
@@ -161,13 +161,18 @@ def trace(
     alone = [1] * len(closed.jaxpr.outvars)
     here = _Place("", alone, tracking, tuple(operations))
     outputs = _walk(closed.jaxpr, closed.consts, refs, nodes, here)
-    live, outputs = prune(fused(nodes), outputs, len(inputs))
+    live, outputs = _known(*prune(fused(nodes), outputs, len(inputs)))
     out_tree = jax.tree.structure(out_shape)
     inputs, valid = varying((inputs, valid), _axes(inputs, live))
     graph = Graph(live, inputs, valid, outputs, in_tree, tuple(where), out_tree, users(live))
     if tracking is None:
         return graph
     return graph._replace(histories=tracking.histories(graph, [None] * len(inputs)))
+
+
+def _known(nodes: Sequence[Node], outputs: tuple) -> tuple[tuple[Node, ...], tuple]:
+    """The nodes, each with what is known of its operation."""
+    return tuple(n._replace(operation=operation_of(n)) if n.refs else n for n in nodes), outputs
 
 
 def _axes(inputs: Sequence[Set], nodes: Sequence[Node]) -> frozenset[str]:
@@ -309,7 +314,7 @@ def _enclosed(
         filled[i] = Ref(ref)
     try:
         results = _step(eqn, filled, nodes, here)
-        live, outputs = prune(fused(nodes), results, len(inputs))
+        live, outputs = _known(*prune(fused(nodes), results, len(inputs)))
         inputs = varying(inputs, _axes(inputs, live))
         graph = Graph(live, inputs, None, outputs, None, (), None, users(live))
         graph = graph._replace(histories=tracking.histories(graph, starts))

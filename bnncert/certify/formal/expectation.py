@@ -31,11 +31,10 @@ from jaxtyping import Array, Float
 
 from bnncert import prior as priors
 from bnncert._emptiness import unbounded_unless
-from bnncert.bounds import arithmetic
 from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError
 from bnncert.bounds.graph.operands import Ref
-from bnncert.bounds.ops.affine import constant_magnitude, has_constant, magnitude
-from bnncert.bounds.rounding import tracking
+from bnncert.bounds.ops.affine import constant_magnitude, magnitude
+from bnncert.bounds.rounding import Precision, tracking
 from bnncert.bounds.tracing import trace
 from bnncert.certify.formal.moments import PRODUCTS, Value, moments, settled, unit_error
 from bnncert.certify.inputs import check_region
@@ -106,7 +105,7 @@ def expectation(apply: Apply, posterior: Posterior, x_set: Set) -> Expectation:
         )
     check_region(x_set)
     check_structure(posterior.loc, posterior.scale, "scale")
-    graph = trace(apply, (_points(posterior), x_set), {}, tracking(arithmetic.Float()))
+    graph = trace(apply, (_points(posterior), x_set), {}, tracking(Precision()))
     _check_constants(graph)
     output = graph.outputs[0]
     if len(graph.outputs) != 1 or not isinstance(output, Ref):
@@ -241,7 +240,7 @@ def _size(node: Node, value: Value, operands: Sequence[Array]) -> Array:
     if len(operands) == 2 and node.op in PRODUCTS:
         return node.evaluate(*operands)
     size = magnitude(node, *operands)
-    return size + constant_magnitude(node, *operands) if has_constant(node) else size
+    return size + constant_magnitude(node, *operands) if node.has_constant else size
 
 
 def _differences(last: _Last) -> tuple[Array, Array]:

@@ -40,8 +40,8 @@ from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError
 from bnncert.bounds.graph.operands import Ref
-from bnncert.bounds.ops import affine_of, interval
-from bnncert.bounds.ops.affine import MIXING, constant_magnitude, has_constant, magnitude
+from bnncert.bounds.ops import interval
+from bnncert.bounds.ops.affine import MIXING, constant_magnitude, magnitude
 from bnncert.bounds.ops.boxes import hull
 from bnncert.bounds.propagate import Domain, propagate
 from bnncert.certify.formal import rectified
@@ -134,7 +134,7 @@ def _step(node: Node, operands: list[Value]) -> Value:
             return _sum(node, a, b)
     elif node.op == "max" and _is_zero(node):
         return _rectified(operands[0])
-    elif len(operands) == 1 and affine_of(node) is not None:
+    elif len(operands) == 1 and node.affine is not None:
         if _coarsens(node, operands[0]):
             raise _no_rule(
                 node,
@@ -225,18 +225,18 @@ def _sum(node: Node, a: Value, b: Value) -> Value:
 
 def _affine(node: Node, v: Value) -> Value:
     """An operation that is affine in its one random operand, the others constant."""
-    rule: Any = affine_of(node)
+    rule: Any = node.affine
     mean = interval(node, v.mean)
     length = 2
     if rule.spreads == "mixes":  # constants that are added on the way are terms as well
         constants = (jnp.size(o) for o in node.operands if not isinstance(o, Ref))
-        length = math.prod(v.own.shape) + (sum(constants) if has_constant(node) else 0)
+        length = math.prod(v.own.shape) + (sum(constants) if node.has_constant else 0)
     unit = unit_error(mean.lower, length)
     reach = magnitude(node, jnp.maximum(jnp.abs(v.mean.lower), jnp.abs(v.mean.upper)))
     rearranged = rule.spreads in ("places", "repeats") and node.op not in ("mul", "div")
     if not rearranged:
         slack = unit * (reach + jnp.maximum(jnp.abs(mean.lower), jnp.abs(mean.upper)))
-        if has_constant(node):
+        if node.has_constant:
             slack = slack + unit * constant_magnitude(node, v.own)
         mean = Box(mean.lower - slack, mean.upper + slack)
     else:
