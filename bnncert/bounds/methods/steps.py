@@ -7,7 +7,12 @@ found once as well. A `Passage` is what is known of both, and grows from node to
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from bnncert.bounds.ops import Choice
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from bnncert.bounds.ops import Choice, Lines, Planes
+from bnncert.bounds.ops.planes import from_lines
 from bnncert.bounds.plan import Plan
 from bnncert.bounds.rounding import EXACT, Errors
 from bnncert.bounds.rows import Step, Steps, TwoSteps, charged_step, planes_step, two_steps
@@ -61,17 +66,39 @@ def default_step(
     """Passes a relaxed node by its default planes, all that it has."""
     node = plan.graph.nodes[index]
     count = node.operation.relaxation.variants(plan.graph, node)
+    if count > 1 and node.operation.lines is not None:
+        return _both_lines(plan, index, boxes, errors, choice)
     ways = [choice._replace(variant=variant) for variant in range(count)]
     steps = [relaxed_step(plan, index, boxes, errors, way) for way in ways]
     return steps[0] if count == 1 else two_steps(*steps)
+
+
+def _both_lines(
+    plan: Plan, index: int, boxes: Sequence[Box], errors: Errors, choice: Choice
+) -> TwoSteps:
+    """Mapped over both variants: what these share is computed once."""
+
+    def one(variant: Array) -> Lines | None:
+        return _planes(plan, index, boxes, errors, choice._replace(variant=variant)).lines
+
+    graph, lines = plan.graph, jax.vmap(one)(jnp.arange(2))
+    (operand,) = graph.nodes[index].refs
+    first, second = (
+        planes_step(graph, index, from_lines(operand, jax.tree.map(lambda f, i=i: f[i], lines)))
+        for i in (0, 1)
+    )
+    return TwoSteps((first, second), lines)
 
 
 def relaxed_step(
     plan: Plan, index: int, boxes: Sequence[Box], errors: Errors, choice: Choice
 ) -> Step:
     """Passes a relaxed node by the planes of one choice."""
+    return planes_step(plan.graph, index, _planes(plan, index, boxes, errors, choice))
+
+
+def _planes(plan: Plan, index: int, boxes: Sequence[Box], errors: Errors, choice: Choice) -> Planes:
     graph = plan.graph
     free = choice.lower is not None or choice.upper is not None
     planes = graph.nodes[index].operation.relaxation.planes(graph, index, boxes, choice)
-    planes = plan.arithmetic.planes(graph, index, planes, boxes, errors.carried, free)
-    return planes_step(graph, index, planes)
+    return plan.arithmetic.planes(graph, index, planes, boxes, errors.carried, free)

@@ -71,14 +71,47 @@ class Tangents(NamedTuple):
 
 
 def lines(curve: Curve, l: Array, u: Array, choice: Choice) -> Lines:
-    """The lines around a curve on [l, u]."""
+    """The lines around a curve on [l, u].
+
+    Where either side is searched for, both are at once: one loop for a compiler, not two.
+    """
+    fractions = (choice.lower, choice.upper)
+    if _is_searched(curve) and len({f is None for f in fractions}) == 1:
+        both, l, u = _both_sides(curve, l, u)
+        fraction = None if None in fractions else jnp.stack(jnp.broadcast_arrays(*fractions))
+        slope, offset = below(both, l, u, fraction, choice.variant)
+        return Lines(slope[0], offset[0], -slope[1], -offset[1])
     lower = below(curve, l, u, choice.lower, choice.variant)
     slope, offset = below(negative(curve, l, u), l, u, choice.upper, choice.variant)
     return Lines(*lower, -slope, -offset)
 
 
+def _is_searched(curve: Curve) -> bool:
+    """Whether it is neither convex everywhere nor concave."""
+    everywhere = _is(curve.start, -math.inf) and _is(curve.end, math.inf)
+    return not everywhere and not _is(curve.start, math.inf)
+
+
+def _both_sides(curve: Curve, l: Array, u: Array) -> tuple[Curve, Array, Array]:
+    """A curve and its negative as one, on a leading axis, and the interval for each."""
+    other = negative(curve, l, u)
+    sign = jnp.array([1, -1], l.dtype).reshape(2, *[1] * l.ndim)
+
+    def stacked(a: End, b: End) -> Array:
+        return jnp.stack([jnp.broadcast_to(jnp.asarray(end, l.dtype), l.shape) for end in (a, b)])
+
+    both = Curve(
+        lambda x: sign * curve.value(x),
+        lambda x: sign * curve.slope(x),
+        stacked(curve.start, other.start),
+        stacked(curve.end, other.end),
+        edge=curve.edge,
+    )
+    return both, stacked(l, l), stacked(u, u)
+
+
 def below(
-    curve: Curve, l: Array, u: Array, fraction: Array | None, variant: int
+    curve: Curve, l: Array, u: Array, fraction: Array | None, variant: int | Array
 ) -> tuple[Array, Array]:
     """The line below a curve: slope and offset."""
     h, dh = curve.value, curve.slope
@@ -103,7 +136,7 @@ def below(
     return slope, offset
 
 
-def default_fraction(curve: Curve, l: Array, u: Array, variant: int) -> Array:
+def default_fraction(curve: Curve, l: Array, u: Array, variant: int | Array) -> Array:
     """The fraction that gives the default line below."""
     found = tangents(curve, l, u, variant)
     wide = found.last > found.first
@@ -150,7 +183,7 @@ def _is(end: End, value: float) -> bool:
     return isinstance(end, float) and end == value
 
 
-def tangents(curve: Curve, l: Array, u: Array, variant: int) -> Tangents:
+def tangents(curve: Curve, l: Array, u: Array, variant: int | Array) -> Tangents:
     """The points of [l, u] whose tangents lie below a curve."""
     start, end = curve.start, curve.end
     middle = 0.5 * (l + u)
@@ -159,20 +192,37 @@ def tangents(curve: Curve, l: Array, u: Array, variant: int) -> Tangents:
     a, b = jnp.maximum(l, start), jnp.minimum(u, end)
     exist, first, last = a <= b, l, u
     a, b = jax.lax.stop_gradient((jnp.where(exist, a, middle), jnp.where(exist, b, middle)))
-    if not _is(end, math.inf):
-        point, touches = _touching_point(curve, jax.lax.stop_gradient(u), a, b)
-        last, exist = jnp.where(u > end, point, u), exist & ((u <= end) | touches)
-    if not _is(start, -math.inf):
-        point, touches = _touching_point(curve, jax.lax.stop_gradient(l), b, a)
-        first, exist = jnp.where(l < start, point, l), exist & ((l >= start) | touches)
+    from_l, from_u = not _is(start, -math.inf), not _is(end, math.inf)
+    points, touches = _touching_points(curve, l, u, a, b, from_l, from_u)
+    if from_u:
+        last, exist = jnp.where(u > end, points[-1], u), exist & ((u <= end) | touches[-1])
+    if from_l:
+        first, exist = jnp.where(l < start, points[0], l), exist & ((l >= start) | touches[0])
     exist &= first <= last
     first, last = jnp.where(exist, first, middle), jnp.where(exist, last, middle)
     default = jnp.clip(middle, first, last)
-    if variant == 1:
-        default = jnp.where(u > end, last, jnp.where(l < start, first, default))
+    if not isinstance(variant, int) or variant == 1:
+        touching = jnp.where(u > end, last, jnp.where(l < start, first, default))
+        default = jnp.where(variant == 1, touching, default)
     if curve.reach < math.inf:
         default = jnp.minimum(default, l + curve.reach)
     return Tangents(first, last, default, exist)
+
+
+def _touching_points(
+    curve: Curve, l: Array, u: Array, a: Array, b: Array, from_l: bool, from_u: bool
+) -> tuple[list[Array], list[Array]]:
+    """Those of the tangents through the ends of [l, u] that are asked for, in one search.
+
+    On [a, b], where the curve is convex; seen from l the safe end is b, from u it is a.
+    """
+    sides = [*([(l, b, a)] if from_l else []), *([(u, a, b)] if from_u else [])]
+    if len(sides) < 2:
+        found = [_touching_point(curve, jax.lax.stop_gradient(x), *rest) for x, *rest in sides]
+        return [point for point, _ in found], [touches for _, touches in found]
+    x, safe, unsafe = (jnp.stack(jnp.broadcast_arrays(*ends)) for ends in zip(*sides, strict=True))
+    points, touches = _touching_point(curve, jax.lax.stop_gradient(x), safe, unsafe)
+    return list(points), list(touches)
 
 
 def _touching_point(curve: Curve, x: Array, safe: Array, unsafe: Array) -> tuple[Array, Array]:

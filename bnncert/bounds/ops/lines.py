@@ -39,14 +39,15 @@ class Choice(NamedTuple):
     Attributes:
         lower: of the free line below, in [0, 1] and of the shape of l; None: the default.
         upper: of the free line above, likewise.
-        variant: 0 or 1: of two defaults that are both good, neither always the tighter.
+        variant: 0 or 1, an array where lines are mapped over both: of two defaults that are both
+            good, neither always the tighter.
         lower_slope: the default of a kink that is crossed: "adaptive" (0 or 1, whichever leaves the
             smaller area), "zero", "one", or "chord" (parallel to the line above).
     """
 
     lower: Array | None = None
     upper: Array | None = None
-    variant: int = 0
+    variant: int | Array = 0
     lower_slope: str = "adaptive"
 
 

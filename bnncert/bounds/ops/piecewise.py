@@ -115,6 +115,13 @@ def clip(l: Array, u: Array, low: ArrayLike, high: ArrayLike, choice: Choice = D
     low, high = (jnp.asarray(end, l.dtype) for end in (low, high))
     low = jnp.where(low < l, l, low)
     high = jnp.where(high > u, jnp.maximum(u, low), high)
+    if isinstance(choice.variant, int):
+        return _clip(l, u, low, high, choice)
+    ways = (_clip(l, u, low, high, choice._replace(variant=variant)) for variant in (0, 1))
+    return Lines(*(jnp.where(choice.variant == 1, b, a) for a, b in zip(*ways, strict=True)))
+
+
+def _clip(l: Array, u: Array, low: Array, high: Array, choice: Choice) -> Lines:
     if choice.variant:
         outer = minimum(jnp.maximum(l, low), jnp.maximum(u, low), high, choice)
         return _composed(outer, maximum(l, u, low, choice))

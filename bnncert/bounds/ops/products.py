@@ -48,6 +48,9 @@ from bnncert.bounds.ops.operation import (
 from bnncert.bounds.ops.planes import Planes
 from bnncert.sets import Box
 
+_FEW = 2**14
+"""Products that are bounded at once, and not one row after the other."""
+
 Product = Callable[[Array, Array], Array]
 
 
@@ -185,7 +188,9 @@ def _dot_general(node: Node, a: Box, b: Box) -> Box:
     (contract_a, contract_b), (batch_a, batch_b) = node.params["dimension_numbers"]
     a = Box(*(_canonical(v, batch_a, contract_a, True) for v in (a.lower, a.upper)))
     b = Box(*(_canonical(v, batch_b, contract_b, False) for v in (b.lower, b.upper)))
-    out = jax.lax.map(lambda pair: _matmul(*pair), (a, b))
+    few = a.lower.size * b.lower.shape[-1] <= _FEW
+    each = jax.vmap(_matmul) if few else lambda *pair: jax.lax.map(lambda p: _matmul(*p), pair)
+    out = each(a, b)
     return Box(out.lower.reshape(node.shape), out.upper.reshape(node.shape))
 
 
@@ -229,13 +234,17 @@ def _convolution(node: Node, x: Box, kernel: Box) -> Box:
 
 
 def _matmul(a: Box, b: Box) -> Box:
-    """Corners of every product, summed; one row of `a` at a time: memory K * J, not I * K * J."""
+    """Corners of every product, summed; one row of `a` at a time: memory K * J, not I * K * J.
+
+    Few are taken at once: a loop is dearer to compile.
+    """
 
     def one_row(row: Box) -> Box:
         lower, upper = _corners(Box(row.lower[:, None], row.upper[:, None]), b)
         return Box(lower.sum(0), upper.sum(0))
 
-    return jax.lax.map(one_row, a)
+    few = a.lower.shape[0] * b.lower.size <= _FEW
+    return jax.vmap(one_row)(a) if few else jax.lax.map(one_row, a)
 
 
 def _corners(a: Box, b: Box) -> tuple[Array, Array]:

@@ -68,7 +68,12 @@ def _single(curve: Curve, convex_from: float, l: Array) -> Curve:
 
 
 def _below(
-    curve: Curve, convex_from: float, l: Array, u: Array, fraction: Array | None, variant: int
+    curve: Curve,
+    convex_from: float,
+    l: Array,
+    u: Array,
+    fraction: Array | None,
+    variant: int | Array,
 ) -> tuple[Array, Array]:
     single = _single(curve, convex_from, l)
     several = (u > single.start + _PERIOD) | _is_far(l, u)
