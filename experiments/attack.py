@@ -30,7 +30,7 @@ from experiments.commands import (
     of_norm,
 )
 from experiments.finished import Finished, Rows, Stage, in_stages
-from experiments.settings import PIXELS
+from experiments.setup.settings import PIXELS
 
 ATTACKS: dict[str, str] = {
     "pgd": "projected gradients with fixed steps, on the cross-entropy",

@@ -31,8 +31,8 @@ from experiments.commands import (
     of_norm,
 )
 from experiments.finished import Finished, Rows, Stage, in_stages
-from experiments.settings import PIXELS
-from experiments.spelling import method_of, slug
+from experiments.setup.settings import PIXELS
+from experiments.setup.spelling import method_of, slug
 
 _BEST = {
     "robust": np.logical_or,

@@ -1,15 +1,17 @@
 """The fine print of a report: what is certified and what is not, and how to get the run again."""
 
-import dataclasses
 import json
 import shlex
 from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from experiments.config import PRESETS, preset
 from experiments.figures import radius_text
-from experiments.settings import INFERENCES
+from experiments.setup.config import options_of, to_dict
+from experiments.setup.methods import METHODS
+from experiments.setup.presets import PRESETS, preset
+from experiments.setup.requirements import flag
+from experiments.setup.upgrade import upgraded
 
 
 def statement(results: Mapping[str, Any]) -> str:
@@ -88,18 +90,17 @@ def command(config: Mapping[str, Any]) -> str:
     >>> command({"preset": "digits", "inference": "map", "seed": 1, "train": {"epochs": 5}})
     'python -m experiments.run digits --inference map --seed 1 --train.epochs 5'
     """
-    known = config["preset"] in PRESETS and config["inference"] in INFERENCES
-    usual = preset(config["preset"], config["inference"]) if known else None
-    usual = _flat(dataclasses.asdict(usual)) if usual else {}
-    words = ["python", "-m", "experiments.run", str(config["preset"])]
-    for name, value in _flat(config).items():
-        option = "--" + name.replace("_", "-")
+    asked = options_of(upgraded(config))
+    known = asked["preset"] in PRESETS and asked["inference"] in METHODS
+    usual = options_of(to_dict(preset(asked["preset"], asked["inference"]))) if known else {}
+    words = ["python", "-m", "experiments.run", str(asked["preset"])]
+    for name, value in asked.items():
         if name in ("preset", "out", "resume"):
             continue
         if name == "data_dir":
-            words += [option, "DIR"] if value is not None else []
+            words += [flag(name), "DIR"] if value is not None else []
         elif name in ("inference", "seed") or (name in usual and value != usual[name]):
-            words += _option(option, value)
+            words += _option(flag(name), value)
     return shlex.join(words)
 
 
@@ -114,14 +115,3 @@ def _option(option: str, value: Any) -> list[str]:
         head, _, name = option.rpartition(".")
         return [option if value else f"{head}.no-{name}" if head else f"--no-{name[2:]}"]
     return [option, *map(str, value)] if isinstance(value, list) else [option, str(value)]
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by their dotted names; tuples as JSON has them, lists."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat

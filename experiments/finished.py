@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from bnncert.types import Apply
 from experiments.additions import results_of
-from experiments.data import Split, load
 from experiments.evaluation import SoundnessError
-from experiments.models import build
 from experiments.posteriors import load as load_posterior
 from experiments.run import deploy
-from experiments.settings import RunConfig, from_dict
+from experiments.setup.config import RunConfig, from_dict
+from experiments.setup.data import Split, load
+from experiments.setup.models import build
 
 Rows = dict[str, np.ndarray]
 Stage = Callable[[np.ndarray, np.ndarray, np.ndarray], Mapping[str, Any]]

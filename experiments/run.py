@@ -20,14 +20,15 @@ import bnncert
 from bnncert.posterior import Samples, spread
 from experiments import outcomes
 from experiments.allocator import keep_freed_pages
-from experiments.config import output_folder, parse
-from experiments.data import Dataset, load, validation_split
 from experiments.evaluation import Evaluated, SoundnessError, evaluate
 from experiments.inference import refine
-from experiments.models import build
 from experiments.posteriors import save as save_posterior
 from experiments.report import write_report
-from experiments.settings import RunConfig, from_dict, to_dict
+from experiments.setup.config import RunConfig, from_dict, options_of, output_folder, to_dict
+from experiments.setup.data import Dataset, load, validation_split
+from experiments.setup.methods import name_of
+from experiments.setup.models import build
+from experiments.setup.presets import parse
 from experiments.training import Trained, TrainingError, deployable, train
 
 SPLIT_SEED = 0
@@ -55,7 +56,7 @@ def run(config: RunConfig) -> Path:
     """Trains, certifies, attacks and reports.
 
     Args:
-        config: checked settings (`experiments.config.parse`).
+        config: checked settings (`experiments.setup.presets.parse`).
 
     Returns:
         The run's folder.
@@ -71,7 +72,7 @@ def run(config: RunConfig) -> Path:
     model = build(config.model, dataset)
     train_set, held = validation_split(dataset.train, config.train.validation, SPLIT_SEED)
     _say(
-        f"{config.preset}: {config.inference} on {len(train_set.y)} images, "
+        f"{config.preset}: {name_of(config.inference)} on {len(train_set.y)} images, "
         f"{config.train.epochs} epochs, eps up to {config.train.eps:.4g} -> {folder}"
     )
     trained = train(config, model, train_set, held, folder)
@@ -149,7 +150,7 @@ def write_results(
     settings = config.train
     results = {
         **evaluated.results,
-        "inference": config.inference,
+        "inference": name_of(config.inference),
         "preset": config.preset,
         "seed": config.seed,
         "dataset": config.dataset,
@@ -158,7 +159,7 @@ def write_results(
         "train_eps": settings.eps,
         "likelihood": settings.likelihood,
         "random_layers": settings.random_layers,
-        "guide": settings.guide if config.inference in ("bbb", "hmc", "nuts") else None,
+        "inference_settings": to_dict(config)["inference"],
         "lam": settings.lam,
         "power": settings.power,
         "kl_weight": settings.kl_weight,
@@ -191,21 +192,12 @@ def summary(results: dict[str, Any]) -> str:
 
 def _check_same(recorded: RunConfig, asked: RunConfig) -> None:
     """What decides the numbers must be as it was; folders may have moved."""
-
-    def flat(config: RunConfig) -> dict[str, Any]:
-        fields = to_dict(config)
-        for name in ("out", "data_dir", "resume"):
-            del fields[name]
-        nested = {
-            f"{part}.{name}": value
-            for part in ("train", "eval")
-            for name, value in fields.pop(part).items()
-        }
-        return {**fields, **nested}
-
-    before, now = flat(recorded), flat(asked)
+    before, now = options_of(to_dict(recorded)), options_of(to_dict(asked))
+    places = ("out", "data_dir", "resume")
     changed = [
-        f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]
+        f"{name}: {before[name]} -> {now[name]}"
+        for name in now
+        if name in before and name not in places and before[name] != now[name]
     ]
     if changed:
         raise ValueError(

@@ -22,16 +22,17 @@ from bnncert import certify
 from bnncert.sets import ball
 from bnncert.types import Algorithm, Apply, Batch, Threat
 from experiments import checkpoint
-from experiments.data import Split, epoch_batches
 from experiments.inference import build_algorithm
-from experiments.models import Model, freeze
-from experiments.schedule import (
+from experiments.setup.config import RunConfig
+from experiments.setup.data import Split, epoch_batches
+from experiments.setup.models import Model, freeze
+from experiments.setup.schedule import (
     kl_weight_schedule,
     learning_rate_schedule,
     power_schedule,
     threat_schedule,
 )
-from experiments.settings import PIXELS, RunConfig
+from experiments.setup.settings import PIXELS
 
 IN_NATS = ("loss", "log_likelihood", "log_prior", "kl")
 """What the methods' infos have in nats over all data; logged per datum."""
@@ -270,6 +271,6 @@ def _check_finite(state: PyTree, finite: np.ndarray, first_step: int, folder: Pa
     kept = f"the checkpoint of epoch {last} is kept" if last else "no checkpoint was made yet"
     raise TrainingError(
         f"{wrong[0]}{more} became NaN or infinite at step {first_step + step}; {kept} in {folder}. "
-        "Lower --train.learning-rate or --train.clip-norm, or ramp eps more slowly "
+        "Lower --train.learning-rate, or ramp eps more slowly "
         "(--train.ramp), and start again in another --out."
     )

@@ -46,8 +46,8 @@ from bnncert import ball, bound
 from bnncert.bounds.arithmetic import ROUNDINGS
 from bnncert.bounds.methods import METHODS, AlphaCROWN
 from experiments.allocator import keep_freed_pages
-from experiments.data import Dataset, Split
-from experiments.models import build, ibp_normal
+from experiments.setup.data import Dataset, Split
+from experiments.setup.models import build, ibp_normal
 
 CLASSES = 10
 EPS = 0.01

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from bnncert import ball, certify
 from experiments.allocator import keep_freed_pages
 from experiments.finished import open_run
-from experiments.settings import PIXELS
+from experiments.setup.settings import PIXELS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

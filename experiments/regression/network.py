@@ -1,8 +1,8 @@
 """A small network with one output: dense layers with ReLU between them.
 
-Weights start as in `experiments.models`, at std sqrt(2 pi) / fan_in, at which intervals keep their
-width from layer to layer. The biases of the first layer start at N(0, 1): with one input, kinks
-that all start at 0 would leave a sine two straight lines.
+Weights start as in `experiments.setup.models`, at std sqrt(2 pi) / fan_in, at which intervals keep
+their width from layer to layer. The biases of the first layer start at N(0, 1): with one input,
+kinks that all start at 0 would leave a sine two straight lines.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from experiments.models import Model, ibp_normal
+from experiments.setup.models import Model, ibp_normal
 
 Features = Float[Array | np.ndarray, " features"]
 

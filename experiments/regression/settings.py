@@ -14,9 +14,10 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
-from experiments.config import METHOD_SETTINGS
-from experiments.data import check_name
-from experiments.settings import CERTIFY_METHODS, TRAIN_METHODS, EvalConfig, RunConfig, TrainConfig
+from experiments.setup.config import RunConfig
+from experiments.setup.methods import BBB, IVON, MAP, Ensemble, Inference
+from experiments.setup.requirements import check_name
+from experiments.setup.settings import CERTIFY_METHODS, TRAIN_METHODS, EvalConfig, TrainConfig
 
 INFERENCES: dict[str, str] = {
     "map": "one network, the mode of the robust posterior",
@@ -135,17 +136,20 @@ def run_config(settings: Settings, training: str) -> RunConfig:
         learning_rate=settings.learning_rate,
         prior_scale=settings.prior_scale,
         kl_weight=settings.kl_weight,
-        initial_scale=settings.initial_scale,
         eps=settings.train_eps if robust else 0.0,
         lam=settings.lam if robust else 1.0,
         power=settings.power,
         ramp=settings.ramp,
         method=settings.method,
-        members=settings.members,
-        clip_step=METHOD_SETTINGS.get(settings.inference, {}).get("clip_step", 1.0),
     )
     deployed = EvalConfig(num_samples=settings.num_samples)
-    names = settings.preset, settings.preset, "mlp", settings.inference
+    methods: dict[str, Inference] = {
+        "map": MAP(),
+        "bbb": BBB(initial_scale=settings.initial_scale),
+        "ivon": IVON(initial_scale=settings.initial_scale),
+        "ensemble": Ensemble(members=settings.members),
+    }
+    names = settings.preset, settings.preset, "mlp", methods[settings.inference]
     return RunConfig(*names, seed=settings.seed, train=train, eval=deployed)
 
 

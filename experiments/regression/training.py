@@ -2,8 +2,8 @@
 
     maximise   E_q[ log p_rob(D | w) ] - kl_weight KL(q || p),   p_rob = robust_gaussian
 
-with the radius up from 0 and lam down from 1 (`experiments.schedule`). Plain training is the same
-code at radius 0 and lam 1: one compile serves both, as the threat is arrays.
+with the radius up from 0 and lam down from 1 (`experiments.setup.schedule`). Plain training is the
+same code at radius 0 and lam 1: one compile serves both, as the threat is arrays.
 """
 
 import dataclasses
@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from bnncert import infer, likelihood
 from bnncert.types import Algorithm, Batch, Threat
-from experiments.data import epoch_batches
 from experiments.inference import build_algorithm
-from experiments.models import Model
 from experiments.regression.data import Table
 from experiments.regression.settings import Settings, run_config
-from experiments.schedule import power_schedule, threat_schedule
-from experiments.settings import TrainConfig
+from experiments.setup.data import epoch_batches
+from experiments.setup.methods import MAP
+from experiments.setup.models import Model
+from experiments.setup.schedule import power_schedule, threat_schedule
+from experiments.setup.settings import TrainConfig
 from experiments.training import IN_NATS, TrainingError
 
 
@@ -70,7 +71,7 @@ def trainer(settings: Settings, model: Model, data: Table) -> Fit:
     # What it is built from is the same for both trainings: they differ in the threat.
     config = run_config(settings, "robust")
     many = settings.inference == "ensemble"
-    config = dataclasses.replace(config, inference="map") if many else config
+    config = dataclasses.replace(config, inference=MAP()) if many else config
     algorithm = build_algorithm(config, model, params, num, steps, log_likelihood=robust)
     # Of dense layers, members are faster vmapped, on CPUs too: one step compiles for all.
     algorithm = infer.ensemble.build(algorithm, settings.members) if many else algorithm
@@ -111,7 +112,7 @@ def threats(train: TrainConfig, steps_per_epoch: int) -> Threat:
     """The threat at every step of training: NumPy arrays of shape (epochs, steps_per_epoch).
 
     Args:
-        train: the fields of `experiments.schedule`.
+        train: the fields of `experiments.setup.schedule`.
         steps_per_epoch: minibatches in an epoch.
     """
     number = jnp.arange(train.epochs * steps_per_epoch)

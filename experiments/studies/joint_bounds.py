@@ -52,10 +52,12 @@ from bnncert.posterior import stack
 from bnncert.sets import Box
 from bnncert.types import Apply
 from experiments.allocator import keep_freed_pages
-from experiments.config import PRESETS
-from experiments.data import Dataset, load
-from experiments.models import Model, build
-from experiments.settings import PIXELS, RunConfig
+from experiments.setup.config import RunConfig
+from experiments.setup.data import Dataset, load
+from experiments.setup.methods import MAP
+from experiments.setup.models import Model, build
+from experiments.setup.presets import PRESETS
+from experiments.setup.settings import PIXELS
 from experiments.training import train
 
 FORMS = ("decision", "logits", "margins", "pairs", "log", "corner", "corner-0")
@@ -104,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train_eps = preset.eval.eps if options.train_eps is None else options.train_eps
     config = dataclasses.replace(
         preset,
-        inference="map",
+        inference=MAP(),
         train=dataclasses.replace(preset.train, epochs=options.epochs, eps=train_eps, validation=0),
     )
     samples = train_members(config, model, dataset, options.members)

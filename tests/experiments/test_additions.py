@@ -12,8 +12,8 @@ import pytest
 
 from experiments import attack, certify, finished, run
 from experiments.benchmarks import certificates as timed
-from experiments.data import load
 from experiments.evaluation import SoundnessError
+from experiments.setup.data import load
 from experiments.studies import certificates
 
 TINY = (

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from bnncert.posterior import Samples
-from experiments import models, posteriors, run
-from experiments.config import preset
-from experiments.data import Dataset, Split
+from experiments import posteriors, run
 from experiments.inference import build_algorithm
-from experiments.models import SmallCNN, freeze, of_module
-from experiments.settings import EvalConfig
+from experiments.setup import models
+from experiments.setup.data import Dataset, Split
+from experiments.setup.models import SmallCNN, freeze, of_module
+from experiments.setup.presets import preset
+from experiments.setup.settings import EvalConfig
 
 CLASSES, NUM = 3, 24
 NETWORK = SmallCNN(CLASSES, (0.5,), (0.25,), channels=(2,), hidden=3, normalised=True)

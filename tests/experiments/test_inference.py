@@ -13,12 +13,13 @@ from bnncert import posterior
 from bnncert.infer import swag
 from bnncert.types import Batch
 from experiments import checkpoint, inference
-from experiments.config import preset
-from experiments.data import Split
 from experiments.inference import refine
-from experiments.models import Model
 from experiments.run import deploy
-from experiments.settings import INFERENCES, RunConfig
+from experiments.setup.config import RunConfig
+from experiments.setup.data import Split
+from experiments.setup.methods import METHODS, Refining
+from experiments.setup.models import Model
+from experiments.setup.presets import preset
 from experiments.training import train
 
 NUM, CLASSES = 20, 3
@@ -47,12 +48,20 @@ def images() -> Split:
     return Split(x, draw.integers(CLASSES, size=NUM).astype(np.int32))
 
 
-def settings(name: str, **train: Any) -> RunConfig:
+SMALL = {"members": 3, "collect": 4, "rank": 2}
+CHAINS = {"images": 20, "warmup": 30, "samples": 4, "depth": 2}
+
+
+def settings(name: str, method: Any = None, **train: Any) -> RunConfig:
     base = preset("digits", name)
-    small = {"epochs": 4, "batch_size": 8, "members": 3, "collect": 4, "rank": 2}
-    chains = {"mcmc_images": 20, "mcmc_warmup": 30, "mcmc_samples": 4, "mcmc_depth": 2}
-    changed = dataclasses.replace(base.train, **small, **chains, **train)
-    return dataclasses.replace(base, train=changed)
+    own = {field.name for field in dataclasses.fields(METHODS[name])}  # pyright: ignore[reportArgumentType]
+    asked = {**SMALL, **CHAINS, **(method or {})}
+    changed = dataclasses.replace(
+        base.inference,  # pyright: ignore[reportArgumentType]
+        **{field: asked[field] for field in asked.keys() & own},
+    )
+    few = dataclasses.replace(base.train, epochs=4, batch_size=8, **train)
+    return dataclasses.replace(base, inference=changed, train=few)
 
 
 KINDS = {
@@ -67,7 +76,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", INFERENCES)
+@pytest.mark.parametrize("name", METHODS)
 def test_each_method_trains_and_is_deployed(name: str, tmp_path: Path) -> None:
     config = settings(name)
     trained = train(config, MODEL, images(), NONE_HELD, tmp_path)
@@ -88,11 +97,14 @@ def test_each_method_trains_and_is_deployed(name: str, tmp_path: Path) -> None:
     assert all(np.isfinite(value) for value in report.values())
 
 
-@pytest.mark.parametrize("name", sorted(inference.BUILDERS.keys() - inference.REFINEMENTS.keys()))
+ONE_STAGE = [name for name, kind in METHODS.items() if not issubclass(kind, Refining)]
+
+
+@pytest.mark.parametrize("name", ONE_STAGE)
 def test_each_method_goes_on_from_a_checkpoint_as_if_never_stopped(
     name: str, tmp_path: Path
 ) -> None:
-    config = settings(name, collect_from=0.25)
+    config = settings(name, {"collect_from": 0.25})
     params, (x, y) = {"Dense_0": jnp.ones((CLASSES, 4)) / 4}, map(jnp.asarray, images())
     model = Model(lambda params, x: params["Dense_0"] @ x.reshape(-1), lambda key: params)
     algorithm = inference.build_algorithm(config, model, params, NUM, 3)
@@ -121,7 +133,7 @@ def test_swag_collects_from_the_stated_fraction_on(monkeypatch: pytest.MonkeyPat
         return build(*args, **options)
 
     monkeypatch.setattr(swag, "build", spy)
-    config = settings("swag", collect_from=0.5)
+    config = settings("swag", {"collect_from": 0.5})
     inference.build_algorithm(config, MODEL, init(jax.random.key(0)), NUM, 3)
     assert (seen["start"], seen["every"], seen["rank"]) == (6, 1, 2)
 

@@ -22,12 +22,14 @@ from sklearn.datasets import load_digits
 
 from bnncert.metrics import ece
 from experiments import report
-from experiments.config import PRESETS, parse
 from experiments.figures import radius_text
 from experiments.fineprint import command
 from experiments.gallery import png
 from experiments.outcomes import OUTCOMES, by_class, outcomes, pick
 from experiments.palette import DARK, LIGHT
+from experiments.setup.config import to_dict
+from experiments.setup.methods import MAP
+from experiments.setup.presets import PRESETS, parse
 
 EPS, TRAIN_EPS, RADII = 0.05, 0.06, [0.0, 0.02, 0.04, 0.05, 0.06, 0.08, 0.1]
 ACCURACIES = {"clean": "clean_correct", "attacked": "attacked_correct", "certified": "certified"}
@@ -241,17 +243,17 @@ def test_command_reproduces_the_configuration() -> None:
     for name, preset in PRESETS.items():
         changed = dataclasses.replace(
             preset,
-            inference="map",
+            inference=MAP(clip_norm=3.0),
             seed=7,
             train=dataclasses.replace(
                 preset.train, epochs=3, flip=not preset.train.flip, learning_rate_drops=(0.5, 0.8)
             ),
         )
         for config in (preset, changed):
-            as_json = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+            as_json = json.loads(json.dumps(to_dict(config)))
             python, module, run, *arguments = shlex.split(command(as_json))
             assert (python, module, run, arguments[0]) == ("python", "-m", "experiments.run", name)
-            assert dataclasses.asdict(parse(arguments)) == dataclasses.asdict(config)
+            assert parse(arguments) == config
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,12 @@ import pytest
 
 from bnncert import certify
 from bnncert.posterior import Samples
-from experiments import data, run
-from experiments.config import parse
-from experiments.models import Model
+from experiments import run
 from experiments.run import main, open_folder
-from experiments.settings import from_dict
+from experiments.setup import data
+from experiments.setup.config import from_dict
+from experiments.setup.models import Model
+from experiments.setup.presets import parse
 from experiments.training import Trained
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -17,16 +17,17 @@ from bnncert.posterior import LowRank, MeanField, Samples
 from bnncert.sets import ball
 from bnncert.types import Algorithm, Batch, Threat
 from experiments import checkpoint, inference, training
-from experiments.config import PRESETS
-from experiments.data import Split, epoch_batches
-from experiments.models import Model
-from experiments.schedule import (
+from experiments.setup.config import RunConfig
+from experiments.setup.data import Split, epoch_batches
+from experiments.setup.methods import BBB, MAP, Inference
+from experiments.setup.models import Model
+from experiments.setup.presets import PRESETS
+from experiments.setup.schedule import (
     kl_weight_schedule,
     learning_rate_schedule,
     power_schedule,
     threat_schedule,
 )
-from experiments.settings import RunConfig
 from experiments.training import TrainingError, keep_epochs, train
 
 NUM, CLASSES = 10, 3
@@ -51,12 +52,12 @@ def images(num: int = NUM) -> Split:
     return Split(x, draw.integers(CLASSES, size=num).astype(np.int32))
 
 
-def settings(inference: str = "map", seed: int = 0, **train: Any) -> RunConfig:
+def settings(inference: Inference | None = None, seed: int = 0, **train: Any) -> RunConfig:
     """Three epochs of three steps, the last of which has two images and two of padding."""
     chosen = {"epochs": 3, "batch_size": 4, "learning_rate": 0.05, **train}
     base = PRESETS["digits"]
     changed = dataclasses.replace(base.train, **chosen)
-    return dataclasses.replace(base, inference=inference, seed=seed, train=changed)
+    return dataclasses.replace(base, inference=inference or MAP(), seed=seed, train=changed)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -73,7 +74,7 @@ def assert_same(a: Any, b: Any) -> None:
 
 def test_training_equals_a_plain_loop_that_knows_no_padding(tmp_path: Path) -> None:
     """MAP by hand: minibatches of 4, 4 and 2 images, each scaled to all 10."""
-    config = settings(prior_scale=0.5, kl_weight=0.1, eps=0.1, lam=0.3, clip_norm=CLIP)
+    config = settings(MAP(clip_norm=CLIP), prior_scale=0.5, kl_weight=0.1, eps=0.1, lam=0.3)
     found = train(config, MODEL, images(), NONE_HELD, tmp_path)
     assert isinstance(found.posterior, Samples)
 
@@ -114,7 +115,7 @@ def test_training_equals_a_plain_loop_that_knows_no_padding(tmp_path: Path) -> N
 
 
 def test_each_epoch_is_logged_with_its_schedules(tmp_path: Path) -> None:
-    config = settings("bbb", eps=0.1, lam=0.3, ramp=0.5, kl_weight=0.25)
+    config = settings(BBB(), eps=0.1, lam=0.3, ramp=0.5, kl_weight=0.25)
     found = train(config, MODEL, images(), NONE_HELD, tmp_path)
     assert isinstance(found.posterior, MeanField)
     lines = metrics(tmp_path)
@@ -133,7 +134,7 @@ def test_each_epoch_is_logged_with_its_schedules(tmp_path: Path) -> None:
 
 def test_ramps_of_power_and_kl_weight_reach_the_likelihood_and_the_loss(tmp_path: Path) -> None:
     ramps: Any = {"ramp": 0.3, "power": 1.0, "power_ramp": 0.5, "kl_weight": 0.25, "kl_ramp": 0.8}
-    config = settings("bbb", guide="low-rank", rank=2, **ramps)
+    config = settings(BBB(guide="low-rank", rank=2), **ramps)
     found = train(config, MODEL, images(), NONE_HELD, tmp_path)
     assert isinstance(found.posterior, LowRank)
     lines = metrics(tmp_path)
@@ -149,7 +150,7 @@ def test_ramps_of_power_and_kl_weight_reach_the_likelihood_and_the_loss(tmp_path
         assert line["loss"] == pytest.approx(-elbo, rel=0.01)
     other = tmp_path / "other"
     other.mkdir()
-    train(settings("bbb", guide="low-rank", rank=2, **{**ramps, "power": 0.0}), MODEL, images(),
+    train(settings(BBB(guide="low-rank", rank=2), **{**ramps, "power": 0.0}), MODEL, images(),
           NONE_HELD, other)  # fmt: skip
     same = [a["loss"] == b["loss"] for a, b in zip(lines, metrics(other), strict=True)]
     assert same == [True, False, False]

@@ -5,7 +5,6 @@ read from folders that stock TensorFlow Datasets prepared in its `array_record` 
 them takes no TensorFlow, preparing them does (the extra `prepare`).
 """
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from experiments.logs import errors_only
+from experiments.setup.logs import errors_only
+from experiments.setup.requirements import check_name
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 
@@ -89,20 +89,6 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     mean = tuple(round(float(m), 4) for m in train.x.mean(axis=(0, 1, 2), dtype=np.float64))
     std = tuple(round(float(s), 4) for s in train.x.std(axis=(0, 1, 2), dtype=np.float64))
     return Dataset(name, train, test, class_names, mean, std)
-
-
-def check_name(name: str, known: Sequence[str], what: str) -> None:
-    """Raise a ValueError that suggests the nearest known name, if `name` is not one of them.
-
-    >>> check_name("minst", DATASETS, "data set")
-    Traceback (most recent call last):
-    ValueError: unknown data set 'minst': did you mean 'mnist'? Known: digits, mnist, ...
-    """
-    if name in known:
-        return
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f": did you mean '{near[0]}'?" if near else "."
-    raise ValueError(f"unknown {what} '{name}'{hint} Known: {', '.join(known)}.")
 
 
 def check_images(x: Any, y: Any, num_classes: int) -> None:

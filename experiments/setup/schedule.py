@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from experiments.settings import TrainConfig
+from experiments.setup.settings import TrainConfig
 
 Step = int | Int[Array, ""]
 
@@ -41,7 +41,7 @@ def threat_schedule(
         train: the fields eps, lam, epochs, warmup and ramp.
         steps_per_epoch: minibatches in an epoch.
 
-    >>> from experiments.config import PRESETS
+    >>> from experiments.setup.presets import PRESETS
     >>> train = PRESETS["digits"].train
     >>> eps, lam = threat_schedule(train, steps_per_epoch=10)(0)
     >>> float(eps), float(lam)

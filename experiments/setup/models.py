@@ -24,7 +24,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from bnncert.types import Prepare, Stacked
-from experiments.data import Dataset, check_name
+from experiments.setup.data import Dataset
+from experiments.setup.requirements import check_name
 
 EPSILON = 1e-5
 """Added to the variances of batch-norm."""
@@ -60,7 +61,7 @@ def build(name: str, dataset: Dataset) -> Model:
     Raises:
         ValueError: an unknown name.
 
-    >>> from experiments.data import load
+    >>> from experiments.setup.data import load
     >>> digits = load("digits")
     >>> model = build("mlp", digits)
     >>> params = model.init(jax.random.key(0))
