@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from experiments.allocator import keep_freed_pages
 from experiments.benchmarks.training_step import NUM_DATA, interleaved, mnist_model, stepper
-from experiments.inference import build_algorithm
+from experiments.pipeline.allocator import keep_freed_pages
+from experiments.pipeline.inference import build_algorithm
 from experiments.setup.presets import preset
 
 METHODS = ("bbb", "map", "vogn", "noisy-adam", "ivon", "swag", "sgld", "sghmc")

@@ -23,7 +23,7 @@ from bnncert import prior as priors
 from bnncert.infer import svi
 from bnncert.likelihood import clean_categorical, robust_categorical
 from bnncert.types import Algorithm, Batch, Threat
-from experiments.allocator import keep_freed_pages
+from experiments.pipeline.allocator import keep_freed_pages
 from experiments.setup.data import Dataset, Split
 from experiments.setup.models import Model, build
 from experiments.setup.settings import PIXELS

@@ -18,7 +18,7 @@ Settings = TypeVar("Settings")
 def read(
     kind: type[Settings],
     program: str,
-    arguments: Sequence[str],
+    arguments: Sequence[str] | None,
     *,
     default: Settings | None = None,
     validate: Callable[[Settings], None] = check,
@@ -29,7 +29,7 @@ def read(
     Args:
         kind: a dataclass.
         program: what is typed before the arguments.
-        arguments: those of the command line.
+        arguments: those after the program's name; None takes `sys.argv`.
         default: where it starts from.
         validate: raises a ValueError that says what is wrong.
         description: heads the help; the dataclass's docstring by default.

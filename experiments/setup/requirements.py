@@ -44,9 +44,9 @@ PixelRadius = Annotated[
 Seed = Annotated[int, Requirement("an integer in 0 .. 2**32 - 1", lambda v: 0 <= v < 2**32)]
 
 
-def one_of(what: str, names: Sequence[str]) -> tuple[Any, OneOf]:
+def one_of(what: str, names: Sequence[str], help: str | None = None) -> tuple[Any, OneOf]:
     """The metadata of a field that is one of some names: for the help, and for `check`."""
-    return tyro.conf.arg(metavar="{" + ",".join(names) + "}"), OneOf(what, names)
+    return tyro.conf.arg(metavar="{" + ",".join(names) + "}", help=help), OneOf(what, names)
 
 
 def check(settings: Any, prefix: str = "") -> None:

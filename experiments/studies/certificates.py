@@ -32,9 +32,9 @@ from tqdm import tqdm
 from bnncert import attack, ball, certify, metrics
 from bnncert.posterior import MeanField
 from bnncert.types import Posterior
-from experiments.allocator import keep_freed_pages
-from experiments.evaluation import SoundnessError
-from experiments.finished import Finished, open_run
+from experiments.pipeline.allocator import keep_freed_pages
+from experiments.pipeline.evaluation import SoundnessError
+from experiments.pipeline.finished import Finished, open_run
 from experiments.setup.data import load
 from experiments.setup.methods import name_of
 from experiments.setup.settings import PIXELS

@@ -23,10 +23,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bnncert.posterior import Gaussian, LowRank, MeanField, spread
-from experiments.evaluation import certified_accuracy
-from experiments.palette import LIGHT
-from experiments.posteriors import load as load_posterior
-from experiments.run import deploy
+from experiments.pipeline.deployment import deploy
+from experiments.pipeline.evaluation import certified_accuracy
+from experiments.pipeline.posteriors import load as load_posterior
+from experiments.report.palette import LIGHT
 from experiments.setup.config import from_dict
 from experiments.setup.data import Split, load
 from experiments.setup.methods import name_of
@@ -63,7 +63,7 @@ def curve(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     test = Split(dataset.test.x[: options.images], dataset.test.y[: options.images])
     apply = build(config.model, dataset).apply
     inference = name_of(config.inference)
-    mean, draws = posterior.moments()[0], deploy(config, posterior)
+    mean, draws = posterior.moments()[0], deploy(posterior, config.eval.num_samples, config.seed)
     rows = []
     for factor in options.factors:
         wider = widened(draws, mean, factor)

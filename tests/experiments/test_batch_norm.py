@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from bnncert.posterior import Samples
-from experiments import posteriors, run
-from experiments.inference import build_algorithm
+from experiments.pipeline import posteriors
+from experiments.pipeline.inference import build_algorithm
 from experiments.setup import models
 from experiments.setup.data import Dataset, Split
 from experiments.setup.models import SmallCNN, freeze, of_module
 from experiments.setup.presets import preset
 from experiments.setup.settings import EvalConfig
+from experiments.tasks import images as task
 
 CLASSES, NUM = 3, 24
 NETWORK = SmallCNN(CLASSES, (0.5,), (0.25,), channels=(2,), hidden=3, normalised=True)
@@ -100,8 +101,8 @@ def test_batch_norm_has_no_prior(inference: str, last: bool) -> None:
 def test_a_run_trains_certifies_and_keeps_frozen_networks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "load", lambda *_: DATASET)
-    monkeypatch.setattr(run, "build", lambda *_: MODEL)
+    monkeypatch.setattr(task, "load", lambda *_: DATASET)
+    monkeypatch.setattr(task, "build", lambda *_: MODEL)
     base = preset("digits", "bbb")
     config = dataclasses.replace(
         base,
@@ -113,14 +114,14 @@ def test_a_run_trains_certifies_and_keeps_frozen_networks(
             eps=0.02, num_samples=3, attack_steps=2, curve_points=2, certify_method="ibp"
         ),
     )
-    folder = run.run(config)
+    folder = task.run(config)
     results = json.loads((folder / "results.json").read_text())
     accuracies = [results[f"{name}_accuracy"] for name in ("certified", "attacked", "clean")]
     assert 0.5 < accuracies[0] <= accuracies[1] <= accuracies[2]
 
     kept = posteriors.load(folder / "posterior.npz")
     assert isinstance(kept, Samples) and kept.num_samples == 3
-    train_set, _ = run.validation_split(DATASET.train, 6, run.SPLIT_SEED)
+    train_set, _ = task.validation_split(DATASET.train, 6, task.SPLIT_SEED)
     members = [jax.tree.map(lambda leaf, i=i: leaf[i], kept.params) for i in range(3)]
     for member in members:
         assert_frozen_on(member, train_set.x)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bnncert.posterior import MeanField, Samples
-from experiments.posteriors import save
+from experiments.pipeline.posteriors import save
 from experiments.setup.config import to_dict
 from experiments.setup.data import load
 from experiments.setup.models import build

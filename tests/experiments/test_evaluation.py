@@ -8,8 +8,14 @@ import pytest
 
 from bnncert import attack, certify
 from bnncert.sets import ball
-from experiments import evaluation
-from experiments.evaluation import Evaluated, SoundnessError, check_order, evaluate, predict
+from experiments.pipeline import evaluation
+from experiments.pipeline.evaluation import (
+    Evaluated,
+    SoundnessError,
+    check_order,
+    evaluate,
+    predict,
+)
 from experiments.setup.data import Split
 from experiments.setup.settings import EvalConfig
 

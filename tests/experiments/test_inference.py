@@ -12,15 +12,15 @@ import pytest
 from bnncert import posterior
 from bnncert.infer import swag
 from bnncert.types import Batch
-from experiments import checkpoint, inference
-from experiments.inference import refine
-from experiments.run import deploy
+from experiments.pipeline import checkpoint, inference
+from experiments.pipeline.deployment import deploy
+from experiments.pipeline.inference import refine
+from experiments.pipeline.training import train
 from experiments.setup.config import RunConfig
 from experiments.setup.data import Split
 from experiments.setup.methods import METHODS, Refining
 from experiments.setup.models import Model
 from experiments.setup.presets import preset
-from experiments.training import train
 
 NUM, CLASSES = 20, 3
 NONE_HELD = Split(np.zeros((0, 2, 2, 1), np.float32), np.zeros(0, np.int32))
@@ -83,7 +83,7 @@ def test_each_method_trains_and_is_deployed(name: str, tmp_path: Path) -> None:
     found, report = refine(config, MODEL, trained.posterior, images())
     kind, number = KINDS.get(name, (posterior.MeanField, 16))
     assert isinstance(found, kind)
-    samples = deploy(config, found)
+    samples = deploy(found, config.eval.num_samples, config.seed)
     assert jax.tree.map(jnp.shape, samples) == {
         "Dense_0": (number, 3, 4),
         "Dense_1": (number, CLASSES, 3),
@@ -142,7 +142,7 @@ def test_swag_collects_from_the_stated_fraction_on(monkeypatch: pytest.MonkeyPat
 def test_the_last_layer_alone_may_be_random(name: str, tmp_path: Path) -> None:
     config = settings(name, random_layers="last")
     trained = train(config, MODEL, images(), NONE_HELD, tmp_path)
-    samples = deploy(config, trained.posterior)
+    samples = deploy(trained.posterior, config.eval.num_samples, config.seed)
     moved = (samples["Dense_0"] != init(jax.random.fold_in(jax.random.key(0), 0))["Dense_0"]).any()
     assert bool(moved)  # trained, by the likelihood
     assert bool((samples["Dense_1"][0] != samples["Dense_1"][1]).any())

@@ -12,9 +12,9 @@ from scipy.stats import norm
 
 from bnncert import certify
 from bnncert.sets import Box
-from experiments.evaluation import SoundnessError
-from experiments.regression import data, evaluation, network, run, settings, training
-from experiments.regression.run import main
+from experiments.pipeline.evaluation import SoundnessError
+from experiments.tasks.regression import data, evaluation, network, run, settings, training
+from experiments.tasks.regression.run import main
 
 TINY = (
     "--epochs 4 --hidden 4 --num-samples 3 --attack-steps 3 --curve-points 1 --members 2 "

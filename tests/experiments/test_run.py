@@ -16,13 +16,14 @@ import pytest
 
 from bnncert import certify
 from bnncert.posterior import Samples
-from experiments import run
-from experiments.run import main, open_folder
+from experiments.pipeline.folder import open_folder
+from experiments.pipeline.training import Trained
+from experiments.run import main
 from experiments.setup import data
 from experiments.setup.config import from_dict
 from experiments.setup.models import Model
 from experiments.setup.presets import parse
-from experiments.training import Trained
+from experiments.tasks import images
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = (
@@ -187,7 +188,8 @@ def test_certificates_and_gallery_agree_with_the_results(bbb: tuple[Path, str]) 
 
 KILLED = """
 import os, signal, sys
-from experiments import checkpoint, evaluation, run, training
+from experiments.pipeline import checkpoint, evaluation, training
+from experiments import run
 
 training.CHECKPOINT_SECONDS = -1.0  # after each epoch
 
@@ -417,7 +419,7 @@ def test_a_violated_order_stops_the_run(tmp_path: Path, monkeypatch: pytest.Monk
         found = honest(*args, **kwargs)
         return dataclasses.replace(found, robust=found.predicted >= 0)
 
-    monkeypatch.setattr(run, "train", untrained)
+    monkeypatch.setattr(images, "train", untrained)
     monkeypatch.setattr(certify, "decision", liar)
     status, _, errors = digits(tmp_path / "run", "--eval.eps", "0.5")
     assert status == 1

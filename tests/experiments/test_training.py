@@ -16,7 +16,8 @@ from bnncert.infer.map import MAPInfo
 from bnncert.posterior import LowRank, MeanField, Samples
 from bnncert.sets import ball
 from bnncert.types import Algorithm, Batch, Threat
-from experiments import checkpoint, inference, training
+from experiments.pipeline import checkpoint, inference, training
+from experiments.pipeline.training import TrainingError, keep_epochs, train
 from experiments.setup.config import RunConfig
 from experiments.setup.data import Split, epoch_batches
 from experiments.setup.methods import BBB, MAP, Inference
@@ -28,7 +29,6 @@ from experiments.setup.schedule import (
     power_schedule,
     threat_schedule,
 )
-from experiments.training import TrainingError, keep_epochs, train
 
 NUM, CLASSES = 10, 3
 CLIP = 0.5

@@ -23,22 +23,21 @@ from tqdm import tqdm
 
 import bnncert
 from bnncert.posterior import spread
-from experiments.evaluation import SoundnessError
-from experiments.posteriors import save as save_posterior
-from experiments.regression import figures, network
-from experiments.regression.data import Problem, Table, load
-from experiments.regression.evaluation import Columns, Examine, examiner, measure
-from experiments.regression.settings import (
+from experiments.pipeline.deployment import deploy
+from experiments.pipeline.evaluation import SoundnessError
+from experiments.pipeline.posteriors import save as save_posterior
+from experiments.pipeline.training import TrainingError
+from experiments.tasks.regression import figures, network
+from experiments.tasks.regression.data import Problem, Table, load
+from experiments.tasks.regression.evaluation import Columns, Examine, examiner, measure
+from experiments.tasks.regression.settings import (
     TRAININGS,
     Settings,
     output_folder,
     parse,
-    run_config,
     to_dict,
 )
-from experiments.regression.training import Fitted, trainer
-from experiments.run import deploy
-from experiments.training import TrainingError
+from experiments.tasks.regression.training import Fitted, trainer
 
 RADIUS = "standard deviations of each feature, over the training data"
 
@@ -62,7 +61,7 @@ def run(settings: Settings) -> tuple[Path, dict[str, Any]]:
     """Trains, bounds, attacks and draws.
 
     Args:
-        settings: checked (`experiments.regression.settings.parse`).
+        settings: checked (`experiments.tasks.regression.settings.parse`).
 
     Returns:
         The run's folder, and what its results.json holds.
@@ -105,7 +104,7 @@ def evaluate(
     """
     started = time.monotonic()
     posterior = fitted.posterior
-    samples = deploy(run_config(settings, training), posterior)
+    samples = deploy(posterior, settings.num_samples, settings.seed)
     curve: dict[str, list[float]] = {"eps": []}
     steps = settings.curve_points
     at: dict[int, tuple[Columns, dict[str, Any]]] = {}

@@ -15,9 +15,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from experiments.palette import LIGHT
-from experiments.regression.data import Problem, Table
-from experiments.regression.evaluation import WIDTH, Columns
+from experiments.report.palette import LIGHT
+from experiments.tasks.regression.data import Problem, Table
+from experiments.tasks.regression.evaluation import WIDTH, Columns
 
 GRID = 401
 """Points of the line that the sine is drawn along."""

@@ -21,10 +21,9 @@ from jaxtyping import PyTree
 from tqdm import tqdm
 
 from bnncert.types import Apply
-from experiments.additions import results_of
-from experiments.evaluation import SoundnessError
-from experiments.posteriors import load as load_posterior
-from experiments.run import deploy
+from experiments.pipeline.deployment import deploy
+from experiments.pipeline.evaluation import SoundnessError
+from experiments.pipeline.posteriors import load as load_posterior
 from experiments.setup.config import RunConfig, from_dict
 from experiments.setup.data import Split, load
 from experiments.setup.models import build
@@ -72,8 +71,15 @@ def open_run(folder: Path, data_dir: Path | None = None, images: int | None = No
         raise ValueError(f"--images {images}: the test set has {num}")
     posterior = load_posterior(folder / "posterior.npz")
     apply = build(config.model, dataset).apply
+    samples = deploy(posterior, config.eval.num_samples, config.seed)
     test = Split(dataset.test.x[:images], dataset.test.y[:images])
-    return Finished(folder, config, apply, deploy(config, posterior), posterior, test)
+    return Finished(folder, config, apply, samples, posterior, test)
+
+
+def results_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records of all results added to a run, by name: certificates first, then attacks."""
+    paths = [*sorted(folder.glob("certify-*.json")), *sorted(folder.glob("attack-*.json"))]
+    return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
 def in_stages(

@@ -1,22 +1,18 @@
-"""One page about a finished run: what it classifies, what the attack breaks, what is proved.
-
-    python -m experiments.report RUN             # writes RUN/report.html
-    python -m experiments.report RUN --summary summary.png
+"""The files of a report: read from a finished run's folder, and written into it.
 
 The page is one file without outside resources: plots are inline SVG, images inline PNG.
 """
 
-import argparse
 import json
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from experiments import additions, figures, gallery
-from experiments.page import Run, page
+from experiments.pipeline.finished import results_of
+from experiments.report import figures, gallery
+from experiments.report.page import Run, page
 
 FILES = ("config.json", "metrics.jsonl", "results.json", "certificates.npz", "gallery.npz")
 
@@ -83,30 +79,8 @@ def load(run_dir: Path) -> Run:
         certificates,
         gallery.Gallery(images["index"], images["image"], images.get("attacked")),
         results.get("class_names") or [str(c) for c in range(certificates["probs"].shape[1])],
-        additions.results_of(run_dir),
+        results_of(run_dir),
     )
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: rebuilds a run's report."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.report",
-        description="Rebuild report.html, one self-contained page, from a finished run's files.",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
-    parser.add_argument(
-        "--summary",
-        type=Path,
-        metavar="FILE",
-        help="also draw a picture for a README: test images and accuracy over eps (.png or .svg)",
-    )
-    options = parser.parse_args(arguments)
-    try:
-        print(write_report(options.run))
-        if options.summary:
-            print(summary_picture(options.run, options.summary))
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -122,7 +96,3 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,8 @@
 """Results that `experiments.certify` and `experiments.attack` added to a run: their table."""
 
-import json
 from collections.abc import Mapping
 from html import escape
-from pathlib import Path
 from typing import Any
-
-
-def results_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """The records of all results added to a run, by name: certificates first, then attacks."""
-    paths = [*sorted(folder.glob("certify-*.json")), *sorted(folder.glob("attack-*.json"))]
-    return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
 def section(results: Mapping[str, Mapping[str, Any]]) -> str:

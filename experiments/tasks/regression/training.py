@@ -1,4 +1,4 @@
-"""Training a regression: the methods of `experiments.inference`, on the robust Gaussian likelihood.
+"""Training a regression: any inference method, on the robust Gaussian likelihood.
 
     maximise   E_q[ log p_rob(D | w) ] - kl_weight KL(q || p),   p_rob = robust_gaussian
 
@@ -20,15 +20,15 @@ from tqdm import tqdm
 
 from bnncert import infer, likelihood
 from bnncert.types import Algorithm, Batch, Threat
-from experiments.inference import build_algorithm
-from experiments.regression.data import Table
-from experiments.regression.settings import Settings, run_config
+from experiments.pipeline.inference import build_algorithm
+from experiments.pipeline.training import IN_NATS, TrainingError
 from experiments.setup.data import epoch_batches
 from experiments.setup.methods import MAP
 from experiments.setup.models import Model
 from experiments.setup.schedule import power_schedule, threat_schedule
 from experiments.setup.settings import TrainConfig
-from experiments.training import IN_NATS, TrainingError
+from experiments.tasks.regression.data import Table
+from experiments.tasks.regression.settings import Settings, run_config
 
 
 class Fitted(NamedTuple):
@@ -46,7 +46,7 @@ class Fitted(NamedTuple):
 
 
 Fit = Callable[[str], Fitted]
-"""Trains as one of `experiments.regression.settings.TRAININGS`."""
+"""Trains as one of `experiments.tasks.regression.settings.TRAININGS`."""
 
 
 def trainer(settings: Settings, model: Model, data: Table) -> Fit:

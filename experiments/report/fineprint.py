@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from experiments.figures import radius_text
+from experiments.report.figures import radius_text
 from experiments.setup.config import options_of, to_dict
 from experiments.setup.methods import METHODS
 from experiments.setup.presets import PRESETS, preset

@@ -21,11 +21,12 @@ from tqdm import tqdm
 from bnncert import certify
 from bnncert.sets import ball
 from bnncert.types import Algorithm, Apply, Batch, Threat
-from experiments import checkpoint
-from experiments.inference import build_algorithm
+from experiments.pipeline import checkpoint
+from experiments.pipeline.deployment import deployable
+from experiments.pipeline.inference import build_algorithm
 from experiments.setup.config import RunConfig
 from experiments.setup.data import Split, epoch_batches
-from experiments.setup.models import Model, freeze
+from experiments.setup.models import Model
 from experiments.setup.schedule import (
     kl_weight_schedule,
     learning_rate_schedule,
@@ -36,9 +37,6 @@ from experiments.setup.settings import PIXELS
 
 IN_NATS = ("loss", "log_likelihood", "log_prior", "kl")
 """What the methods' infos have in nats over all data; logged per datum."""
-
-FROZEN_ON = 2048
-"""Training images, the first ones, that give deployed networks the statistics of batch-norm."""
 
 CHECKPOINT_SECONDS = 10.0
 """Least time between two checkpoints: saving takes some 50 ms."""
@@ -188,11 +186,6 @@ def make_update(config: RunConfig, algorithm: Algorithm, steps_per_epoch: int) -
         return state, info, jnp.stack([jnp.isfinite(leaf).all() for leaf in numbers])
 
     return update
-
-
-def deployable(model: Model, train_set: Split, samples: PyTree) -> PyTree:
-    """Samples as the networks that are deployed: batch-norm frozen on the first training images."""
-    return freeze(model, samples, train_set.x[:FROZEN_ON])
 
 
 def make_validation(

@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.figure import FigureBase
 
 from bnncert import metrics
-from experiments import additions, figures, fineprint, gallery, palette
-from experiments.outcomes import OUTCOMES, by_class, outcomes
+from experiments.pipeline.outcomes import OUTCOMES, by_class, outcomes
+from experiments.report import additions, figures, fineprint, gallery, palette
 
 
 class Run(NamedTuple):

@@ -35,9 +35,9 @@ from bnncert import certify
 from bnncert.posterior import MeanField
 from bnncert.sets import Box, ball
 from bnncert.types import Apply, Stacked
-from experiments.evaluation import SoundnessError
-from experiments.regression.data import Table
-from experiments.regression.settings import Settings
+from experiments.pipeline.evaluation import SoundnessError
+from experiments.tasks.regression.data import Table
+from experiments.tasks.regression.settings import Settings
 
 Vector = Float[np.ndarray, " num"]
 Columns = dict[str, np.ndarray]

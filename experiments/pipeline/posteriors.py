@@ -66,7 +66,7 @@ def load(path: Path) -> Any:
     """
     with np.load(path, allow_pickle=False) as stored:
         if "description" not in stored:
-            raise ValueError(f"{path} holds no posterior (of `experiments.posteriors.save`)")
+            raise ValueError(f"{path} holds no posterior (of `experiments.pipeline.posteriors`)")
         return _build(json.loads(str(stored["description"])), stored)
 
 

@@ -1,0 +1,1 @@
+"""What is learned: a module for each kind of data, from end to end."""
