@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from experiments.pipeline.allocator import keep_freed_pages
 from experiments.pipeline.evaluation import SoundnessError
 from experiments.pipeline.training import TrainingError
-from experiments.setup.command import attempt
+from experiments.setup.command import RESUME, attempt
 from experiments.setup.presets import parse
 from experiments.tasks import images
 
@@ -25,8 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> None:
         print(f"report: {images.run(config) / 'report.html'}")
 
-    again = "add --resume to the same command to go on from the last checkpoint"
-    return attempt(work, EXPECTED, again)
+    return attempt(work, EXPECTED, RESUME)
 
 
 if __name__ == "__main__":

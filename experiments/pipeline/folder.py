@@ -6,11 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from experiments.setup.config import RunConfig, from_dict, options_of, output_folder, to_dict
+from experiments.setup.config import Run, from_dict, options_of, output_folder, to_dict
+
+PLACES = ("out", "data_dir", "resume")
+"""Settings that decide where things are, and no number."""
 
 
-def open_folder(config: RunConfig) -> Path:
+def open_folder(config: Run) -> Path:
     """Makes the run's folder and its config.json, or finds the run to resume.
+
+    Args:
+        config: checked settings of any task.
 
     Raises:
         FileExistsError: the folder holds another run.
@@ -25,7 +31,7 @@ def open_folder(config: RunConfig) -> Path:
                 f"no run to resume in {folder} (there is no config.json); leave out --resume to "
                 "start one, or name its folder with --out"
             )
-        _check_same(from_dict(json.loads(recorded.read_text())), config)
+        _check_same(from_dict(json.loads(recorded.read_text()), type(config)), config)
         return folder
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; choose another --out")
@@ -55,14 +61,13 @@ def write_npz(path: Path, arrays: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _check_same(recorded: RunConfig, asked: RunConfig) -> None:
+def _check_same(recorded: Run, asked: Run) -> None:
     """What decides the numbers must be as it was; folders may have moved."""
     before, now = options_of(to_dict(recorded)), options_of(to_dict(asked))
-    places = ("out", "data_dir", "resume")
     changed = [
         f"{name}: {before[name]} -> {now[name]}"
         for name in now
-        if name in before and name not in places and before[name] != now[name]
+        if name in before and name not in PLACES and before[name] != now[name]
     ]
     if changed:
         raise ValueError(

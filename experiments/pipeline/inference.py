@@ -1,91 +1,92 @@
-"""From the settings of a run to its inference method: what it is built from, and its two stages."""
+"""From what is to be learned to its inference method: what it is built from, and its two stages."""
 
-from functools import partial
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
-from bnncert import attack, likelihood
-from bnncert.types import Algorithm, Apply, LogLikelihood, Posterior, Threat
-from experiments.setup.config import RunConfig
+from bnncert.types import Algorithm, LogLikelihood, Posterior, Threat
 from experiments.setup.data import Split
-from experiments.setup.methods import Refining, Task
+from experiments.setup.methods import Inference, Refining, Task
 from experiments.setup.methods.task import normal_prior
 from experiments.setup.models import Model
 from experiments.setup.schedule import kl_weight_schedule, learning_rate_schedule
-from experiments.setup.settings import PIXELS, TrainConfig
+from experiments.setup.settings import TrainConfig
+
+Measure = Callable[[Any, PRNGKeyArray], dict[str, float | None]]
+"""`(posterior, key) -> numbers`, such as accuracies on data that are held out."""
+
+
+class Problem(NamedTuple):
+    """What is to be learned: all that the training loop needs to know of a task.
+
+    Attributes:
+        model: the network.
+        data: what it is trained on.
+        log_likelihood: of one datum.
+        measure: follows training, once an epoch; None measures nothing.
+        name: of the training, for its progress bar.
+        options: what the options of training begin with, for messages.
+    """
+
+    model: Model
+    data: Split
+    log_likelihood: LogLikelihood
+    measure: Measure | None = None
+    name: str = "train"
+    options: str = "train."
 
 
 def build_algorithm(
-    config: RunConfig,
-    model: Model,
-    params: PyTree,
-    num_data: int,
-    steps_per_epoch: int,
-    log_likelihood: LogLikelihood | None = None,
+    method: Inference, settings: TrainConfig, problem: Problem, params: PyTree, steps: int
 ) -> Algorithm:
-    """The inference method of a run, on its likelihood; of hmc, nuts and laplace the first stage.
+    """An inference method on a problem; of hmc, nuts and laplace the first stage.
 
     Args:
-        config: the run's settings.
-        model: the network.
+        method: with its own settings.
+        settings: of training.
+        problem: what is to be learned.
         params: gives structure and shapes.
-        num_data: training data.
-        steps_per_epoch: minibatches in an epoch.
-        log_likelihood: of one datum; by default that of an image, as the settings say.
+        steps: minibatches in an epoch.
     """
-    task = _task(config.train, model, params, num_data, steps_per_epoch)
-    own = task.log_likelihood if log_likelihood is None else log_likelihood
-    return config.inference.build(task._replace(log_likelihood=own))
+    return method.build(_task(settings, problem, params, steps))
 
 
 def refine(
-    config: RunConfig, model: Model, posterior: Posterior, images: Split
+    method: Inference, settings: TrainConfig, problem: Problem, posterior: Posterior, seed: int
 ) -> tuple[Posterior, dict[str, Any]]:
     """What comes after the training loop: sampling with HMC or NUTS, or a Laplace approximation.
 
     Args:
-        config: the run's settings.
-        model: the network.
+        method: with its own settings.
+        settings: of training.
+        problem: what is to be learned.
         posterior: of the training loop.
-        images: the training images.
+        seed: of the run.
 
     Returns:
         The posterior that is deployed, and what there is to report about it; other methods return
         theirs as it is.
     """
-    method = config.inference
     if not isinstance(method, Refining):
         return posterior, {}
-    key = jax.random.fold_in(jax.random.key(config.seed), 6)
+    key = jax.random.fold_in(jax.random.key(seed), 6)
     mean, scales = posterior.moments()
-    task = _task(config.train, model, mean, len(images.y), 1)
-    threat = Threat(*map(jnp.float32, (config.train.eps, config.train.lam, config.train.power)))
-    return method.refine(task, key, mean, scales, images, threat)
+    threat = Threat(*map(jnp.float32, (settings.eps, settings.lam, settings.power)))
+    task = _task(settings, problem, mean, 1)
+    return method.refine(task, key, mean, scales, problem.data, threat)
 
 
-def error_model(settings: TrainConfig, apply: Apply) -> LogLikelihood:
-    """The log-likelihood of one image: certified, attacked (adversarial training), or plain."""
-    if settings.likelihood == "certified":
-        return likelihood.robust_categorical(apply, method=settings.method, clip=PIXELS)
-    if settings.likelihood == "attacked":
-        found = partial(attack.pgd, steps=settings.attack_steps, clip=PIXELS)
-        return likelihood.attacked_categorical(apply, found)
-    return likelihood.clean_categorical(apply)
-
-
-def _task(
-    train: TrainConfig, model: Model, params: PyTree, num_data: int, steps_per_epoch: int
-) -> Task:
+def _task(settings: TrainConfig, problem: Problem, params: PyTree, steps: int) -> Task:
     return Task(
-        train,
-        model,
-        error_model(train, model.apply),
-        normal_prior(params, train.prior_scale, train.random_layers),
-        num_data,
-        train.epochs * steps_per_epoch,
-        learning_rate_schedule(train, steps_per_epoch),
-        cast(Any, kl_weight_schedule(train, steps_per_epoch)),
+        settings,
+        problem.model,
+        problem.log_likelihood,
+        normal_prior(params, settings.prior_scale, settings.random_layers),
+        len(problem.data.y),
+        settings.epochs * steps,
+        learning_rate_schedule(settings, steps),
+        cast(Any, kl_weight_schedule(settings, steps)),
     )

@@ -1,4 +1,4 @@
-"""Training: one loop for every inference method, resumable to the bit.
+"""Training: one loop for every task and inference method, resumable to the bit.
 
 All that is random is a pure function of (seed, epoch) or (seed, step): a run that was killed and
 resumed takes the same steps as one that was not.
@@ -18,22 +18,19 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
-from bnncert import certify
-from bnncert.sets import ball
-from bnncert.types import Algorithm, Apply, Batch, Threat
+from bnncert.types import Algorithm, Batch, Threat
 from experiments.pipeline import checkpoint
-from experiments.pipeline.deployment import deployable
-from experiments.pipeline.inference import build_algorithm
-from experiments.setup.config import RunConfig
-from experiments.setup.data import Split, epoch_batches
-from experiments.setup.models import Model
+from experiments.pipeline.inference import Problem, build_algorithm
+from experiments.setup.data import epoch_batches
+from experiments.setup.methods import Inference
+from experiments.setup.requirements import flag
 from experiments.setup.schedule import (
     kl_weight_schedule,
     learning_rate_schedule,
     power_schedule,
     threat_schedule,
 )
-from experiments.setup.settings import PIXELS
+from experiments.setup.settings import TrainConfig
 
 IN_NATS = ("loss", "log_likelihood", "log_prior", "kl")
 """What the methods' infos have in nats over all data; logged per datum."""
@@ -53,21 +50,25 @@ class Trained(NamedTuple):
         posterior: as the algorithm gives it.
         seconds_per_epoch: median over the epochs.
         train_seconds: all epochs, those before a resume included.
+        last: what was logged of the last epoch.
     """
 
     posterior: Any
     seconds_per_epoch: float
     train_seconds: float
+    last: dict[str, Any]
 
 
-def train(config: RunConfig, model: Model, train_set: Split, held: Split, folder: Path) -> Trained:
+def train(
+    method: Inference, settings: TrainConfig, problem: Problem, seed: int, folder: Path
+) -> Trained:
     """Trains a posterior, from the last checkpoint in `folder` if there is one.
 
     Args:
-        config: the run's settings.
-        model: the network.
-        train_set: training images.
-        held: validation images; may be empty.
+        method: of inference, with its own settings.
+        settings: of training.
+        problem: what is to be learned.
+        seed: of the run.
         folder: of the run: `metrics.jsonl` gains a line an epoch, `checkpoints/` the states.
 
     Returns:
@@ -76,12 +77,12 @@ def train(config: RunConfig, model: Model, train_set: Split, held: Split, folder
     Raises:
         TrainingError: something became NaN or infinite; names the step and the leaf.
     """
-    settings = config.train
-    num, size = len(train_set.y), min(config.train.batch_size, len(train_set.y))
+    data, num = problem.data, len(problem.data.y)
+    size = min(settings.batch_size, num)
     steps_per_epoch = -(-num // size)
-    key = jax.random.key(config.seed)
-    params = model.init(jax.random.fold_in(key, 0))
-    algorithm = build_algorithm(config, model, params, num, steps_per_epoch)
+    key = jax.random.key(seed)
+    params = problem.model.init(jax.random.fold_in(key, 0))
+    algorithm = build_algorithm(method, settings, problem, params, steps_per_epoch)
     state = algorithm.init(jax.random.fold_in(key, 1), params)
     # A copy: donated buffers must not be shared with `params`.
     state = jax.tree.map(jnp.copy, state)
@@ -90,23 +91,19 @@ def train(config: RunConfig, model: Model, train_set: Split, held: Split, folder
         first, state = checkpoint.restore(folder / "checkpoints", (first, state))
         first = int(first)
     lines = keep_epochs(folder / "metrics.jsonl", first)
-    update = make_update(config, algorithm, steps_per_epoch)
-    measure = make_validation(config, model.apply, held, partial(deployable, model, train_set))
-    images, labels = jnp.asarray(train_set.x), jnp.asarray(train_set.y)
-    rates = learning_rate_schedule(settings, steps_per_epoch)
-    threats = threat_schedule(settings, steps_per_epoch)
-    powers = power_schedule(settings, steps_per_epoch)
-    weight = kl_weight_schedule(settings, steps_per_epoch)
+    update = make_update(settings, algorithm, steps_per_epoch)
+    x, y = jnp.asarray(data.x), jnp.asarray(data.y)
+    schedules = _at_each_epoch(settings, steps_per_epoch)
     saved = time.monotonic()
     total = settings.epochs * steps_per_epoch
     with (
-        tqdm(total=total, initial=first * steps_per_epoch, desc="train", unit="step") as bar,
+        tqdm(total=total, initial=first * steps_per_epoch, desc=problem.name, unit="step") as bar,
         open(folder / "metrics.jsonl", "a") as log,
     ):
         for epoch in range(first, settings.epochs):
             started = time.monotonic()
             infos, finite = [], []
-            indices, mask = epoch_batches((config.seed, epoch), num, size)
+            indices, mask = epoch_batches((seed, epoch), num, size)
             for i in range(steps_per_epoch):
                 step = epoch * steps_per_epoch + i
                 state, info, fine = update(
@@ -115,29 +112,23 @@ def train(config: RunConfig, model: Model, train_set: Split, held: Split, folder
                     np.int32(step),
                     indices[i],
                     mask[i],
-                    images,
-                    labels,
+                    x,
+                    y,
                 )
                 infos.append(info)
                 finite.append(fine)
                 bar.update()
                 if i % 50 == 49:  # now and then: reading a number waits for the device
-                    _show(bar, float(info.loss) / num, float(threats(step)[0]))
-            _check_finite(state, np.asarray(finite), epoch * steps_per_epoch, folder)
-            posterior = algorithm.posterior(state)
+                    _show(bar, float(info.loss) / num, schedules[epoch]["eps"])
+            _check_finite(state, np.asarray(finite), epoch * steps_per_epoch, problem, folder)
             seconds = time.monotonic() - started
-            last = (epoch + 1) * steps_per_epoch - 1
-            eps, lam = threats(last)
+            measured = problem.measure and problem.measure(algorithm.posterior(state), key)
             line = {
                 "epoch": epoch + 1,
-                "step": last + 1,
+                "step": (epoch + 1) * steps_per_epoch,
                 **{name: _mean(infos, name) / num for name in IN_NATS if hasattr(infos[0], name)},
-                "eps": float(eps),
-                "lam": float(lam),
-                "power": float(powers(last)),
-                "kl_weight": float(weight(last) if callable(weight) else weight),
-                "learning_rate": float(np.asarray(rates(last))),
-                **measure(posterior, key),
+                **schedules[epoch],
+                **(measured or {}),
                 "seconds": seconds,
             }
             log.write(json.dumps(line) + "\n")
@@ -149,10 +140,11 @@ def train(config: RunConfig, model: Model, train_set: Split, held: Split, folder
                 checkpoint.save(folder / "checkpoints", epoch + 1, (np.int32(epoch + 1), state))
                 saved = time.monotonic()
     spent = [line["seconds"] for line in lines]
-    return Trained(algorithm.posterior(state), float(np.median(spent)), float(np.sum(spent)))
+    posterior = algorithm.posterior(state)
+    return Trained(posterior, float(np.median(spent)), float(np.sum(spent)), lines[-1])
 
 
-def make_update(config: RunConfig, algorithm: Algorithm, steps_per_epoch: int) -> Callable:
+def make_update(settings: TrainConfig, algorithm: Algorithm, steps_per_epoch: int) -> Callable:
     """One jitted step: gathers its minibatch on the device, and follows the schedules.
 
     It returns the new state, the method's info, and whether the loss and each leaf of the state
@@ -161,8 +153,8 @@ def make_update(config: RunConfig, algorithm: Algorithm, steps_per_epoch: int) -
     A loop in Python, not `lax.scan`: inside XLA's loops the gradients of convolutions run 10 times
     slower on CPU, and the dispatch of a step is hidden behind the one before.
     """
-    threats = threat_schedule(config.train, steps_per_epoch)
-    powers = power_schedule(config.train, steps_per_epoch)
+    threats = threat_schedule(settings, steps_per_epoch)
+    powers = power_schedule(settings, steps_per_epoch)
 
     @partial(jax.jit, donate_argnums=1)
     def update(
@@ -171,52 +163,21 @@ def make_update(config: RunConfig, algorithm: Algorithm, steps_per_epoch: int) -
         step: Array,
         indices: Array,
         mask: Array,
-        images: Array,
-        labels: Array,
+        inputs: Array,
+        targets: Array,
     ) -> tuple[PyTree, Any, Array]:
         eps, lam = threats(step)
         here = jax.random.fold_in(key, step)
-        x = images[indices]
-        if config.train.flip:
+        x = inputs[indices]
+        if settings.flip:
             chosen = jax.random.bernoulli(jax.random.fold_in(here, 1), 0.5, (x.shape[0], 1, 1, 1))
             x = jnp.where(chosen, x[:, :, ::-1], x)
         threat = Threat(eps, lam, powers(step))
-        state, info = algorithm.update(here, state, Batch(x, labels[indices], mask), threat)
+        state, info = algorithm.update(here, state, Batch(x, targets[indices], mask), threat)
         numbers = [info.loss, *_numbers(state).values()]
         return state, info, jnp.stack([jnp.isfinite(leaf).all() for leaf in numbers])
 
     return update
-
-
-def make_validation(
-    config: RunConfig,
-    apply: Apply,
-    held: Split,
-    freeze: Callable[[PyTree], PyTree] = lambda samples: samples,
-) -> Callable[[Any, PRNGKeyArray], dict[str, float | None]]:
-    """Clean and certified accuracy of one posterior draw on the held-out images (by IBP)."""
-    if not len(held.y):
-        return lambda posterior, key: {"val_clean_accuracy": None, "val_certified_accuracy": None}
-
-    @jax.jit
-    def certify_all(samples: PyTree, x: Array, y: Array) -> tuple[Array, Array]:
-        def one(x: Array) -> Any:
-            region = ball(x, config.eval.eps, clip=PIXELS)
-            return certify.decision(apply, samples, region, x=x, method="ibp")
-
-        found = jax.vmap(one)(x)
-        correct = found.predicted == y
-        return correct.mean(), (correct & found.robust).mean()
-
-    def measure(posterior: Any, key: PRNGKeyArray) -> dict[str, float | None]:
-        draw = freeze(posterior.sample(jax.random.fold_in(key, 3), 1))
-        clean, certified = certify_all(draw, held.x, held.y)
-        return {
-            "val_clean_accuracy": float(clean),
-            "val_certified_accuracy": float(certified),
-        }
-
-    return measure
 
 
 def keep_epochs(path: Path, epochs: int) -> list[dict[str, Any]]:
@@ -233,6 +194,22 @@ def keep_epochs(path: Path, epochs: int) -> list[dict[str, Any]]:
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
     temporary.replace(path)
     return lines
+
+
+def _at_each_epoch(settings: TrainConfig, steps_per_epoch: int) -> list[dict[str, float]]:
+    """What the schedules come to at the last step of each epoch."""
+    last = jnp.arange(1, settings.epochs + 1) * steps_per_epoch - 1
+    weight = kl_weight_schedule(settings, steps_per_epoch)
+    eps, lam = jax.vmap(threat_schedule(settings, steps_per_epoch))(last)
+    columns: dict[str, Any] = {
+        "eps": eps,
+        "lam": lam,
+        "power": jax.vmap(power_schedule(settings, steps_per_epoch))(last),
+        "kl_weight": jax.vmap(weight)(last) if callable(weight) else np.full(len(last), weight),
+        "learning_rate": jax.vmap(learning_rate_schedule(settings, steps_per_epoch))(last),
+    }
+    rows = zip(*(np.asarray(column).tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def _show(bar: tqdm, loss: float, eps: float) -> None:
@@ -252,7 +229,9 @@ def _numbers(state: PyTree) -> dict[str, Array]:
     }
 
 
-def _check_finite(state: PyTree, finite: np.ndarray, first_step: int, folder: Path) -> None:
+def _check_finite(
+    state: PyTree, finite: np.ndarray, first_step: int, problem: Problem, folder: Path
+) -> None:
     """Raises unless every step of an epoch left all finite; names the first that did not."""
     if finite.all():
         return
@@ -264,6 +243,6 @@ def _check_finite(state: PyTree, finite: np.ndarray, first_step: int, folder: Pa
     kept = f"the checkpoint of epoch {last} is kept" if last else "no checkpoint was made yet"
     raise TrainingError(
         f"{wrong[0]}{more} became NaN or infinite at step {first_step + step}; {kept} in {folder}. "
-        "Lower --train.learning-rate, or ramp eps more slowly "
-        "(--train.ramp), and start again in another --out."
+        f"Lower {flag(problem.options)}learning-rate, or ramp eps more slowly "
+        f"({flag(problem.options)}ramp), and start again in another --out."
     )

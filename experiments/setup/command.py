@@ -14,6 +14,9 @@ from experiments.setup.requirements import check, check_name
 
 Settings = TypeVar("Settings")
 
+RESUME = "add --resume to the same command to go on from the last checkpoint"
+"""What is said of a run that was stopped."""
+
 
 def read(
     kind: type[Settings],
@@ -97,6 +100,21 @@ def rows(described: Mapping[str, str]) -> str:
 def methods(known: Sequence[str]) -> str:
     """The inference methods as lines of an overview."""
     return rows({name: about(name) for name in known})
+
+
+def description(kind: type[Any], method: str, known: Sequence[str]) -> str:
+    """What the help begins with, where a method's options are among those that follow.
+
+    Args:
+        kind: the dataclass of the settings.
+        method: whose options follow.
+        known: the methods there are.
+    """
+    return (
+        f"{kind.__doc__}\n\n--inference NAME chooses the inference method, one of "
+        f"{', '.join(known)}. Below are the options of {method}; add --inference NAME to see "
+        "those of another."
+    )
 
 
 def attempt(work: Callable[[], None], errors: tuple[type[BaseException], ...], again: str) -> int:

@@ -5,7 +5,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, TypeVar, overload, runtime_checkable
 
 import tyro
 
@@ -15,6 +15,39 @@ from experiments.setup.models import MODELS
 from experiments.setup.requirements import Seed, check, one_of
 from experiments.setup.settings import EvalConfig, TrainConfig
 from experiments.setup.upgrade import upgraded
+
+
+@runtime_checkable
+class Run(Protocol):
+    """The settings of a run of any task: a frozen dataclass with these fields among others."""
+
+    @property
+    def preset(self) -> str:
+        """What it started from."""
+        ...
+
+    @property
+    def inference(self) -> Inference:
+        """The method with its own settings."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of all that is random."""
+        ...
+
+    @property
+    def out(self) -> Path | None:
+        """The folder that it writes, or None for `output_folder`'s."""
+        ...
+
+    @property
+    def resume(self) -> bool:
+        """Whether it goes on with the run that is there."""
+        ...
+
+
+AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 @dataclass(frozen=True)
@@ -66,13 +99,13 @@ def validate(config: RunConfig) -> None:
         )
 
 
-def output_folder(config: RunConfig) -> Path:
+def output_folder(config: Run) -> Path:
     """Return the folder the run writes: `out`, or its default."""
     name = f"{config.preset}-{name_of(config.inference)}-seed{config.seed}"
     return Path("runs") / name if config.out is None else config.out
 
 
-def to_dict(config: RunConfig) -> dict[str, Any]:
+def to_dict(config: Run) -> dict[str, Any]:
     """Return the config as nested dicts that JSON can hold; the method's has its name besides."""
 
     def plain(value: Any) -> Any:
@@ -82,7 +115,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
             return list(value)
         return str(value) if isinstance(value, Path) else value
 
-    fields = plain(dataclasses.asdict(config))
+    fields = plain(dataclasses.asdict(config))  # pyright: ignore[reportArgumentType]
     return fields | {"inference": {"name": name_of(config.inference), **fields["inference"]}}
 
 
@@ -104,10 +137,18 @@ def options_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def from_dict(fields: Mapping[str, Any]) -> RunConfig:
+@overload
+def from_dict(fields: Mapping[str, Any]) -> RunConfig: ...
+@overload
+def from_dict(fields: Mapping[str, Any], kind: type[AnyRun]) -> AnyRun: ...
+def from_dict(fields: Mapping[str, Any], kind: type[Any] = RunConfig) -> Any:
     """Invert `to_dict`, and read what earlier versions wrote (`experiments.setup.upgrade`).
 
     A setting that is newer than the fields has its default.
+
+    Args:
+        fields: from a config.json.
+        kind: the dataclass of a task's settings.
 
     Raises:
         ValueError: a setting, or a method, that this version does not know; names it.
@@ -118,10 +159,10 @@ def from_dict(fields: Mapping[str, Any]) -> RunConfig:
     """
     fields = upgraded(fields)
     method = dict(fields["inference"])
-    kind = method_of(method.pop("name"))
+    named = method_of(method.pop("name"))
     known = {name: value for name, value in fields.items() if name != "inference"}
-    found = _built(RunConfig, known, "")
-    return dataclasses.replace(found, inference=_built(kind, method, "inference."))
+    found = _built(kind, known, "")
+    return dataclasses.replace(found, inference=_built(named, method, "inference."))
 
 
 def _built(kind: type[Any], fields: Mapping[str, Any], where: str) -> Any:

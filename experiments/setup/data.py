@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from experiments.setup.logs import errors_only
 from experiments.setup.requirements import check_name
@@ -19,10 +19,10 @@ DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 
 
 class Split(NamedTuple):
-    """Images and labels, in host memory."""
+    """Inputs and targets, in host memory: images and labels, or features and numbers."""
 
-    x: Float[np.ndarray, "num height width channels"]  # pixels in [0, 1], float32
-    y: Int[np.ndarray, " num"]  # int32, 0 .. num_classes - 1
+    x: Float[np.ndarray, "num ..."]  # float32; images are (height, width, channels), in [0, 1]
+    y: Shaped[np.ndarray, " num"]  # int32, 0 .. num_classes - 1; or float32
 
 
 class Dataset(NamedTuple):

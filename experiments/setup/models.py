@@ -41,11 +41,14 @@ class Model(NamedTuple):
         init: a key to fresh parameters.
         prepare: `(params, images) -> params` with the statistics of these images; None where there
             are none to fill in.
+        dense: whether all layers are dense: then networks side by side are fast by vmap, on CPUs
+            too, where convolutions of different kernels are not.
     """
 
     apply: Callable[[Any, Image], Float[Array, " classes"]]
     init: Callable[[PRNGKeyArray], Any]
     prepare: Prepare | None = None
+    dense: bool = False
 
 
 def build(name: str, dataset: Dataset) -> Model:

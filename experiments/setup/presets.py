@@ -95,7 +95,7 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
         options,
         default=default,
         validate=validate,
-        description=_description(name_of(default.inference)),
+        description=command.description(RunConfig, name_of(default.inference), tuple(METHODS)),
     )
 
 
@@ -109,15 +109,6 @@ def _refuse_moved(options: Sequence[str], inference: str | None) -> None:
             its = {name: places[name] for name in places if name == inference} or places
             now = ", ".join(f"--inference {name} {flag(path)}" for name, path in its.items())
             command.refuse(f"{word} is an option of the methods that use it now: {now}")
-
-
-def _description(method: str) -> str:
-    """What the help of a preset begins with."""
-    return (
-        f"{RunConfig.__doc__}\n\n--inference NAME chooses the inference method, one of "
-        f"{', '.join(METHODS)}. Below are the options of {method}; add --inference NAME to see "
-        "those of another."
-    )
 
 
 def _overview() -> str:

@@ -52,6 +52,7 @@ from bnncert.posterior import stack
 from bnncert.sets import Box
 from bnncert.types import Apply
 from experiments.pipeline.allocator import keep_freed_pages
+from experiments.pipeline.inference import Problem
 from experiments.pipeline.training import train
 from experiments.setup.config import RunConfig
 from experiments.setup.data import Dataset, load
@@ -59,6 +60,7 @@ from experiments.setup.methods import MAP
 from experiments.setup.models import Model, build
 from experiments.setup.presets import PRESETS
 from experiments.setup.settings import PIXELS
+from experiments.tasks.images import error_model
 
 FORMS = ("decision", "logits", "margins", "pairs", "log", "corner", "corner-0")
 PRESET_OF = {"mnist": "mnist-mlp", "digits": "digits"}
@@ -147,12 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train_members(config: RunConfig, model: Model, dataset: Dataset, count: int) -> Any:
     """Members from seeds 0 to count - 1, stacked."""
-    members = []
+    likelihood = error_model(config.train, model.apply)
+    problem, members = Problem(model, dataset.train, likelihood), []
     for seed in range(count):
         with tempfile.TemporaryDirectory() as folder:
-            seeded = dataclasses.replace(config, seed=seed)
-            none_held = dataset.train._replace(x=dataset.train.x[:0], y=dataset.train.y[:0])
-            found = train(seeded, model, dataset.train, none_held, Path(folder)).posterior
+            found = train(config.inference, config.train, problem, seed, Path(folder)).posterior
         members.append(jax.tree.map(lambda leaf: leaf[0], found.params))
     return stack(members)
 

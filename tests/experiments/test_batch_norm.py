@@ -12,7 +12,7 @@ import pytest
 
 from bnncert.posterior import Samples
 from experiments.pipeline import posteriors
-from experiments.pipeline.inference import build_algorithm
+from experiments.pipeline.inference import Problem, build_algorithm
 from experiments.setup import models
 from experiments.setup.data import Dataset, Split
 from experiments.setup.models import SmallCNN, freeze, of_module
@@ -90,7 +90,8 @@ def test_batch_norm_has_no_prior(inference: str, last: bool) -> None:
     layers = "last" if last else "all"
     changed = dataclasses.replace(config.train, random_layers=layers)
     params = MODEL.init(jax.random.key(0))
-    algorithm = build_algorithm(dataclasses.replace(config, train=changed), MODEL, params, NUM, 3)
+    problem = Problem(MODEL, images(0), task.error_model(changed, MODEL.apply))
+    algorithm = build_algorithm(config.inference, changed, problem, params, 3)
     posterior: Any = algorithm.posterior(algorithm.init(jax.random.key(1), params))
     scale = posterior.scale
     random = {layer for layer, leaves in scale.items() if leaves["bias"] is not None}

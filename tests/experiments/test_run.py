@@ -17,11 +17,11 @@ import pytest
 from bnncert import certify
 from bnncert.posterior import Samples
 from experiments.pipeline.folder import open_folder
+from experiments.pipeline.inference import Problem
 from experiments.pipeline.training import Trained
 from experiments.run import main
 from experiments.setup import data
 from experiments.setup.config import from_dict
-from experiments.setup.models import Model
 from experiments.setup.presets import parse
 from experiments.tasks import images
 
@@ -409,9 +409,9 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
 def test_a_violated_order_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bound that calls everything robust must not end in a report."""
 
-    def untrained(config: Any, model: Model, *_: Any) -> Trained:
-        params = model.init(jax.random.key(0))
-        return Trained(Samples(jax.tree.map(lambda leaf: leaf[None], params)), 0.0, 0.0)
+    def untrained(method: Any, settings: Any, problem: Problem, *_: Any) -> Trained:
+        params = problem.model.init(jax.random.key(0))
+        return Trained(Samples(jax.tree.map(lambda leaf: leaf[None], params)), 0.0, 0.0, {})
 
     honest = certify.decision
 

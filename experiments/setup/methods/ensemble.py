@@ -21,8 +21,9 @@ class Ensemble:
 
     def build(self, task: Task) -> Algorithm:
         """`bnncert.infer.ensemble` of `bnncert.infer.map`."""
+        side_by_side = task.model.dense or jax.default_backend() != "cpu"
         members = infer.ensemble.build(
-            self.member.build(task), self.members, vectorize=jax.default_backend() != "cpu"
+            self.member.build(task), self.members, vectorize=side_by_side
         )
         # Each member has an initialisation of its own.
         return members._replace(init=lambda key, params: members.init(key, task.model.init))

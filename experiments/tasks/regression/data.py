@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from experiments.setup.data import Split
+
 SPLIT_SEED = 0
 """The splits, and the sine's points, are the same for every seed: a seed varies the run."""
 
@@ -29,14 +31,7 @@ ENDS, GAP = (-4.0, 6.0), (0.4, 2.9)
 """Where the sine's features lie, and where none of them does; radians."""
 
 
-class Table(NamedTuple):
-    """Standardised data, float32."""
-
-    x: Float[np.ndarray, "num features"]
-    y: Float[np.ndarray, " num"]
-
-
-class Problem(NamedTuple):
+class Regression(NamedTuple):
     """A regression, with what brings it back to its own units.
 
     Attributes:
@@ -53,9 +48,9 @@ class Problem(NamedTuple):
     """
 
     name: str
-    train: Table
-    validation: Table
-    test: Table
+    train: Split
+    validation: Split
+    test: Split
     features: tuple[str, ...]
     feature_mean: Float[np.ndarray, " features"]
     feature_sd: Float[np.ndarray, " features"]
@@ -64,7 +59,7 @@ class Problem(NamedTuple):
     target_sd: float
 
 
-def load(name: str) -> Problem:
+def load(name: str) -> Regression:
     """The problem of a name, the same at every call.
 
     Args:
@@ -79,7 +74,7 @@ def load(name: str) -> Problem:
     return PROBLEMS[name]()
 
 
-def _diabetes() -> Problem:
+def _diabetes() -> Regression:
     from sklearn.datasets import load_diabetes
 
     data: Any = load_diabetes(scaled=False)
@@ -95,7 +90,7 @@ def _diabetes() -> Problem:
     )
 
 
-def _sine() -> Problem:
+def _sine() -> Regression:
     rng = np.random.default_rng(SPLIT_SEED)
 
     def draw(num: int) -> tuple[np.ndarray, np.ndarray]:
@@ -113,19 +108,19 @@ def _standardised(
     parts: list[tuple[np.ndarray, np.ndarray]],
     features: tuple[str, ...],
     target: str,
-) -> Problem:
+) -> Regression:
     """From training, validation and test data in their own units."""
     (x, y), *_ = parts
     mean, sd = x.mean(0), x.std(0)
     target_mean, target_sd = float(y.mean()), float(y.std())
     train, validation, test = (
-        Table(
+        Split(
             ((x - mean) / sd).astype(np.float32),
             ((y - target_mean) / target_sd).astype(np.float32),
         )
         for x, y in parts
     )
-    return Problem(
+    return Regression(
         name, train, validation, test, features, mean, sd, target, target_mean, target_sd
     )
 

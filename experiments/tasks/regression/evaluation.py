@@ -36,7 +36,7 @@ from bnncert.posterior import MeanField
 from bnncert.sets import Box, ball
 from bnncert.types import Apply, Stacked
 from experiments.pipeline.evaluation import SoundnessError
-from experiments.tasks.regression.data import Table
+from experiments.setup.data import Split
 from experiments.tasks.regression.settings import Settings
 
 Vector = Float[np.ndarray, " num"]
@@ -171,7 +171,7 @@ def errors(columns: Columns, y: Vector, eps: float) -> dict[str, Vector]:
     return found
 
 
-def measure(columns: Columns, data: Table, noise_scale: float, eps: float) -> dict[str, Any]:
+def measure(columns: Columns, data: Split, noise_scale: float, eps: float) -> dict[str, Any]:
     """The numbers of results.json about one posterior on a data set, at one radius.
 
     Args:

@@ -16,8 +16,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from experiments.report.palette import LIGHT
-from experiments.tasks.regression.data import Problem, Table
+from experiments.tasks.regression.data import Regression, Split
 from experiments.tasks.regression.evaluation import WIDTH, Columns
+from experiments.tasks.regression.settings import Settings
 
 GRID = 401
 """Points of the line that the sine is drawn along."""
@@ -27,10 +28,10 @@ _ORDER = ("plain", "robust")
 
 
 def draw(
-    problem: Problem,
+    problem: Regression,
     found: Mapping[str, Mapping[str, Any]],
-    data: Table,
-    settings: Mapping[str, Any],
+    data: Split,
+    settings: Settings,
 ) -> Figure:
     """The picture of a problem: `curves` with one feature, `patients` with several.
 
@@ -47,14 +48,14 @@ def draw(
     return patients(problem, known, data, settings)
 
 
-def line(problem: Problem) -> np.ndarray:
+def line(problem: Regression) -> np.ndarray:
     """The points a problem of one feature is drawn at, standardised: (GRID, 1), float32."""
     x = problem.train.x[:, 0]
     margin = 0.1 * float(np.ptp(x))
     return np.linspace(x.min() - margin, x.max() + margin, GRID, dtype=np.float32)[:, None]
 
 
-def curves(problem: Problem, drawn: Mapping[str, Columns], settings: Mapping[str, Any]) -> Figure:
+def curves(problem: Regression, drawn: Mapping[str, Columns], settings: Settings) -> Figure:
     """Along the one feature: predictive and certified bands, one panel a training.
 
     Args:
@@ -70,7 +71,7 @@ def curves(problem: Problem, drawn: Mapping[str, Columns], settings: Mapping[str
         _style(axes, f"{training} training")
         mean, lower, upper = (_target(problem, columns[n]) for n in ("mean", "lower", "upper"))
         sd, widest = (
-            WIDTH * problem.target_sd * np.sqrt(columns[n] + settings["noise_scale"] ** 2)
+            WIDTH * problem.target_sd * np.sqrt(columns[n] + settings.noise_scale**2)
             for n in ("variance", "most")
         )
         axes.fill_between(x, mean - sd, mean + sd, color=LIGHT["undecided"], alpha=0.35, lw=0)
@@ -83,7 +84,7 @@ def curves(problem: Problem, drawn: Mapping[str, Columns], settings: Mapping[str
         axes.set_xlabel(problem.features[0])
     panels[0].set(xlim=(x[0], x[-1]), ylim=(-2.0, 2.3))
     panels[0].set_ylabel(problem.target)
-    eps, own = settings["eps"], settings["eps"] * float(problem.feature_sd[0])
+    eps, own = settings.eps, settings.eps * float(problem.feature_sd[0])
     names = [
         Line2D([], [], ls="", marker="o", ms=4, color=LIGHT["broken"], label="training data"),
         Line2D([], [], color=LIGHT["soft"], lw=1.2, ls=":", label="sin x"),
@@ -98,10 +99,10 @@ def curves(problem: Problem, drawn: Mapping[str, Columns], settings: Mapping[str
 
 
 def patients(
-    problem: Problem,
+    problem: Regression,
     found: Mapping[str, Mapping[str, Any]],
-    data: Table,
-    settings: Mapping[str, Any],
+    data: Split,
+    settings: Settings,
 ) -> Figure:
     """Each datum's range of means, attacked and certified, and the errors over the radius.
 
@@ -128,22 +129,22 @@ def patients(
         axes.tick_params(labelleft=False)
     panels[0].set_ylabel("predicted (score)")
     _errors(last, problem, found, settings)
-    eps = settings["eps"]
+    eps = settings.eps
     names = [
         Line2D([], [], ls="", marker="o", ms=4, color=LIGHT["ink"], label="predictive mean"),
         Line2D([], [], color=LIGHT["undecided"], lw=3, label="reached by an attack"),
         Line2D([], [], color=LIGHT["certified"], lw=3, label="certified: the mean at every x'"),
     ]
-    about = f"{len(y)} {settings['evaluate']} patients, |x' - x|∞ ≤ ε = {eps:g} sd of each feature"
+    about = f"{len(y)} {settings.evaluate} patients, |x' - x|∞ ≤ ε = {eps:g} sd of each feature"
     _legend(figure, names, about)
     return figure
 
 
 def _errors(
     axes: Axes,
-    problem: Problem,
+    problem: Regression,
     found: Mapping[str, Mapping[str, Any]],
-    settings: Mapping[str, Any],
+    settings: Settings,
 ) -> None:
     """Attacked and certified error over the radius: the worst case lies in the band."""
     _style(axes, "root mean square error")
@@ -158,10 +159,10 @@ def _errors(
         axes.fill_between(eps, low, high, color=colours[training], alpha=0.22, lw=0)
         axes.plot(eps, low, color=colours[training], lw=1.4, ls=_DASHES)
         axes.plot(eps, high, color=colours[training], lw=1.6)
-    axes.axvline(settings["eps"], color=LIGHT["soft"], lw=0.8, alpha=0.7, zorder=0)
+    axes.axvline(settings.eps, color=LIGHT["soft"], lw=0.8, alpha=0.7, zorder=0)
     axes.annotate(
-        f"ε = {settings['eps']:g}",
-        (settings["eps"], 0.02),
+        f"ε = {settings.eps:g}",
+        (settings.eps, 0.02),
         xycoords=("data", "axes fraction"),
         xytext=(4, 0),
         textcoords="offset points",
@@ -183,11 +184,11 @@ def _errors(
     )
 
 
-def _target(problem: Problem, values: Any) -> np.ndarray:
+def _target(problem: Regression, values: Any) -> np.ndarray:
     return np.asarray(values, np.float64) * problem.target_sd + problem.target_mean
 
 
-def _feature(problem: Problem, x: np.ndarray) -> np.ndarray:
+def _feature(problem: Regression, x: np.ndarray) -> np.ndarray:
     return x[:, 0] * problem.feature_sd[0] + problem.feature_mean[0]
 
 

@@ -53,4 +53,4 @@ def build(hidden: Sequence[int], features: int) -> Model:
     def init(key: PRNGKeyArray) -> Any:
         return network.init(key, jnp.zeros(features))["params"]
 
-    return Model(apply, init)
+    return Model(apply, init, dense=True)

@@ -1,60 +1,37 @@
 """One regression from data to certified intervals, robust training beside plain.
 
-    python -m experiments.regression {diabetes,sine} [--inference NAME] [--seed N] [--out DIR] ...
-
-writes one new folder, whole or not at all: results.json, figure.png, metrics.jsonl (a line an
-epoch), and for each training posterior-NAME.npz and predictions-NAME.npz (a row a datum).
+A run writes one new folder: config.json; for each training a folder of its name, with metrics.jsonl
+and checkpoints/, and posterior-NAME.npz and predictions-NAME.npz (a row a datum); figure.png; and,
+last, results.json.
 """
 
-import json
 import math
-import os
-import shutil
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 import bnncert
+from bnncert import likelihood
 from bnncert.posterior import spread
 from experiments.pipeline.deployment import deploy
-from experiments.pipeline.evaluation import SoundnessError
+from experiments.pipeline.folder import PLACES, open_folder, write_json, write_npz
+from experiments.pipeline.inference import Problem
 from experiments.pipeline.posteriors import save as save_posterior
-from experiments.pipeline.training import TrainingError
+from experiments.pipeline.training import Trained, train
+from experiments.setup.config import options_of, to_dict
+from experiments.setup.data import Split
+from experiments.setup.methods import name_of
+from experiments.setup.models import Model
 from experiments.tasks.regression import figures, network
-from experiments.tasks.regression.data import Problem, Table, load
+from experiments.tasks.regression.data import Regression, load
 from experiments.tasks.regression.evaluation import Columns, Examine, examiner, measure
-from experiments.tasks.regression.settings import (
-    TRAININGS,
-    Settings,
-    output_folder,
-    parse,
-    to_dict,
-)
-from experiments.tasks.regression.training import Fitted, trainer
+from experiments.tasks.regression.settings import TRAININGS, Settings, train_config
 
 RADIUS = "standard deviations of each feature, over the training data"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    settings = parse(arguments)
-    try:
-        folder, results = run(settings)
-    except (OSError, ValueError, TrainingError, SoundnessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
-        return 130
-    print(f"{summary(results)}\nfigure: {folder / 'figure.png'}", flush=True)
-    return 0
 
 
 def run(settings: Settings) -> tuple[Path, dict[str, Any]]:
@@ -68,32 +45,57 @@ def run(settings: Settings) -> tuple[Path, dict[str, Any]]:
 
     Raises:
         FileExistsError: the folder holds something.
-        TrainingError, SoundnessError: see there; nothing is left behind.
+        FileNotFoundError, ValueError: nothing to resume, or a run of other settings.
+        TrainingError, SoundnessError: see there.
     """
-    problem = load(settings.preset)
-    data: Table = getattr(problem, settings.evaluate)
-    with new_folder(output_folder(settings)) as folder:
-        model = network.build(settings.hidden, len(problem.features))
-        fit, examine = trainer(settings, model, problem.train), examiner(settings, model.apply)
-        trainings = TRAININGS if settings.training == "both" else (settings.training,)
-        found = {}
-        for training in trainings:
-            fitted = fit(training)
-            found[training] = evaluate(settings, problem, data, training, fitted, examine)
-            _keep(folder, training, fitted, found[training]["columns"], data)
-        results = _results(settings, problem, data, found)
-        figure = figures.draw(problem, found, data, to_dict(settings))
-        figure.savefig(folder / "figure.png", dpi=150)
-        (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-    return output_folder(settings), results
+    regression = load(settings.preset)
+    data: Split = getattr(regression, settings.evaluate)
+    folder = open_folder(settings)
+    model = network.build(settings.hidden, len(regression.features))
+    examine = examiner(settings, model.apply)
+    trainings = TRAININGS if settings.training == "both" else (settings.training,)
+    found = {}
+    for training in trainings:
+        trained = learn(settings, model, regression.train, training, folder / training)
+        found[training] = evaluate(settings, regression, data, training, trained, examine)
+        save_posterior(folder / f"posterior-{training}.npz", trained.posterior)
+        rows = {"y": data.y, **found[training]["columns"]}
+        write_npz(folder / f"predictions-{training}.npz", rows)
+    figures.draw(regression, found, data, settings).savefig(folder / "figure.png", dpi=150)
+    results = _results(settings, regression, data, found)
+    write_json(folder / "results.json", results)
+    return folder, results
+
+
+def learn(settings: Settings, model: Model, data: Split, training: str, folder: Path) -> Trained:
+    """Trains robustly or plainly, from the same start.
+
+        maximise   E_q[ log p_rob(D | w) ] - kl_weight KL(q || p),   p_rob = robust_gaussian
+
+    with the radius up from 0 and lam down from 1; plainly, the radius stays 0 and lam 1.
+
+    Args:
+        settings: of the run.
+        model: the network.
+        data: the training data.
+        training: one of `TRAININGS`.
+        folder: of this training; it is made if need be.
+    """
+    log_likelihood = likelihood.robust_gaussian(
+        model.apply, noise_scale=settings.noise_scale, method=settings.method
+    )
+    problem = Problem(model, data, log_likelihood, name=f"train, {training}", options="")
+    folder.mkdir(exist_ok=True)
+    chosen = train_config(settings, training)
+    return train(settings.inference, chosen, problem, settings.seed, folder)
 
 
 def evaluate(
     settings: Settings,
-    problem: Problem,
-    data: Table,
+    regression: Regression,
+    data: Split,
     training: str,
-    fitted: Fitted,
+    trained: Trained,
     examine: Examine,
 ) -> dict[str, Any]:
     """Everything about one posterior.
@@ -103,7 +105,7 @@ def evaluate(
         and with one feature "line", the columns along it.
     """
     started = time.monotonic()
-    posterior = fitted.posterior
+    posterior = trained.posterior
     samples = deploy(posterior, settings.num_samples, settings.seed)
     curve: dict[str, list[float]] = {"eps": []}
     steps = settings.curve_points
@@ -118,40 +120,19 @@ def evaluate(
         curve["eps"].append(eps)
     columns, measured = at[steps]
     wide = float(spread(posterior))
-    last = fitted.history[-1]
     results = {
         **measured,
         "num_samples": len(columns["outputs"]),
         "posterior_scale": wide if math.isfinite(wide) else None,
-        **{name: last[name] for name in ("loss", "log_prior", "kl") if name in last},
+        **{n: trained.last[n] for n in ("loss", "log_prior", "kl") if n in trained.last},
         "curve": curve,
-        "train_seconds": fitted.seconds,
+        "train_seconds": trained.train_seconds,
         "evaluate_seconds": time.monotonic() - started,
     }
     found = {"results": results, "columns": columns, "curve": curve}
-    if len(problem.features) == 1:
-        found["line"] = examine(posterior, samples, figures.line(problem), settings.eps)
+    if len(regression.features) == 1:
+        found["line"] = examine(posterior, samples, figures.line(regression), settings.eps)
     return found
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `path` when all has gone well, and vanishes otherwise.
-
-    Raises:
-        FileExistsError: there is something at `path`.
-    """
-    path = path.expanduser().absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        what = "is not empty: it may hold another run" if path.is_dir() else "is a file"
-        raise FileExistsError(f"{path} {what}; nothing was touched. Choose another --out")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def summary(results: Mapping[str, Any]) -> str:
@@ -174,7 +155,7 @@ def summary(results: Mapping[str, Any]) -> str:
         widths = ", ".join(f"{t} {e['certified_half_width']:.3f}" for t, e in expected.items())
         rows.append(f"  half-width around E f of the whole posterior, not of draws: {widths}")
     return (
-        f"{results['preset']}, {results['settings']['inference']}: {results['num_data']} "
+        f"{results['preset']}, {results['inference']}: {results['num_data']} "
         f"{results['evaluated_on']} data, eps {results['eps']:g} (in {RADIUS})\n"
         f"errors in standard deviations of the target, which is {results['target_sd']:.3g}\n"
         + "\n".join(rows)
@@ -182,35 +163,26 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 def _results(
-    settings: Settings, problem: Problem, data: Table, found: Mapping[str, Any]
+    settings: Settings, regression: Regression, data: Split, found: Mapping[str, Any]
 ) -> dict[str, Any]:
     return {
         "preset": settings.preset,
-        "inference": settings.inference,
+        "inference": name_of(settings.inference),
         "seed": settings.seed,
         "evaluated_on": settings.evaluate,
-        "num_train": len(problem.train.y),
+        "num_train": len(regression.train.y),
         "num_data": len(data.y),
         "eps": settings.eps,
         "eps_unit": RADIUS,
         "error_unit": "standard deviations of the target, over the training data",
-        "target": problem.target,
-        "target_sd": problem.target_sd,
+        "target": regression.target,
+        "target_sd": regression.target_sd,
         "noise_scale": settings.noise_scale,
         "kl_weight": settings.kl_weight,
         **{training: each["results"] for training, each in found.items()},
         "tier": "exact; formal under expectation",
         "arithmetic": "float32; real under expectation",
-        "settings": to_dict(settings),
+        "settings": {n: v for n, v in options_of(to_dict(settings)).items() if n not in PLACES},
         "versions": {"bnncert": bnncert.__version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
     }
-
-
-def _keep(folder: Path, training: str, fitted: Fitted, columns: Columns, data: Table) -> None:
-    """The files of one training."""
-    save_posterior(folder / f"posterior-{training}.npz", fitted.posterior)
-    rows: dict[str, Any] = {"y": data.y, **columns}
-    np.savez_compressed(folder / f"predictions-{training}.npz", **rows)
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in fitted.history)
