@@ -18,6 +18,7 @@ from matplotlib.figure import FigureBase
 from bnncert import metrics
 from experiments.pipeline.outcomes import OUTCOMES, by_class, outcomes
 from experiments.report import additions, figures, fineprint, gallery, palette
+from experiments.setup.methods import METHODS, about
 
 
 class Run(NamedTuple):
@@ -74,7 +75,7 @@ def _headline(run: Run) -> str:
     )
     return (
         f"<h1>{escape(_plain(r['model']))} on {escape(_plain(r['dataset']))}, "
-        f"{escape(_plain(r['inference']))}, {deployed}</h1>"
+        f"{escape(_method(r['inference']))}, {deployed}</h1>"
         f'<p class="lead"><b>{_percent(r["clean_accuracy"])}</b> of the {r["num_test"]:,} test '
         f"images are classified correctly, <b>{_percent(r['attacked_accuracy'])}</b> survive "
         f'{escape(_attack(r))}, and <b class="certified">{_percent(r["certified_accuracy"])} are '
@@ -272,13 +273,16 @@ _NAMES = {
     "cifar10": "CIFAR-10",
     "mlp": "Multilayer perceptron",
     "cnn": "Convolutional network",
-    "map": "maximum a posteriori",
-    "bbb": "Bayes by Backprop",
 }
 
 
 def _plain(name: str) -> str:
     return _NAMES.get(name, str(name))
+
+
+def _method(name: str) -> str:
+    """An inference method's name, with what it is where this version knows it."""
+    return f"{name} ({about(name)})" if name in METHODS else str(name)
 
 
 def _attack(results: Mapping[str, Any]) -> str:

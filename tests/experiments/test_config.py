@@ -16,7 +16,7 @@ from experiments.setup.config import RunConfig
 from experiments.setup.methods import METHODS, Task, name_of
 from experiments.setup.presets import PRESETS, parse, preset
 from experiments.setup.requirements import AtLeast1, OneOf, Requirement
-from experiments.setup.settings import EvalConfig, TrainConfig
+from experiments.tasks.regression.settings import Settings
 
 
 def with_option(option: str, value: object, base: Any = PRESETS["digits"]) -> Any:
@@ -346,7 +346,7 @@ def test_settings_of_methods_are_named_as_well(
         assert str(value) in str(raised.value)
 
 
-@pytest.mark.parametrize("kind", [RunConfig, TrainConfig, EvalConfig, *METHODS.values()])
+@pytest.mark.parametrize("kind", [RunConfig, Settings, *METHODS.values()])
 def test_every_number_has_a_requirement_and_every_name_its_choices(kind: type[Any]) -> None:
     """A numeric option added without one would accept NaN or a negative value."""
     for name, hint in fields_of(kind).items():
