@@ -1,4 +1,4 @@
 """Regression from end to end: `python -m experiments.regression {diabetes,sine}`.
 
-`run` has the command, `settings` its options, `data` the two problems.
+`run` goes from data to results, `settings` has the options, `data` the two problems.
 """
