@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.setup.methods import METHODS, method_of
+from experiments.setup.methods import METHODS
 
 MOVED: Mapping[str, str] = {
     "clip_norm": "clip_norm",
@@ -39,9 +39,6 @@ def upgraded(fields: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         fields: with the name of a method as "inference", in the earlier form.
 
-    Raises:
-        ValueError: an unknown method.
-
     >>> upgraded({"inference": "ensemble", "train": {"epochs": 3, "members": 2, "rank": 9}})
     {'inference': {'name': 'ensemble', 'members': 2}, 'train': {'epochs': 3}}
     """
@@ -49,8 +46,8 @@ def upgraded(fields: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(name, str):
         return dict(fields)
     old = {MOVED[field]: train.pop(field) for field in MOVED if field in train}
-    method = {"name": name, **_taken(method_of(name), old)}
-    return {**fields, "inference": method, "train": train}
+    own = _taken(METHODS[name], old) if name in METHODS else {}
+    return {**fields, "inference": {"name": name, **own}, "train": train}
 
 
 def place_of(field: str) -> dict[str, str]:

@@ -257,6 +257,14 @@ def test_command_reproduces_the_configuration() -> None:
             assert parse(arguments) == config
 
 
+def test_a_run_of_a_method_that_is_not_known_has_its_report(folder: Path) -> None:
+    for inference in ("newest", {"name": "newest", "speed": 3}):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "inference": inference}))
+        html = report.write_report(folder).read_text()
+        assert "python -m experiments.run digits --inference newest --seed 0" in html
+
+
 @pytest.mark.parametrize(
     ("eps", "text"),
     [(0.1, "0.1"), (2 / 255, "2/255"), (8 / 255, "8/255"), (0.2, "0.2"), (0.0, "0")],
