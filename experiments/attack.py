@@ -10,27 +10,36 @@ an image that is certified in the same folder is an error, and nothing is writte
 command goes on where it was.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from inspect import cleandoc
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 from bnncert import attack
-from experiments.commands import (
+from experiments.pipeline.finished import Finished, Rows, Stage, in_stages, open_run
+from experiments.setup.command import read, rows
+from experiments.setup.requirements import AtLeast1, Requirement, check, check_name
+from experiments.setup.settings import PIXELS
+from experiments.tasks.additions import (
     NORMS,
+    BatchSize,
+    DataDir,
+    Images,
+    Norm,
+    Radii,
     Record,
-    add_common,
-    check_common,
+    Run,
+    check_radii,
     for_each_radius,
     kept_or_computed,
     of_norm,
 )
-from experiments.finished import Finished, Rows, Stage, in_stages
-from experiments.settings import PIXELS
 
 ATTACKS: dict[str, str] = {
     "pgd": "projected gradients with fixed steps, on the cross-entropy",
@@ -42,13 +51,53 @@ ATTACKS: dict[str, str] = {
 }
 
 
+@dataclass(frozen=True)
+class Options:
+    """Attack the test images of a finished run, by one attack after the other.
+
+    Each goes on with the images that withstood the ones before it. Results are added to the run's
+    folder and report; what the run wrote is not changed. Stopped with Ctrl-C, the same command goes
+    on where it was.
+    """
+
+    run: Run
+    eps: Radii = ()
+    attacks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ()
+    """Which, in this order; by default all that the norm allows."""
+    steps: AtLeast1 = 20
+    """Gradient steps of each attack."""
+    restarts: AtLeast1 = 1
+    """Starting points of each attack."""
+    queries: AtLeast1 = 200
+    """Of square, for each restart."""
+    targets: Annotated[
+        int | None,
+        Requirement("at least 1", lambda v: v is None or v >= 1),
+        tyro.conf.arg(metavar="N"),
+    ] = None
+    """Classes of targeted; by default all, at most 9."""
+    seed: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Of the random starts; by default the run's."""
+    norm: Norm = "inf"
+    images: Images = None
+    batch_size: BatchSize = 128
+    data_dir: DataDir = None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    options = _parse(arguments)
-    return for_each_radius(options, options.eps, attacked, summary)
+    options = read(
+        Options,
+        "python -m experiments.attack",
+        arguments,
+        validate=_validate,
+        description=f"{cleandoc(Options.__doc__ or '')}\n\nattacks:\n{rows(ATTACKS)}",
+    )
+    opened = partial(open_run, options.run, options.data_dir, options.images)
+    return for_each_radius(opened, options.eps, partial(attacked, options), summary)
 
 
-def attacked(run: Finished, options: argparse.Namespace, eps: float) -> Record:
+def attacked(options: Options, run: Finished, eps: float) -> Record:
     """Attacks every image at one radius, and writes the result; one that is there is kept.
 
     Raises:
@@ -57,7 +106,7 @@ def attacked(run: Finished, options: argparse.Namespace, eps: float) -> Record:
     """
     name = f"attack-{of_norm(options.norm)}{eps:g}-{options.steps}x{options.restarts}"
     settings = {
-        "attacks": options.attacks,
+        "attacks": _asked(options),
         "eps": eps,
         "norm": options.norm,
         "steps": options.steps,
@@ -98,7 +147,7 @@ def summary(record: Record) -> str:
     )
 
 
-def _stages(run: Finished, options: argparse.Namespace, eps: float) -> dict[str, Stage]:
+def _stages(run: Finished, options: Options, eps: float) -> dict[str, Stage]:
     """The clean images first, then the attacks that were asked for, in their order."""
     within = {"clip": PIXELS}
     usual = {"steps": options.steps, "restarts": options.restarts, "p": NORMS[options.norm]}
@@ -124,7 +173,7 @@ def _stages(run: Finished, options: argparse.Namespace, eps: float) -> dict[str,
         "transfer": carried,
     }
     key = jax.random.key(run.config.seed if options.seed is None else options.seed)
-    chosen = {"clean": clean} | {name: known[name] for name in options.attacks}
+    chosen = {"clean": clean} | {name: known[name] for name in _asked(options)}
     return {name: _stage(run, one, key, eps) for name, one in chosen.items()}
 
 
@@ -144,49 +193,20 @@ def _stage(run: Finished, one: Callable[..., attack.AttackResult], key: Any, eps
     return compute
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    listed = "\n".join(f"  {name:<10}{text}" for name, text in ATTACKS.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.attack",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Attack the test images of a finished run, each attack on those that withstood "
-        "the ones before it.\nResults are added to the run's folder and report; what the run wrote "
-        "is not changed.\n\nattacks:\n" + listed,
-        epilog="Stopped with Ctrl-C, the same command goes on where it was.",
-    )
-    add_common(parser, "--eps")
-    parser.add_argument(
-        "--attacks",
-        nargs="+",
-        choices=ATTACKS,
-        metavar="NAME",
-        help="which, in this order (default: all that the norm allows)",
-    )
-    for name, default, text in (
-        ("steps", 20, "gradient steps of each attack"),
-        ("restarts", 1, "starting points of each attack"),
-        ("queries", 200, "of square, for each restart"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N",
-                            help=f"{text} (default: {default})")  # fmt: skip
-    parser.add_argument(
-        "--targets", type=int, metavar="N", help="classes of targeted (default: all, at most 9)"
-    )
-    parser.add_argument("--seed", type=int, help="of the random starts (default: the run's)")
-    options = parser.parse_args(arguments)
-    allowed = [name for name in ATTACKS if options.norm == "inf" or name != "square"]
-    options.attacks = options.attacks or allowed
+def _asked(options: Options) -> list[str]:
+    """The attacks in their order: by default all that the norm allows."""
+    return list(options.attacks) or [n for n in ATTACKS if options.norm == "inf" or n != "square"]
+
+
+def _validate(options: Options) -> None:
+    check(options)
+    check_radii(options.eps, options.norm, "--eps")
     for name in options.attacks:
-        if name not in allowed:
-            parser.error(f"--attacks {name}: it is for --norm inf alone")
+        check_name(name, tuple(ATTACKS), "attack")
+        if name == "square" and options.norm != "inf":
+            raise ValueError(f"--attacks {name}: it is for --norm inf alone")
         if options.attacks.count(name) > 1:
-            parser.error(f"--attacks {name}: name each once")
-    for name in ("steps", "restarts", "queries", "targets"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} {value}: at least 1")
-    check_common(parser, options, options.eps, "--eps")
-    return options
+            raise ValueError(f"--attacks {name}: name each once")
 
 
 if __name__ == "__main__":

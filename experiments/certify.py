@@ -11,28 +11,37 @@ images that an attack of the same folder broke stop it with an error. Stopped, t
 on where it was.
 """
 
-import argparse
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+import tyro
 
 from bnncert import Float, certify
 from bnncert.certify.exact.cascade import STAGES, stage_of
 from bnncert.sets import ball
-from experiments.commands import (
+from experiments.pipeline.finished import Finished, Rows, Stage, in_stages, open_run
+from experiments.setup.command import read
+from experiments.setup.requirements import check
+from experiments.setup.settings import PIXELS
+from experiments.setup.spelling import method_of, slug
+from experiments.tasks.additions import (
     NORMS,
+    BatchSize,
+    DataDir,
+    Images,
+    Norm,
+    Radii,
     Record,
-    add_common,
-    check_common,
+    Run,
+    check_radii,
     for_each_radius,
     kept_or_computed,
     of_norm,
 )
-from experiments.finished import Finished, Rows, Stage, in_stages
-from experiments.settings import PIXELS
-from experiments.spelling import method_of, slug
 
 _BEST = {
     "robust": np.logical_or,
@@ -43,13 +52,46 @@ _BEST = {
 """How what two methods prove of an image is put together: both hold."""
 
 
+Methods = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(
+        metavar="METHOD [METHOD ...]",
+        help=f"Bounds: {', '.join(STAGES)}, or with options, 'alpha-crown(steps=100)', "
+        "'crown(lower_slope=zero)'; several are a cascade, each on the images that the ones "
+        "before it leave open: cheap ones first; joint is one linear bound for all samples by "
+        "CROWN.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Certify the test images of a finished run: by other bounds, at other radii.
+
+    Results are added to the run's folder and report; what the run wrote is not changed. Stopped
+    with Ctrl-C, the same command goes on where it was.
+    """
+
+    run: Run
+    radius: Radii = ()
+    method: Methods = ("crown-ibp",)
+    unit_roundoff: Annotated[float | None, tyro.conf.arg(metavar="U")] = None
+    """Of the network's arithmetic, where it is less exact than float32: 2^-11 for TF32
+    (0.00048828125), 2^-8 for bfloat16."""
+    norm: Norm = "inf"
+    images: Images = None
+    batch_size: BatchSize = 128
+    data_dir: DataDir = None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    options = _parse(arguments)
-    return for_each_radius(options, options.radius, certified, summary)
+    options = read(Options, "python -m experiments.certify", arguments, validate=_validate)
+    opened = partial(open_run, options.run, options.data_dir, options.images)
+    return for_each_radius(opened, options.radius, partial(certified, options), summary)
 
 
-def certified(run: Finished, options: argparse.Namespace, radius: float) -> Record:
+def certified(options: Options, run: Finished, radius: float) -> Record:
     """Certifies every image at one radius, and writes the result; one that is there is kept.
 
     Raises:
@@ -57,23 +99,23 @@ def certified(run: Finished, options: argparse.Namespace, radius: float) -> Reco
         ValueError: there is a result, or a part of one, of other settings.
     """
     unit = options.unit_roundoff
-    methods = "+".join(map(slug, options.method)) + ("" if unit is None else f"-u{unit:g}")
+    asked = [text.replace(" ", "") for text in options.method]
+    methods = "+".join(map(slug, asked)) + ("" if unit is None else f"-u{unit:g}")
     name = f"certify-{methods}-{of_norm(options.norm)}{radius:g}"
     settings = {
-        "method": options.method,
+        "method": asked,
         "eps": radius,
         "norm": options.norm,
         "num_images": len(run.test.y),
     }
-    if "joint" in options.method:  # results in real arithmetic are neither kept nor carried on
+    if "joint" in asked:  # results in real arithmetic are neither kept nor carried on
         settings["rounding"] = "outward"
     if unit is not None:
         settings["unit_roundoff"] = unit
 
     def compute() -> tuple[Record, Rows]:
         stages = {
-            method: _stage(run, method, radius, options.norm, Float(unit))
-            for method in options.method
+            method: _stage(run, method, radius, options.norm, Float(unit)) for method in asked
         }
         rows = in_stages(run, name, settings, stages, _open, _BEST, options.batch_size)
         rows["label"], correct = run.test.y, rows["predicted"] == run.test.y
@@ -82,7 +124,7 @@ def certified(run: Finished, options: argparse.Namespace, radius: float) -> Reco
         return {
             "clean_accuracy": float(correct.mean()),
             "certified_accuracy": float(rows["certified"].mean()),
-            "certified_by": {m: int(np.sum(places == i)) for i, m in enumerate(options.method)},
+            "certified_by": {m: int(np.sum(places == i)) for i, m in enumerate(asked)},
             "tier": "exact",
             "arithmetic": "float32" if unit is None else f"unit roundoff {unit:g}",
         }, rows
@@ -132,51 +174,18 @@ def _open(rows: Rows) -> np.ndarray:
     return ~rows["robust"] & rows["correct"]
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.certify",
-        description="Certify the test images of a finished run: by other bounds, at other radii. "
-        "Results are added to the run's folder and report; what the run wrote is not changed.",
-        epilog="Stopped with Ctrl-C, the same command goes on where it was.",
-    )
-    add_common(parser, "--radius")
-    parser.add_argument(
-        "--method",
-        nargs="+",
-        default=["crown-ibp"],
-        type=_method,
-        metavar="METHOD",
-        help=f"bounds: {', '.join(STAGES)}, or with options, 'alpha-crown(steps=100)', "
-        "'crown(lower_slope=zero)'; several are a cascade, each on the images that the ones "
-        "before it leave open: cheap ones first; joint is one linear bound for all samples by "
-        "CROWN (default: crown-ibp)",
-    )
-    parser.add_argument(
-        "--unit-roundoff",
-        type=float,
-        metavar="U",
-        help="of the network's arithmetic, where it is less exact than float32: 2^-11 for TF32 "
-        "(0.00048828125), 2^-8 for bfloat16 (default: as float32)",
-    )
-    options = parser.parse_args(arguments)
-    if len(set(options.method)) < len(options.method):
-        parser.error(f"--method {' '.join(options.method)}: name each once")
+def _validate(options: Options) -> None:
+    check(options)
+    check_radii(options.radius, options.norm, "--radius")
+    if not options.method or len(set(options.method)) < len(options.method):
+        raise ValueError(f"--method {' '.join(options.method)}: name each once, and one at least")
+    for text in options.method:
+        if text != "joint":
+            method_of(text)
     try:
         Float(options.unit_roundoff)
     except ValueError as error:
-        parser.error(f"--unit-roundoff {options.unit_roundoff}: {error}")
-    check_common(parser, options, options.radius, "--radius")
-    return options
-
-
-def _method(text: str) -> str:
-    """A method as it was written, which is also its name in results."""
-    if text != "joint":
-        try:
-            method_of(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-    return text.replace(" ", "")
+        raise ValueError(f"--unit-roundoff {options.unit_roundoff}: {error}") from error
 
 
 if __name__ == "__main__":

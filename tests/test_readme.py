@@ -143,14 +143,14 @@ def test_the_methods_named_are_those_there_are() -> None:
 
 
 def test_presets_and_inference_methods_named_are_those_there_are() -> None:
-    from experiments.config import PRESETS
-    from experiments.settings import INFERENCES
+    from experiments.setup.methods import METHODS
+    from experiments.setup.presets import PRESETS
 
     text = section("Other data sets and settings")
     presets = text.split("Presets are ", 1)[1].split(". ", 1)[0]
     assert re.findall(r"`([a-z-]+)`", presets) == list(PRESETS)
     methods = text.split("`--inference` is", 1)[1].split("Every setting", 1)[0]
-    assert sorted(re.findall(r"`([a-z-]+)` \(", methods)) == sorted(INFERENCES)
+    assert sorted(re.findall(r"`([a-z-]+)` \(", methods)) == sorted(METHODS)
 
 
 def test_files_it_points_to_exist() -> None:

@@ -27,8 +27,8 @@ from bnncert import ball, bound
 from bnncert.bounds.arithmetic import ROUNDINGS
 from bnncert.likelihood import clean_categorical, robust_categorical
 from bnncert.types import Threat
-from experiments.allocator import keep_freed_pages
 from experiments.benchmarks.training_step import interleaved
+from experiments.pipeline.allocator import keep_freed_pages
 
 EPS = 0.01
 CLASSES = 10

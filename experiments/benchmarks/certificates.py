@@ -20,9 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 from bnncert import ball, certify
-from experiments.allocator import keep_freed_pages
-from experiments.finished import open_run
-from experiments.settings import PIXELS
+from experiments.pipeline.allocator import keep_freed_pages
+from experiments.pipeline.finished import open_run
+from experiments.setup.settings import PIXELS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,11 +11,14 @@ import argparse
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 
-from experiments.allocator import keep_freed_pages
 from experiments.benchmarks.training_step import NUM_DATA, interleaved, mnist_model, stepper
-from experiments.config import preset
-from experiments.inference import build_algorithm
+from experiments.pipeline.allocator import keep_freed_pages
+from experiments.pipeline.inference import Problem, build_algorithm
+from experiments.setup.data import Split
+from experiments.setup.presets import preset
+from experiments.tasks.images import error_model
 
 METHODS = ("bbb", "map", "vogn", "noisy-adam", "ivon", "swag", "sgld", "sghmc")
 
@@ -46,7 +49,10 @@ def _step(model_name: str, inference: str, batch_size: int) -> Callable[[], obje
     model = mnist_model(model_name)
     params = model.init(jax.random.key(0))
     config = preset(f"mnist-{model_name}", inference)
-    algorithm = build_algorithm(config, model, params, NUM_DATA, NUM_DATA // batch_size)
+    steps = NUM_DATA // batch_size
+    data = Split(np.zeros((NUM_DATA, 0), np.float32), np.zeros(NUM_DATA, np.int32))
+    problem = Problem(model, data, error_model(config.train, model.apply))
+    algorithm = build_algorithm(config.inference, config.train, problem, params, steps)
     return stepper(algorithm, params, batch_size)
 
 

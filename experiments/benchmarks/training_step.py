@@ -23,10 +23,10 @@ from bnncert import prior as priors
 from bnncert.infer import svi
 from bnncert.likelihood import clean_categorical, robust_categorical
 from bnncert.types import Algorithm, Batch, Threat
-from experiments.allocator import keep_freed_pages
-from experiments.data import Dataset, Split
-from experiments.models import Model, build
-from experiments.settings import PIXELS
+from experiments.pipeline.allocator import keep_freed_pages
+from experiments.setup.data import Dataset, Split
+from experiments.setup.models import Model, build
+from experiments.setup.settings import PIXELS
 
 NUM_DATA = 60_000
 

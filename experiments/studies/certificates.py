@@ -32,11 +32,12 @@ from tqdm import tqdm
 from bnncert import attack, ball, certify, metrics
 from bnncert.posterior import MeanField
 from bnncert.types import Posterior
-from experiments.allocator import keep_freed_pages
-from experiments.data import load
-from experiments.evaluation import SoundnessError
-from experiments.finished import Finished, open_run
-from experiments.settings import PIXELS
+from experiments.pipeline.allocator import keep_freed_pages
+from experiments.pipeline.evaluation import SoundnessError
+from experiments.pipeline.finished import Finished, open_run
+from experiments.setup.data import load
+from experiments.setup.methods import name_of
+from experiments.setup.settings import PIXELS
 
 LARGEST = 0.4
 """No larger radius is tried; it is the attacked radius of an image that withstands it."""
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")
     settings = {
-        "inference": run.config.inference,
+        "inference": name_of(run.config.inference),
         "preset": run.config.preset,
         "eps": run.config.eval.eps,
         "num_images": len(run.test.y),

@@ -51,12 +51,16 @@ from bnncert.certify.exact.joint import ANCHORS, corner_terms, difference_below,
 from bnncert.posterior import stack
 from bnncert.sets import Box
 from bnncert.types import Apply
-from experiments.allocator import keep_freed_pages
-from experiments.config import PRESETS
-from experiments.data import Dataset, load
-from experiments.models import Model, build
-from experiments.settings import PIXELS, RunConfig
-from experiments.training import train
+from experiments.pipeline.allocator import keep_freed_pages
+from experiments.pipeline.inference import Problem
+from experiments.pipeline.training import train
+from experiments.setup.config import RunConfig
+from experiments.setup.data import Dataset, load
+from experiments.setup.methods import MAP
+from experiments.setup.models import Model, build
+from experiments.setup.presets import PRESETS
+from experiments.setup.settings import PIXELS
+from experiments.tasks.images import error_model
 
 FORMS = ("decision", "logits", "margins", "pairs", "log", "corner", "corner-0")
 PRESET_OF = {"mnist": "mnist-mlp", "digits": "digits"}
@@ -104,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train_eps = preset.eval.eps if options.train_eps is None else options.train_eps
     config = dataclasses.replace(
         preset,
-        inference="map",
+        inference=MAP(),
         train=dataclasses.replace(preset.train, epochs=options.epochs, eps=train_eps, validation=0),
     )
     samples = train_members(config, model, dataset, options.members)
@@ -145,12 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train_members(config: RunConfig, model: Model, dataset: Dataset, count: int) -> Any:
     """Members from seeds 0 to count - 1, stacked."""
-    members = []
+    likelihood = error_model(config.train, model.apply)
+    problem, members = Problem(model, dataset.train, likelihood), []
     for seed in range(count):
         with tempfile.TemporaryDirectory() as folder:
-            seeded = dataclasses.replace(config, seed=seed)
-            none_held = dataset.train._replace(x=dataset.train.x[:0], y=dataset.train.y[:0])
-            found = train(seeded, model, dataset.train, none_held, Path(folder)).posterior
+            found = train(config.inference, config.train, problem, seed, Path(folder)).posterior
         members.append(jax.tree.map(lambda leaf: leaf[0], found.params))
     return stack(members)
 

@@ -23,13 +23,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bnncert.posterior import Gaussian, LowRank, MeanField, spread
-from experiments.data import Split, load
-from experiments.evaluation import certified_accuracy
-from experiments.models import build
-from experiments.palette import LIGHT
-from experiments.posteriors import load as load_posterior
-from experiments.run import deploy
-from experiments.settings import from_dict
+from experiments.pipeline.deployment import deploy
+from experiments.pipeline.evaluation import certified_accuracy
+from experiments.pipeline.posteriors import load as load_posterior
+from experiments.report.palette import LIGHT
+from experiments.setup.config import from_dict
+from experiments.setup.data import Split, load
+from experiments.setup.methods import name_of
+from experiments.setup.models import build
 
 FACTORS = (0.0, 0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 TOLERANCE = 0.02
@@ -61,18 +62,19 @@ def curve(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     dataset = load(config.dataset, options.data_dir)
     test = Split(dataset.test.x[: options.images], dataset.test.y[: options.images])
     apply = build(config.model, dataset).apply
-    mean, draws = posterior.moments()[0], deploy(config, posterior)
+    inference = name_of(config.inference)
+    mean, draws = posterior.moments()[0], deploy(posterior, config.eval.num_samples, config.seed)
     rows = []
     for factor in options.factors:
         wider = widened(draws, mean, factor)
         clean, certified = certified_accuracy(config.eval, apply, wider, test)
         rows.append({"factor": factor, "clean": clean, "certified": certified})
-        print(f"{config.inference:12}x {factor:<5g}clean {clean:.1%}  certified {certified:.1%}")
+        print(f"{inference:12}x {factor:<5g}clean {clean:.1%}  certified {certified:.1%}")
     widest = largest_factor(rows)
     found = float(spread(posterior))
-    print(f"{config.inference:12}spread {found:.3g}; within 2 points up to x {widest:g}")
+    print(f"{inference:12}spread {found:.3g}; within 2 points up to x {widest:g}")
     return {
-        "inference": config.inference,
+        "inference": inference,
         "preset": config.preset,
         "epochs": config.train.epochs,
         "eps": config.eval.eps,

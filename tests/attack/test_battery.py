@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from bnncert import attack
-from experiments.data import load
+from experiments.setup.data import load
 from tests.attack.networks import BATCH, SIZE, chosen, clean_margins, mlp, mlp_samples
 
 NAMES = ["pgd", "apgd-ce", "apgd-dlr", "targeted", "square", "transfer"]

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import attack, certify, finished, run
+from experiments import attack, certify, run
 from experiments.benchmarks import certificates as timed
-from experiments.data import load
-from experiments.evaluation import SoundnessError
+from experiments.pipeline import finished
+from experiments.pipeline.evaluation import SoundnessError
+from experiments.setup.data import load
 from experiments.studies import certificates
 
 TINY = (
@@ -211,9 +212,9 @@ def test_an_attack_on_a_certified_image_stops_it(added: Path, tmp_path: Path) ->
         (certify, ["--method", "ibp(steps=3)"], 2, "ibp has the options: none"),
         (certify, ["--unit-roundoff", "2"], 2, "give a number in (0, 0.5)"),
         (certify, ["--images", "400"], 1, "--images 400: the test set has 360"),
-        (certify, ["--batch-size", "0"], 2, "--batch-size 0: at least 1"),
+        (certify, ["--batch-size", "0"], 2, "--batch-size must be at least 1, got 0"),
         (attack, ["--eps", "-0.1"], 2, "--eps -0.1: a radius must be finite"),
-        (attack, ["--steps", "0"], 2, "--steps 0: at least 1"),
+        (attack, ["--steps", "0"], 2, "--steps must be at least 1, got 0"),
         (
             attack,
             ["--norm", "2", "--attacks", "square"],

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from experiments.allocator import keep_freed_pages
+from experiments.pipeline.allocator import keep_freed_pages
 
 _FAULTS = """
 import resource
 import numpy as np
-from experiments.allocator import keep_freed_pages
+from experiments.pipeline.allocator import keep_freed_pages
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from bnncert.posterior import Samples
-from experiments import models, posteriors, run
-from experiments.config import preset
-from experiments.data import Dataset, Split
-from experiments.inference import build_algorithm
-from experiments.models import SmallCNN, freeze, of_module
-from experiments.settings import EvalConfig
+from experiments.pipeline import posteriors
+from experiments.pipeline.inference import Problem, build_algorithm
+from experiments.setup import models
+from experiments.setup.data import Dataset, Split
+from experiments.setup.models import SmallCNN, freeze, of_module
+from experiments.setup.presets import preset
+from experiments.setup.settings import EvalConfig
+from experiments.tasks import images as task
 
 CLASSES, NUM = 3, 24
 NETWORK = SmallCNN(CLASSES, (0.5,), (0.25,), channels=(2,), hidden=3, normalised=True)
@@ -88,7 +90,8 @@ def test_batch_norm_has_no_prior(inference: str, last: bool) -> None:
     layers = "last" if last else "all"
     changed = dataclasses.replace(config.train, random_layers=layers)
     params = MODEL.init(jax.random.key(0))
-    algorithm = build_algorithm(dataclasses.replace(config, train=changed), MODEL, params, NUM, 3)
+    problem = Problem(MODEL, images(0), task.error_model(changed, MODEL.apply))
+    algorithm = build_algorithm(config.inference, changed, problem, params, 3)
     posterior: Any = algorithm.posterior(algorithm.init(jax.random.key(1), params))
     scale = posterior.scale
     random = {layer for layer, leaves in scale.items() if leaves["bias"] is not None}
@@ -99,8 +102,8 @@ def test_batch_norm_has_no_prior(inference: str, last: bool) -> None:
 def test_a_run_trains_certifies_and_keeps_frozen_networks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "load", lambda *_: DATASET)
-    monkeypatch.setattr(run, "build", lambda *_: MODEL)
+    monkeypatch.setattr(task, "load", lambda *_: DATASET)
+    monkeypatch.setattr(task, "build", lambda *_: MODEL)
     base = preset("digits", "bbb")
     config = dataclasses.replace(
         base,
@@ -112,14 +115,14 @@ def test_a_run_trains_certifies_and_keeps_frozen_networks(
             eps=0.02, num_samples=3, attack_steps=2, curve_points=2, certify_method="ibp"
         ),
     )
-    folder = run.run(config)
+    folder = task.run(config)
     results = json.loads((folder / "results.json").read_text())
     accuracies = [results[f"{name}_accuracy"] for name in ("certified", "attacked", "clean")]
     assert 0.5 < accuracies[0] <= accuracies[1] <= accuracies[2]
 
     kept = posteriors.load(folder / "posterior.npz")
     assert isinstance(kept, Samples) and kept.num_samples == 3
-    train_set, _ = run.validation_split(DATASET.train, 6, run.SPLIT_SEED)
+    train_set, _ = task.validation_split(DATASET.train, 6, task.SPLIT_SEED)
     members = [jax.tree.map(lambda leaf, i=i: leaf[i], kept.params) for i in range(3)]
     for member in members:
         assert_frozen_on(member, train_set.x)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import checkpoint
+from experiments.pipeline import checkpoint
 
 REPOSITORY = str(Path(__file__).resolve().parents[2])
 
@@ -68,7 +68,7 @@ def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     """kill -9 at an arbitrary moment of a loop that does nothing but save."""
     program = f"""
 import jax.numpy as jnp
-from experiments import checkpoint
+from experiments.pipeline import checkpoint
 step = 0
 while True:
     step += 1

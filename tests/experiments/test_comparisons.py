@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from bnncert.posterior import MeanField, Samples
-from experiments.config import preset
-from experiments.data import load
-from experiments.models import build
-from experiments.posteriors import save
-from experiments.settings import to_dict
+from experiments.pipeline.posteriors import save
+from experiments.setup.config import to_dict
+from experiments.setup.data import load
+from experiments.setup.models import build
+from experiments.setup.presets import preset
 from experiments.studies import methods, spread
 
 

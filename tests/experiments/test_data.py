@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import data
+from experiments.setup import data
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,16 @@ import pytest
 
 from bnncert import attack, certify
 from bnncert.sets import ball
-from experiments import evaluation
-from experiments.data import Split
-from experiments.evaluation import Evaluated, SoundnessError, check_order, evaluate, predict
-from experiments.settings import EvalConfig
+from experiments.pipeline import evaluation
+from experiments.pipeline.evaluation import (
+    Evaluated,
+    SoundnessError,
+    check_order,
+    evaluate,
+    predict,
+)
+from experiments.setup.data import Split
+from experiments.setup.settings import EvalConfig
 
 NUM, CLASSES = 7, 3
 PIXELS = (0.0, 1.0)

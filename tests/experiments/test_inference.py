@@ -12,14 +12,16 @@ import pytest
 from bnncert import posterior
 from bnncert.infer import swag
 from bnncert.types import Batch
-from experiments import checkpoint, inference
-from experiments.config import preset
-from experiments.data import Split
-from experiments.inference import refine
-from experiments.models import Model
-from experiments.run import deploy
-from experiments.settings import INFERENCES, RunConfig
-from experiments.training import train
+from experiments.pipeline import checkpoint, inference, training
+from experiments.pipeline.deployment import deploy
+from experiments.pipeline.inference import Problem, refine
+from experiments.pipeline.training import Trained
+from experiments.setup.config import RunConfig
+from experiments.setup.data import Split
+from experiments.setup.methods import METHODS, Refining
+from experiments.setup.models import Model
+from experiments.setup.presets import preset
+from experiments.tasks import images as task
 
 NUM, CLASSES = 20, 3
 NONE_HELD = Split(np.zeros((0, 2, 2, 1), np.float32), np.zeros(0, np.int32))
@@ -47,12 +49,29 @@ def images() -> Split:
     return Split(x, draw.integers(CLASSES, size=NUM).astype(np.int32))
 
 
-def settings(name: str, **train: Any) -> RunConfig:
+def problem(config: RunConfig, model: Model = MODEL) -> Problem:
+    return task.problem(config, model, images(), NONE_HELD)
+
+
+def train(config: RunConfig, folder: Path) -> Trained:
+    learned = problem(config)
+    return training.train(config.inference, config.train, learned, config.seed, folder)
+
+
+SMALL = {"members": 3, "collect": 4, "rank": 2}
+CHAINS = {"images": 20, "warmup": 30, "samples": 4, "depth": 2}
+
+
+def settings(name: str, method: Any = None, **train: Any) -> RunConfig:
     base = preset("digits", name)
-    small = {"epochs": 4, "batch_size": 8, "members": 3, "collect": 4, "rank": 2}
-    chains = {"mcmc_images": 20, "mcmc_warmup": 30, "mcmc_samples": 4, "mcmc_depth": 2}
-    changed = dataclasses.replace(base.train, **small, **chains, **train)
-    return dataclasses.replace(base, train=changed)
+    own = {field.name for field in dataclasses.fields(METHODS[name])}  # pyright: ignore[reportArgumentType]
+    asked = {**SMALL, **CHAINS, **(method or {})}
+    changed = dataclasses.replace(
+        base.inference,  # pyright: ignore[reportArgumentType]
+        **{field: asked[field] for field in asked.keys() & own},
+    )
+    few = dataclasses.replace(base.train, epochs=4, batch_size=8, **train)
+    return dataclasses.replace(base, inference=changed, train=few)
 
 
 KINDS = {
@@ -67,14 +86,16 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", INFERENCES)
+@pytest.mark.parametrize("name", METHODS)
 def test_each_method_trains_and_is_deployed(name: str, tmp_path: Path) -> None:
     config = settings(name)
-    trained = train(config, MODEL, images(), NONE_HELD, tmp_path)
-    found, report = refine(config, MODEL, trained.posterior, images())
+    trained = train(config, tmp_path)
+    found, report = refine(
+        config.inference, config.train, problem(config), trained.posterior, config.seed
+    )
     kind, number = KINDS.get(name, (posterior.MeanField, 16))
     assert isinstance(found, kind)
-    samples = deploy(config, found)
+    samples = deploy(found, config.eval.num_samples, config.seed)
     assert jax.tree.map(jnp.shape, samples) == {
         "Dense_0": (number, 3, 4),
         "Dense_1": (number, CLASSES, 3),
@@ -88,14 +109,19 @@ def test_each_method_trains_and_is_deployed(name: str, tmp_path: Path) -> None:
     assert all(np.isfinite(value) for value in report.values())
 
 
-@pytest.mark.parametrize("name", sorted(inference.BUILDERS.keys() - inference.REFINEMENTS.keys()))
+ONE_STAGE = [name for name, kind in METHODS.items() if not issubclass(kind, Refining)]
+
+
+@pytest.mark.parametrize("name", ONE_STAGE)
 def test_each_method_goes_on_from_a_checkpoint_as_if_never_stopped(
     name: str, tmp_path: Path
 ) -> None:
-    config = settings(name, collect_from=0.25)
+    config = settings(name, {"collect_from": 0.25})
     params, (x, y) = {"Dense_0": jnp.ones((CLASSES, 4)) / 4}, map(jnp.asarray, images())
     model = Model(lambda params, x: params["Dense_0"] @ x.reshape(-1), lambda key: params)
-    algorithm = inference.build_algorithm(config, model, params, NUM, 3)
+    algorithm = inference.build_algorithm(
+        config.inference, config.train, problem(config, model), params, 3
+    )
     update = jax.jit(algorithm.update)
     batch, threat = Batch(x, y, jnp.ones(NUM)), inference.Threat(jnp.float32(0.1), jnp.float32(0.5))
     start = state = algorithm.init(jax.random.key(1), params)
@@ -121,16 +147,18 @@ def test_swag_collects_from_the_stated_fraction_on(monkeypatch: pytest.MonkeyPat
         return build(*args, **options)
 
     monkeypatch.setattr(swag, "build", spy)
-    config = settings("swag", collect_from=0.5)
-    inference.build_algorithm(config, MODEL, init(jax.random.key(0)), NUM, 3)
+    config = settings("swag", {"collect_from": 0.5})
+    inference.build_algorithm(
+        config.inference, config.train, problem(config), init(jax.random.key(0)), 3
+    )
     assert (seen["start"], seen["every"], seen["rank"]) == (6, 1, 2)
 
 
 @pytest.mark.parametrize("name", ["bbb", "ivon", "sgld"])
 def test_the_last_layer_alone_may_be_random(name: str, tmp_path: Path) -> None:
     config = settings(name, random_layers="last")
-    trained = train(config, MODEL, images(), NONE_HELD, tmp_path)
-    samples = deploy(config, trained.posterior)
+    trained = train(config, tmp_path)
+    samples = deploy(trained.posterior, config.eval.num_samples, config.seed)
     moved = (samples["Dense_0"] != init(jax.random.fold_in(jax.random.key(0), 0))["Dense_0"]).any()
     assert bool(moved)  # trained, by the likelihood
     assert bool((samples["Dense_1"][0] != samples["Dense_1"][1]).any())
@@ -144,7 +172,7 @@ def test_the_error_model_is_the_one_asked_for() -> None:
     threat = inference.Threat(jnp.float32(0.2), jnp.float32(0.0), jnp.float32(0.0))
 
     def value(name: str) -> float:
-        model = inference.error_model(settings("bbb", likelihood=name).train, apply)
+        model = task.error_model(settings("bbb", likelihood=name).train, apply)
         return float(model(jax.random.key(2), params, jnp.asarray(x[0]), jnp.asarray(y[0]), threat))
 
     order = [value(name) for name in ("certified", "attacked", "clean")]

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import models
-from experiments.data import Dataset, Split
+from experiments.setup import models
+from experiments.setup.data import Dataset, Split
 
 PRIMITIVES = {
     "add",

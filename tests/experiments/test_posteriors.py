@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bnncert.posterior import Gaussian, LowRank, MeanField, Mixture, Samples
-from experiments.posteriors import load, save
+from experiments.pipeline.posteriors import load, save
 
 LOC = {"a": [jnp.arange(3.0), (jnp.ones(()), None)], "b": jnp.full((2, 2), -1.0)}
 SCALE = {"a": [jnp.full(3, 0.1), (None, None)], "b": jnp.full((2, 2), 0.2)}
@@ -48,9 +48,9 @@ def test_dtypes_are_kept(tmp_path: Path) -> None:
 def test_reading_needs_no_code_that_trained_it(tmp_path: Path) -> None:
     save(tmp_path / "posterior.npz", FIELD)
     script = (
-        "import sys; from pathlib import Path; from experiments.posteriors import load\n"
+        "import sys; from pathlib import Path; from experiments.pipeline.posteriors import load\n"
         f"q = load(Path({str(tmp_path / 'posterior.npz')!r}))\n"
-        "assert not {'experiments.training', 'experiments.inference'} & set(sys.modules)\n"
+        "assert not {'experiments.pipeline.training', 'experiments.setup'} & set(sys.modules)\n"
         "print(type(q).__name__)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -12,18 +12,25 @@ from scipy.stats import norm
 
 from bnncert import certify
 from bnncert.sets import Box
-from experiments.evaluation import SoundnessError
-from experiments.regression import data, evaluation, network, run, settings, training
-from experiments.regression.run import main
+from experiments.pipeline import training
+from experiments.pipeline.evaluation import SoundnessError
+from experiments.regression import main
+from experiments.setup.config import from_dict
+from experiments.setup.data import Split
+from experiments.setup.methods import BBB, name_of
+from experiments.setup.schedule import threat_schedule
+from experiments.tasks.regression import data, evaluation, network, run, settings
 
 TINY = (
-    "--epochs 4 --hidden 4 --num-samples 3 --attack-steps 3 --curve-points 1 --members 2 "
+    "--epochs 4 --hidden 4 --num-samples 3 --attack-steps 3 --curve-points 1 "
     "--evaluate validation --certify-method ibp"
 ).split()
 FILES = {
+    "config.json",
     "results.json",
     "figure.png",
-    "metrics.jsonl",
+    "robust",
+    "plain",
     *(
         f"{kind}-{name}.npz"
         for kind in ("posterior", "predictions")
@@ -43,9 +50,12 @@ def call(*arguments: str) -> tuple[int, str, str]:
     return status, printed.getvalue(), errors.getvalue()
 
 
+OWN = {"sine": ["--inference.members", "2"], "diabetes": []}
+
+
 def tiny(out: Path, problem: str, *options: str) -> dict[str, Any]:
     """The results of a tiny run that has to succeed."""
-    status, _, errors = call(problem, *TINY, *options, "--out", str(out))
+    status, _, errors = call(problem, *TINY, *OWN[problem], *options, "--out", str(out))
     assert status == 0, errors
     return json.loads((out / "results.json").read_text())
 
@@ -62,6 +72,11 @@ def sine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "sine"
     tiny(folder, "sine")
     return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def numbers(value: Any) -> list[float]:
@@ -99,16 +114,21 @@ def test_a_run_leaves_its_folder_and_ordered_numbers(
             errors = np.abs(rows["mean"] - rows["y"])
             np.testing.assert_allclose(np.sqrt(np.mean(errors**2)), found["clean_rmse"])
     assert results["robust"] != results["plain"]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2, 3, 4] * 2
+    for name in ("robust", "plain"):
+        text = (folder / name / "metrics.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["eps"] == 0 and lines[-1]["lam"] == 1
+    known = from_dict(json.loads((folder / "config.json").read_text()), settings.Settings)
+    assert known == settings.parse([problem, *TINY, *OWN[problem], "--out", str(folder)])
 
 
 def test_a_folder_that_holds_something_is_refused(sine: Path) -> None:
-    before = {path.name: path.read_bytes() for path in sine.iterdir()}
+    before = contents(sine)
     status, _, errors = call("sine", *TINY, "--out", str(sine))
     assert status == 1
     assert f"{sine} is not empty" in errors and "Choose another --out" in errors
-    assert {path.name: path.read_bytes() for path in sine.iterdir()} == before
+    assert contents(sine) == before
     status, _, errors = call("sine", *TINY, "--out", str(sine / "results.json"))
     assert status == 1 and "is a file" in errors
 
@@ -126,29 +146,31 @@ def test_a_seed_decides_the_numbers(sine: Path, tmp_path: Path) -> None:
     assert (tmp_path / "again" / "figure.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", settings.INFERENCES)
-def test_each_method_learns(name: str) -> None:
+@pytest.mark.parametrize("name", settings.METHODS)
+def test_each_method_learns(name: str, tmp_path: Path) -> None:
     """Trained plainly, each fits the sine much better than the best straight line does."""
     problem = data.load("sine")
-    asked = settings.parse(["sine", "--inference", name, "--epochs", "400", "--members", "2"])
+    few = ["--inference.members", "2"] if name == "ensemble" else []
+    asked = settings.parse(["sine", "--inference", name, "--epochs", "400", *few])
     model = network.build((16,), 1)
-    fitted = training.trainer(asked, model, problem.train)("plain")
+    fitted = run.learn(asked, model, problem.train, "plain", tmp_path / "plain")
     samples = fitted.posterior.sample(jax.random.key(0), 1 if name == "map" else 2)
     outputs = jax.vmap(lambda w: jax.vmap(lambda x: model.apply(w, x)[0])(problem.test.x))(samples)
     error = np.sqrt(np.mean((np.asarray(outputs).mean(0) - problem.test.y) ** 2))
     x, y = problem.test.x[:, 0], problem.test.y
     line = np.sqrt(np.mean((np.polyval(np.polyfit(x, y, 1), x) - y) ** 2))
     assert error < 0.75 * line
-    assert fitted.history[-1]["loss"] < fitted.history[0]["loss"]
+    with (tmp_path / "plain/metrics.jsonl").open() as lines:
+        assert fitted.last["loss"] < json.loads(next(lines))["loss"]
 
 
 def test_the_threat_of_robust_and_plain_training() -> None:
     asked = settings.parse(["diabetes", "--epochs", "10", "--lam", "0.25", "--train-eps", "0.2"])
     last = {}
     for name in settings.TRAININGS:
-        threat: Any = training.threats(settings.run_config(asked, name).train, 5)
-        assert threat.eps.shape == (10, 5) and threat.eps[0, 0] == 0 and threat.lam[0, 0] == 1
-        last[name] = [round(float(value), 6) for value in (threat.eps[-1, -1], threat.lam[-1, -1])]
+        at = threat_schedule(settings.train_config(asked, name), 5)
+        assert [float(value) for value in at(0)] == [0, 1]
+        last[name] = [round(float(value), 6) for value in at(49)]
     assert last == {"robust": [0.2, 0.25], "plain": [0.0, 1.0]}
 
 
@@ -182,16 +204,20 @@ def test_help() -> None:
     status, printed, _ = call("--help")
     assert status == 0
     assert "standard deviations of each feature" in printed
-    assert all(name in printed for name in (*settings.PRESETS, *settings.INFERENCES))
+    assert all(name in printed for name in (*settings.PRESETS, *settings.METHODS))
     assert call()[0] == 2
     status, printed, _ = call("sine", "--help")
-    assert status == 0 and "--noise-scale" in printed
+    assert status == 0 and "--noise-scale" in printed and "--inference.members" in printed
 
 
 def test_defaults_that_depend_on_the_method_give_way_to_options() -> None:
     assert settings.parse(["sine"]).kl_weight == 1.0
     assert settings.parse(["sine", "--inference", "bbb"]).kl_weight == 0.1
     assert settings.parse(["sine", "--inference=bbb", "--kl-weight", "0.5"]).kl_weight == 0.5
+    assert settings.parse(["diabetes", "--inference", "ivon"]).learning_rate == 0.1
+    own = settings.parse(["diabetes", "--inference.initial-scale", "0.3"])
+    assert (name_of(own.inference), own.learning_rate) == ("bbb", 3e-3)
+    assert own.inference == BBB(initial_scale=0.3)
 
 
 def test_a_bound_that_is_cut_through_stops_the_run(
@@ -208,26 +234,43 @@ def test_a_bound_that_is_cut_through_stops_the_run(
     status, _, errors = call("sine", *TINY, "--out", str(tmp_path / "run"))
     assert status == 1
     assert "lies outside what was certified" in errors
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "run" / "results.json").exists()
 
 
 def test_a_loss_that_explodes_stops_the_run(tmp_path: Path) -> None:
     out = str(tmp_path / "run")
     status, _, errors = call("sine", *TINY, "--learning-rate", "1e30", "--out", out)
     assert status == 1
-    assert "became NaN or infinite in epoch" in errors and "lower --learning-rate" in errors
-    assert not list(tmp_path.iterdir())
+    assert "became NaN or infinite at step" in errors and "Lower --learning-rate" in errors
+    assert not (tmp_path / "run" / "results.json").exists()
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    sine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after its first training, and in the second one: the same numbers to the bit."""
+    arguments = ["sine", *TINY, *OWN["sine"], "--out", str(tmp_path / "run")]
+
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "evaluate", stop)
-    status, _, errors = call("sine", *TINY, "--out", str(tmp_path / "run"))
-    assert status == 130
-    assert "stopped; nothing was written" in errors
-    assert not list(tmp_path.iterdir())
+    for module, name in ((run, "save_posterior"), (training, "_check_finite")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stop)
+            resume = ["--resume"] if (tmp_path / "run").exists() else []
+            status, _, errors = call(*arguments, *resume)
+        assert status == 130
+        assert "stopped; add --resume to the same command" in errors
+    status, _, errors = call(*arguments, "--epochs", "5", "--resume")
+    assert status == 1 and "epochs: 4 -> 5" in errors
+    status, _, errors = call(*arguments, "--resume")
+    assert status == 0, errors
+    first, found = contents(sine), contents(tmp_path / "run")
+    for name in ("posterior-robust.npz", "predictions-plain.npz", "figure.png"):
+        assert found[name] == first[name]
+    assert {name for name in found if "checkpoints" not in name} == {
+        name for name in first if "checkpoints" not in name
+    }
 
 
 def columns(**changed: Any) -> evaluation.Columns:
@@ -240,7 +283,7 @@ def columns(**changed: Any) -> evaluation.Columns:
 
 def test_numbers_of_a_predictive_that_is_known() -> None:
     y = np.array([2.0, 0.0, 9.0], np.float32)
-    found = evaluation.measure(columns(), data.Table(np.zeros((3, 1), np.float32), y), 1.0, 0.1)
+    found = evaluation.measure(columns(), Split(np.zeros((3, 1), np.float32), y), 1.0, 0.1)
     density = (norm.pdf(y, 1.0) + norm.pdf(y, 3.0)) / 2
     np.testing.assert_allclose(found["log_likelihood"], np.log(density).mean())
     for name, errors in (

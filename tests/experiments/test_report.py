@@ -21,13 +21,16 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from bnncert.metrics import ece
-from experiments import report
-from experiments.config import PRESETS, parse
-from experiments.figures import radius_text
-from experiments.fineprint import command
-from experiments.gallery import png
-from experiments.outcomes import OUTCOMES, by_class, outcomes, pick
-from experiments.palette import DARK, LIGHT
+from experiments.pipeline.outcomes import OUTCOMES, by_class, outcomes, pick
+from experiments.report import files as report
+from experiments.report.__main__ import main
+from experiments.report.figures import radius_text
+from experiments.report.fineprint import command
+from experiments.report.gallery import png
+from experiments.report.palette import DARK, LIGHT
+from experiments.setup.config import to_dict
+from experiments.setup.methods import MAP
+from experiments.setup.presets import PRESETS, parse
 
 EPS, TRAIN_EPS, RADII = 0.05, 0.06, [0.0, 0.02, 0.04, 0.05, 0.06, 0.08, 0.1]
 ACCURACIES = {"clean": "clean_correct", "attacked": "attacked_correct", "certified": "certified"}
@@ -176,8 +179,8 @@ def test_a_missing_file_is_named(
     (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(name)):
         report.write_report(folder)
-    with pytest.raises(SystemExit, match=rf"error: .*no {re.escape(name)}"):
-        report.main([str(folder)])
+    assert main([str(folder)]) == 1
+    assert re.search(rf"error: .*no {re.escape(name)}", capsys.readouterr().err)
     assert not (folder / "report.html").exists()
 
 
@@ -192,7 +195,7 @@ def test_results_of_another_evaluation_are_refused(folder: Path) -> None:
 def test_command_line_writes_page_and_picture(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report.main([str(folder), "--summary", str(tmp_path / "summary.png")])
+    main([str(folder), "--summary", str(tmp_path / "summary.png")])
     assert capsys.readouterr().out.split() == [
         str(folder / "report.html"),
         str(tmp_path / "summary.png"),
@@ -241,17 +244,25 @@ def test_command_reproduces_the_configuration() -> None:
     for name, preset in PRESETS.items():
         changed = dataclasses.replace(
             preset,
-            inference="map",
+            inference=MAP(clip_norm=3.0),
             seed=7,
             train=dataclasses.replace(
                 preset.train, epochs=3, flip=not preset.train.flip, learning_rate_drops=(0.5, 0.8)
             ),
         )
         for config in (preset, changed):
-            as_json = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+            as_json = json.loads(json.dumps(to_dict(config)))
             python, module, run, *arguments = shlex.split(command(as_json))
             assert (python, module, run, arguments[0]) == ("python", "-m", "experiments.run", name)
-            assert dataclasses.asdict(parse(arguments)) == dataclasses.asdict(config)
+            assert parse(arguments) == config
+
+
+def test_a_run_of_a_method_that_is_not_known_has_its_report(folder: Path) -> None:
+    for inference in ("newest", {"name": "newest", "speed": 3}):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "inference": inference}))
+        html = report.write_report(folder).read_text()
+        assert "python -m experiments.run digits --inference newest --seed 0" in html
 
 
 @pytest.mark.parametrize(

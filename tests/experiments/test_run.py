@@ -16,12 +16,14 @@ import pytest
 
 from bnncert import certify
 from bnncert.posterior import Samples
-from experiments import data, run
-from experiments.config import parse
-from experiments.models import Model
-from experiments.run import main, open_folder
-from experiments.settings import from_dict
-from experiments.training import Trained
+from experiments.pipeline.folder import open_folder
+from experiments.pipeline.inference import Problem
+from experiments.pipeline.training import Trained
+from experiments.run import main
+from experiments.setup import data
+from experiments.setup.config import from_dict
+from experiments.setup.presets import parse
+from experiments.tasks import images
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = (
@@ -186,7 +188,8 @@ def test_certificates_and_gallery_agree_with_the_results(bbb: tuple[Path, str]) 
 
 KILLED = """
 import os, signal, sys
-from experiments import checkpoint, evaluation, run, training
+from experiments.pipeline import checkpoint, evaluation, training
+from experiments import run
 
 training.CHECKPOINT_SECONDS = -1.0  # after each epoch
 
@@ -406,9 +409,9 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
 def test_a_violated_order_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bound that calls everything robust must not end in a report."""
 
-    def untrained(config: Any, model: Model, *_: Any) -> Trained:
-        params = model.init(jax.random.key(0))
-        return Trained(Samples(jax.tree.map(lambda leaf: leaf[None], params)), 0.0, 0.0)
+    def untrained(method: Any, settings: Any, problem: Problem, *_: Any) -> Trained:
+        params = problem.model.init(jax.random.key(0))
+        return Trained(Samples(jax.tree.map(lambda leaf: leaf[None], params)), 0.0, 0.0, {})
 
     honest = certify.decision
 
@@ -416,7 +419,7 @@ def test_a_violated_order_stops_the_run(tmp_path: Path, monkeypatch: pytest.Monk
         found = honest(*args, **kwargs)
         return dataclasses.replace(found, robust=found.predicted >= 0)
 
-    monkeypatch.setattr(run, "train", untrained)
+    monkeypatch.setattr(images, "train", untrained)
     monkeypatch.setattr(certify, "decision", liar)
     status, _, errors = digits(tmp_path / "run", "--eval.eps", "0.5")
     assert status == 1

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.schedule import (
+from experiments.setup.schedule import (
     kl_weight_schedule,
     learning_rate_schedule,
     power_schedule,
     threat_schedule,
 )
-from experiments.settings import TrainConfig
+from experiments.setup.settings import TrainConfig
 
 TRAIN = TrainConfig(epochs=10, eps=0.2, lam=0.25, warmup=0.1, ramp=0.5)
 

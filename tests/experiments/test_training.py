@@ -16,18 +16,20 @@ from bnncert.infer.map import MAPInfo
 from bnncert.posterior import LowRank, MeanField, Samples
 from bnncert.sets import ball
 from bnncert.types import Algorithm, Batch, Threat
-from experiments import checkpoint, inference, training
-from experiments.config import PRESETS
-from experiments.data import Split, epoch_batches
-from experiments.models import Model
-from experiments.schedule import (
+from experiments.pipeline import checkpoint, training
+from experiments.pipeline.training import Trained, TrainingError, keep_epochs
+from experiments.setup.config import RunConfig
+from experiments.setup.data import Split, epoch_batches
+from experiments.setup.methods import BBB, MAP, Inference
+from experiments.setup.models import Model
+from experiments.setup.presets import PRESETS
+from experiments.setup.schedule import (
     kl_weight_schedule,
     learning_rate_schedule,
     power_schedule,
     threat_schedule,
 )
-from experiments.settings import RunConfig
-from experiments.training import TrainingError, keep_epochs, train
+from experiments.tasks import images as task
 
 NUM, CLASSES = 10, 3
 CLIP = 0.5
@@ -51,12 +53,17 @@ def images(num: int = NUM) -> Split:
     return Split(x, draw.integers(CLASSES, size=num).astype(np.int32))
 
 
-def settings(inference: str = "map", seed: int = 0, **train: Any) -> RunConfig:
+def settings(inference: Inference | None = None, seed: int = 0, **train: Any) -> RunConfig:
     """Three epochs of three steps, the last of which has two images and two of padding."""
     chosen = {"epochs": 3, "batch_size": 4, "learning_rate": 0.05, **train}
     base = PRESETS["digits"]
     changed = dataclasses.replace(base.train, **chosen)
-    return dataclasses.replace(base, inference=inference, seed=seed, train=changed)
+    return dataclasses.replace(base, inference=inference or MAP(), seed=seed, train=changed)
+
+
+def train(config: RunConfig, folder: Path) -> Trained:
+    problem = task.problem(config, MODEL, images(), NONE_HELD)
+    return training.train(config.inference, config.train, problem, config.seed, folder)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -73,8 +80,8 @@ def assert_same(a: Any, b: Any) -> None:
 
 def test_training_equals_a_plain_loop_that_knows_no_padding(tmp_path: Path) -> None:
     """MAP by hand: minibatches of 4, 4 and 2 images, each scaled to all 10."""
-    config = settings(prior_scale=0.5, kl_weight=0.1, eps=0.1, lam=0.3, clip_norm=CLIP)
-    found = train(config, MODEL, images(), NONE_HELD, tmp_path)
+    config = settings(MAP(clip_norm=CLIP), prior_scale=0.5, kl_weight=0.1, eps=0.1, lam=0.3)
+    found = train(config, tmp_path)
     assert isinstance(found.posterior, Samples)
 
     x, y = images()
@@ -114,8 +121,8 @@ def test_training_equals_a_plain_loop_that_knows_no_padding(tmp_path: Path) -> N
 
 
 def test_each_epoch_is_logged_with_its_schedules(tmp_path: Path) -> None:
-    config = settings("bbb", eps=0.1, lam=0.3, ramp=0.5, kl_weight=0.25)
-    found = train(config, MODEL, images(), NONE_HELD, tmp_path)
+    config = settings(BBB(), eps=0.1, lam=0.3, ramp=0.5, kl_weight=0.25)
+    found = train(config, tmp_path)
     assert isinstance(found.posterior, MeanField)
     lines = metrics(tmp_path)
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 3), (2, 6), (3, 9)]
@@ -133,8 +140,8 @@ def test_each_epoch_is_logged_with_its_schedules(tmp_path: Path) -> None:
 
 def test_ramps_of_power_and_kl_weight_reach_the_likelihood_and_the_loss(tmp_path: Path) -> None:
     ramps: Any = {"ramp": 0.3, "power": 1.0, "power_ramp": 0.5, "kl_weight": 0.25, "kl_ramp": 0.8}
-    config = settings("bbb", guide="low-rank", rank=2, **ramps)
-    found = train(config, MODEL, images(), NONE_HELD, tmp_path)
+    config = settings(BBB(guide="low-rank", rank=2), **ramps)
+    found = train(config, tmp_path)
     assert isinstance(found.posterior, LowRank)
     lines = metrics(tmp_path)
     weights, powers = kl_weight_schedule(config.train, 3), power_schedule(config.train, 3)
@@ -149,8 +156,7 @@ def test_ramps_of_power_and_kl_weight_reach_the_likelihood_and_the_loss(tmp_path
         assert line["loss"] == pytest.approx(-elbo, rel=0.01)
     other = tmp_path / "other"
     other.mkdir()
-    train(settings("bbb", guide="low-rank", rank=2, **{**ramps, "power": 0.0}), MODEL, images(),
-          NONE_HELD, other)  # fmt: skip
+    train(settings(BBB(guide="low-rank", rank=2), **{**ramps, "power": 0.0}), other)  # fmt: skip
     same = [a["loss"] == b["loss"] for a, b in zip(lines, metrics(other), strict=True)]
     assert same == [True, False, False]
 
@@ -158,12 +164,12 @@ def test_ramps_of_power_and_kl_weight_reach_the_likelihood_and_the_loss(tmp_path
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[training.Trained, list[Any]]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    return train(settings(), MODEL, images(), NONE_HELD, folder), metrics(folder)
+    return train(settings(), folder), metrics(folder)
 
 
 def test_another_seed_is_another_run(undisturbed: Any, tmp_path: Path) -> None:
     """That the same seed is the same run, the next test shows."""
-    found = train(settings(seed=1), MODEL, images(), NONE_HELD, tmp_path)
+    found = train(settings(seed=1), tmp_path)
     first, logged = undisturbed
     assert metrics(tmp_path) != logged
     assert not np.array_equal(found.posterior.params["kernel"], first.posterior.params["kernel"])
@@ -197,17 +203,17 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
         with monkeypatch.context() as patch:
             patch.setattr(module, name, stop_at(count, getattr(module, name)))
             with pytest.raises(Stopped):
-                train(config, MODEL, images(), NONE_HELD, tmp_path)
+                train(config, tmp_path)
         saved.append(checkpoint.latest(tmp_path / "checkpoints"))
         logged.append(len(metrics(tmp_path)))
     assert saved == [None, 1, 1]  # the second time an epoch was saved, the third none
     assert logged == [0, 2, 2]  # a line was logged past the checkpoint, twice
-    found = train(config, MODEL, images(), NONE_HELD, tmp_path)
+    found = train(config, tmp_path)
     assert_same(found.posterior, expected.posterior)
     assert metrics(tmp_path) == logged_whole
     # A finished run takes no step more.
     monkeypatch.setattr(training, "make_update", lambda *_: pytest.fail)
-    again = train(config, MODEL, images(), NONE_HELD, tmp_path)
+    again = train(config, tmp_path)
     assert_same(again.posterior, expected.posterior)
     assert again.train_seconds == found.train_seconds
 
@@ -248,10 +254,10 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
-    monkeypatch.setattr(inference, "error_model", explode_at(4, np.nan))
+    monkeypatch.setattr(task, "error_model", explode_at(4, np.nan))
     config = settings(eps=0.9, ramp=1.0)
     with pytest.raises(TrainingError, match=r"the loss and .* more became .* at step 4; the chec"):
-        train(config, MODEL, images(), NONE_HELD, tmp_path)
+        train(config, tmp_path)
     assert checkpoint.latest(tmp_path / "checkpoints") == 1
     assert [line["epoch"] for line in metrics(tmp_path)] == [1]
 
@@ -273,17 +279,17 @@ def test_a_weight_that_is_no_number_is_not_saved(
         return loglik
 
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
-    monkeypatch.setattr(inference, "error_model", error_model)
+    monkeypatch.setattr(task, "error_model", error_model)
     config = settings(eps=0.9, ramp=1.0)
     with pytest.raises(TrainingError, match=r"state.params\['bias'\] and .* step 5; the c"):
-        train(config, MODEL, images(), NONE_HELD, tmp_path)
+        train(config, tmp_path)
     assert checkpoint.latest(tmp_path / "checkpoints") == 1
 
 
 def test_no_checkpoint_yet_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "error_model", explode_at(0, np.inf))
+    monkeypatch.setattr(task, "error_model", explode_at(0, np.inf))
     with pytest.raises(TrainingError, match="at step 0; no checkpoint was made yet"):
-        train(settings(), MODEL, images(), NONE_HELD, tmp_path)
+        train(settings(), tmp_path)
     assert checkpoint.latest(tmp_path / "checkpoints") is None
 
 
@@ -293,7 +299,7 @@ def test_validation_equals_the_certificates_of_one_draw() -> None:
            "bias": jnp.zeros(CLASSES)}  # fmt: skip
     posterior = MeanField(loc, jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), loc))
     config = settings()
-    found = training.make_validation(config, apply, held)(posterior, key)
+    found = task.make_validation(config, apply, held)(posterior, key)
     draw = posterior.sample(jax.random.fold_in(key, 3), 1)
     logits = [apply(jax.tree.map(lambda leaf: leaf[0], draw), x) for x in held.x]
     correct = np.argmax(logits, 1) == held.y
@@ -322,7 +328,7 @@ def test_flips_are_left_to_right_and_half_of_them() -> None:
     x[:, :, :2] = 1
     x[:, 0, 0] = 0.5  # tells up from down
     algorithm = Algorithm(lambda key, params: params, spy, Samples)
-    update = training.make_update(settings(flip=True), algorithm, 3)
+    update = training.make_update(settings(flip=True).train, algorithm, 3)
     arrays = np.arange(64), np.ones(64, np.float32), jnp.asarray(x), jnp.zeros(64, int)
     update(jax.random.key(0), jnp.zeros(()), np.int32(0), *arrays)
     jax.effects_barrier()

@@ -1,0 +1,1 @@
+"""What a run does: training, inference, checkpoints, deployment, evaluation, its folder."""

@@ -1,0 +1,31 @@
+"""Regressions from end to end, robust training beside plain.
+
+    python -m experiments.regression {diabetes,sine} [--inference NAME] [--seed N] [--out DIR] ...
+
+writes one new folder (`experiments.tasks.regression.run` says what is in it).
+"""
+
+from collections.abc import Sequence
+
+from experiments.pipeline.evaluation import SoundnessError
+from experiments.pipeline.training import TrainingError
+from experiments.setup.command import RESUME, attempt
+from experiments.tasks.regression.run import run, summary
+from experiments.tasks.regression.settings import parse
+
+EXPECTED = (OSError, TypeError, ValueError, TrainingError, SoundnessError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    settings = parse(arguments)
+
+    def work() -> None:
+        folder, results = run(settings)
+        print(f"{summary(results)}\nfigure: {folder / 'figure.png'}", flush=True)
+
+    return attempt(work, EXPECTED, RESUME)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""What a run is: its settings, data, networks, schedules and inference methods."""

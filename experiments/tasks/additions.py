@@ -1,0 +1,125 @@
+"""What is added to a finished run of images, certificates and attacks: a result for each radius."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from experiments.pipeline.evaluation import SoundnessError
+from experiments.pipeline.finished import Finished, Rows, already, finish
+from experiments.report.files import write_report
+from experiments.setup.command import attempt
+from experiments.setup.requirements import AtLeast1, one_of
+
+NORMS = {"inf": jnp.inf, "2": 2}
+
+Record = dict[str, Any]
+
+Run = Annotated[
+    tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help="The folder of a finished run.")
+]
+Radii = Annotated[
+    tuple[float, ...],
+    tyro.conf.arg(
+        metavar="EPS [EPS ...]",
+        help="Radii, in units of pixels in [0, 1]; by default the run's own.",
+    ),
+]
+Norm = Annotated[str, *one_of("norm", tuple(NORMS), "Norm of the ball.")]
+Images = Annotated[int | None, tyro.conf.arg(metavar="N", help="The first N test images alone.")]
+BatchSize = Annotated[
+    AtLeast1, tyro.conf.arg(metavar="N", help="Images at once; memory grows with it.")
+]
+DataDir = Annotated[
+    Path | None, tyro.conf.arg(metavar="DIR", help="TFDS data folder; by default the run's own.")
+]
+
+
+def for_each_radius(
+    opened: Callable[[], Finished],
+    radii: Sequence[float],
+    result: Callable[[Finished, float], Record],
+    summary: Callable[[Record], str],
+) -> int:
+    """Opens the run, prints a line for each radius, and writes the report again.
+
+    Args:
+        opened: `() -> run`.
+        radii: the run's own where there are none.
+        result: `(run, radius) -> record`, computed or read.
+        summary: of a record, in a line.
+
+    Returns:
+        The exit status.
+    """
+
+    def work() -> None:
+        run = opened()
+        for radius in radii or (run.config.eval.eps,):
+            print(summary(result(run, radius)), flush=True)
+        print(f"report: {write_report(run.folder)}")
+
+    expected = (OSError, ValueError, SoundnessError)
+    return attempt(work, expected, "the same command goes on from here")
+
+
+def kept_or_computed(
+    run: Finished,
+    kind: str,
+    name: str,
+    settings: Mapping[str, Any],
+    compute: Callable[[], tuple[Record, Rows]],
+) -> Record:
+    """The record of a result that is there, or else computed and written.
+
+    Args:
+        run: to which the result is added.
+        kind: "certify" or "attack".
+        name: of the result.
+        settings: what decides the numbers.
+        compute: `() -> (numbers, rows)`.
+
+    Raises:
+        SoundnessError: an image is certified and broken.
+        ValueError: there is a result, or a part of one, of other settings.
+    """
+    found = already(run.folder, name, settings)
+    if found is not None:
+        return found
+    started = time.monotonic()
+    numbers, rows = compute()
+    record = {
+        "kind": kind,
+        **settings,
+        "num_samples": len(jax.tree.leaves(run.samples)[0]),
+        **numbers,
+        "seconds": time.monotonic() - started,
+    }
+    finish(run.folder, name, record, rows)
+    return record
+
+
+def of_norm(norm: str) -> str:
+    """The norm in a file's name: nothing for l_inf."""
+    return "" if norm == "inf" else f"l{norm}-"
+
+
+def check_radii(radii: Sequence[float], norm: str, flag: str) -> None:
+    """Raise a ValueError that names a radius that is none.
+
+    Args:
+        radii: as they were asked for.
+        norm: of the ball.
+        flag: the option they were asked for by.
+    """
+    largest = 1.0 if norm == "inf" else float("inf")
+    for radius in radii:
+        if not 0 <= radius <= largest or radius == float("inf"):
+            raise ValueError(
+                f"{flag} {radius:g}: a radius must be finite, not negative, and for the norm inf "
+                "at most 1, the range of a pixel (8/255, not 8)"
+            )

@@ -1,0 +1,197 @@
+"""Classification of images: train, evaluate, certify, attack, report.
+
+A run writes one new folder: config.json, metrics.jsonl, checkpoints/, posterior.npz, results.json,
+certificates.npz, gallery.npz and report.html.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+import bnncert
+from bnncert import attack, certify, likelihood
+from bnncert.posterior import Samples, spread
+from bnncert.sets import ball
+from bnncert.types import Apply, LogLikelihood
+from experiments.pipeline import outcomes
+from experiments.pipeline.deployment import deploy, deployable
+from experiments.pipeline.evaluation import Evaluated, evaluate
+from experiments.pipeline.folder import open_folder, write_json, write_npz
+from experiments.pipeline.inference import Measure, Problem, refine
+from experiments.pipeline.posteriors import save as save_posterior
+from experiments.pipeline.training import Trained, train
+from experiments.report.files import write_report
+from experiments.setup.config import RunConfig, to_dict
+from experiments.setup.data import Dataset, Split, load, validation_split
+from experiments.setup.methods import name_of
+from experiments.setup.models import Model, build
+from experiments.setup.settings import PIXELS, TrainConfig
+
+SPLIT_SEED = 0
+"""The held-out images are the same for every seed: a seed varies the run, not the task."""
+
+
+def run(config: RunConfig) -> Path:
+    """Trains, certifies, attacks and reports.
+
+    Args:
+        config: checked settings (`experiments.setup.presets.parse`).
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        FileExistsError: the folder holds another run.
+        FileNotFoundError: the data set is not there; or nothing to resume.
+        ValueError: `--resume` with other settings than the run's own.
+        TrainingError, SoundnessError: see there.
+    """
+    dataset = load(config.dataset, config.data_dir)  # before anything is written
+    folder = open_folder(config)
+    model = build(config.model, dataset)
+    train_set, held = validation_split(dataset.train, config.train.validation, SPLIT_SEED)
+    _say(
+        f"{config.preset}: {name_of(config.inference)} on {len(train_set.y)} images, "
+        f"{config.train.epochs} epochs, eps up to {config.train.eps:.4g} -> {folder}"
+    )
+    task = problem(config, model, train_set, held)
+    trained = train(config.inference, config.train, task, config.seed, folder)
+    started = time.monotonic()
+    posterior, found = refine(config.inference, config.train, task, trained.posterior, config.seed)
+    refinement = time.monotonic() - started if found else None
+    trained = trained._replace(posterior=posterior)
+    draws = deploy(posterior, config.eval.num_samples, config.seed)
+    samples = deployable(model, train_set, draws)
+    # With batch-norm a draw is no network without training data: what is kept is what is deployed.
+    kept = posterior if model.prepare is None else Samples(samples)
+    save_posterior(folder / "posterior.npz", kept)
+    evaluated = evaluate(config.eval, model.apply, samples, dataset.test, config.seed)
+    found = {**found, "refinement_seconds": refinement}
+    results = write_results(config, folder, dataset, trained, evaluated, found)
+    write_report(folder)
+    _say(summary(results))
+    return folder
+
+
+def problem(config: RunConfig, model: Model, train_set: Split, held: Split) -> Problem:
+    """What is to be learned.
+
+    Args:
+        config: the run's settings.
+        model: the network.
+        train_set: training images.
+        held: validation images; may be empty.
+    """
+    measure = make_validation(config, model.apply, held, partial(deployable, model, train_set))
+    return Problem(model, train_set, error_model(config.train, model.apply), measure)
+
+
+def error_model(settings: TrainConfig, apply: Apply) -> LogLikelihood:
+    """The log-likelihood of one image: certified, attacked (adversarial training), or plain."""
+    if settings.likelihood == "certified":
+        return likelihood.robust_categorical(apply, method=settings.method, clip=PIXELS)
+    if settings.likelihood == "attacked":
+        found = partial(attack.pgd, steps=settings.attack_steps, clip=PIXELS)
+        return likelihood.attacked_categorical(apply, found)
+    return likelihood.clean_categorical(apply)
+
+
+def make_validation(
+    config: RunConfig,
+    apply: Apply,
+    held: Split,
+    freeze: Callable[[PyTree], PyTree] = lambda samples: samples,
+) -> Measure:
+    """Clean and certified accuracy of one posterior draw on the held-out images (by IBP)."""
+    if not len(held.y):
+        return lambda posterior, key: {"val_clean_accuracy": None, "val_certified_accuracy": None}
+
+    @jax.jit
+    def certify_all(samples: PyTree, x: Array, y: Array) -> tuple[Array, Array]:
+        def one(x: Array) -> Any:
+            region = ball(x, config.eval.eps, clip=PIXELS)
+            return certify.decision(apply, samples, region, x=x, method="ibp")
+
+        found = jax.vmap(one)(x)
+        correct = found.predicted == y
+        return correct.mean(), (correct & found.robust).mean()
+
+    def measure(posterior: Any, key: PRNGKeyArray) -> dict[str, float | None]:
+        draw = freeze(posterior.sample(jax.random.fold_in(key, 3), 1))
+        clean, certified = certify_all(draw, held.x, held.y)
+        return {
+            "val_clean_accuracy": float(clean),
+            "val_certified_accuracy": float(certified),
+        }
+
+    return measure
+
+
+def write_results(
+    config: RunConfig,
+    folder: Path,
+    dataset: Dataset,
+    trained: Trained,
+    evaluated: Evaluated,
+    found: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes certificates.npz, gallery.npz and, last, results.json: its presence means finished."""
+    certificates = evaluated.certificates
+    write_npz(folder / "certificates.npz", certificates)
+    chosen = outcomes.pick(certificates, each=8)
+    gallery = {
+        "index": chosen,
+        "image": dataset.test.x[chosen],
+        "attacked": evaluated.attacked[chosen],
+    }
+    write_npz(folder / "gallery.npz", gallery)
+    settings = config.train
+    results = {
+        **evaluated.results,
+        "inference": name_of(config.inference),
+        "preset": config.preset,
+        "seed": config.seed,
+        "dataset": config.dataset,
+        "model": config.model,
+        "epochs": settings.epochs,
+        "train_eps": settings.eps,
+        "likelihood": settings.likelihood,
+        "random_layers": settings.random_layers,
+        "inference_settings": to_dict(config)["inference"],
+        "lam": settings.lam,
+        "power": settings.power,
+        "kl_weight": settings.kl_weight,
+        "prior_scale": settings.prior_scale,
+        "posterior_scale": float(spread(trained.posterior)),
+        "kl": trained.last.get("kl"),
+        "seconds_per_epoch": trained.seconds_per_epoch,
+        "train_seconds": trained.train_seconds,
+        "versions": {"bnncert": bnncert.__version__, "jax": jax.__version__},
+        "device": jax.devices()[0].device_kind,
+        **found,
+        "class_names": list(dataset.class_names),
+    }
+    write_json(folder / "results.json", results)
+    return results
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The three accuracies and what they mean, for the terminal."""
+    names = ("clean", "attacked", "certified")
+    rows = "".join(f"  {name:<10}{results[f'{name}_accuracy']:>8.2%}\n" for name in names)
+    return (
+        f"{results['num_test']} test images, eps {results['eps']:.4g}, "
+        f"{results['num_samples']} posterior samples deployed\n{rows}"
+        f"  NLL {results['nll']:.4f} nats, ECE {results['ece']:.4f}, "
+        f"{results['train_seconds']:.0f} s of training, "
+        f"{results['evaluate_seconds']:.0f} s of evaluation"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,225 @@
+"""The pictures of a regression: the sine with its bands, or each patient with what is proved.
+
+Targets are drawn in their own units; radii stay in standard deviations of the features.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from experiments.report.palette import LIGHT
+from experiments.tasks.regression.data import Regression, Split
+from experiments.tasks.regression.evaluation import WIDTH, Columns
+from experiments.tasks.regression.settings import Settings
+
+GRID = 401
+"""Points of the line that the sine is drawn along."""
+
+_DASHES = (0, (4, 2))
+_ORDER = ("plain", "robust")
+
+
+def draw(
+    problem: Regression,
+    found: Mapping[str, Mapping[str, Any]],
+    data: Split,
+    settings: Settings,
+) -> Figure:
+    """The picture of a problem: `curves` with one feature, `patients` with several.
+
+    Args:
+        problem: what was learned.
+        found: for each training "columns" at `data`, "curve" of errors, and "line", the columns at
+            `line(problem)`.
+        data: what was evaluated.
+        settings: eps, noise_scale, evaluate.
+    """
+    known = {training: found[training] for training in _ORDER if training in found}
+    if len(problem.features) == 1:
+        return curves(problem, {name: each["line"] for name, each in known.items()}, settings)
+    return patients(problem, known, data, settings)
+
+
+def line(problem: Regression) -> np.ndarray:
+    """The points a problem of one feature is drawn at, standardised: (GRID, 1), float32."""
+    x = problem.train.x[:, 0]
+    margin = 0.1 * float(np.ptp(x))
+    return np.linspace(x.min() - margin, x.max() + margin, GRID, dtype=np.float32)[:, None]
+
+
+def curves(problem: Regression, drawn: Mapping[str, Columns], settings: Settings) -> Figure:
+    """Along the one feature: predictive and certified bands, one panel a training.
+
+    Args:
+        problem: with its training data.
+        drawn: for each training, the columns at `line(problem)`.
+        settings: as for `draw`.
+    """
+    figure = _figure((4.0 * len(drawn) + 0.6, 4.4))
+    panels = figure.subplots(1, len(drawn), sharex=True, sharey=True, squeeze=False)[0]
+    x, points = _feature(problem, line(problem)), _feature(problem, problem.train.x)
+    y = _target(problem, problem.train.y)
+    for axes, (training, columns) in zip(panels, drawn.items(), strict=True):
+        _style(axes, f"{training} training")
+        mean, lower, upper = (_target(problem, columns[n]) for n in ("mean", "lower", "upper"))
+        sd, widest = (
+            WIDTH * problem.target_sd * np.sqrt(columns[n] + settings.noise_scale**2)
+            for n in ("variance", "most")
+        )
+        axes.fill_between(x, mean - sd, mean + sd, color=LIGHT["undecided"], alpha=0.35, lw=0)
+        axes.fill_between(x, lower, upper, color=LIGHT["certified"], alpha=0.4, lw=0)
+        for edge in (lower - widest, upper + widest):
+            axes.plot(x, edge, color=LIGHT["certified"], lw=1, ls=_DASHES)
+        axes.plot(x, np.sin(x), color=LIGHT["soft"], lw=1.2, ls=":")
+        axes.plot(x, mean, color=LIGHT["ink"], lw=1.4)
+        axes.plot(points, y, "o", ms=3.2, mec=LIGHT["card"], mew=0.4, color=LIGHT["broken"])
+        axes.set_xlabel(problem.features[0])
+    panels[0].set(xlim=(x[0], x[-1]), ylim=(-2.0, 2.3))
+    panels[0].set_ylabel(problem.target)
+    eps, own = settings.eps, settings.eps * float(problem.feature_sd[0])
+    names = [
+        Line2D([], [], ls="", marker="o", ms=4, color=LIGHT["broken"], label="training data"),
+        Line2D([], [], color=LIGHT["soft"], lw=1.2, ls=":", label="sin x"),
+        Line2D([], [], color=LIGHT["ink"], lw=1.4, label="predictive mean"),
+        Patch(color=LIGHT["undecided"], alpha=0.35, lw=0, label="predictive mean ± 2 sd"),
+        Patch(color=LIGHT["certified"], alpha=0.4, lw=0, label="certified: the mean at every x'"),
+        Line2D([], [], color=LIGHT["certified"], lw=1, ls=_DASHES,
+               label="certified: mean ± 2 sd at every x'"),
+    ]  # fmt: skip
+    _legend(figure, names, f"|x' - x| ≤ ε = {eps:g} sd of x = {own:.2g} radians")
+    return figure
+
+
+def patients(
+    problem: Regression,
+    found: Mapping[str, Mapping[str, Any]],
+    data: Split,
+    settings: Settings,
+) -> Figure:
+    """Each datum's range of means, attacked and certified, and the errors over the radius.
+
+    Args:
+        problem: for its units.
+        found: for each training "columns" and "curve".
+        data: what was evaluated.
+        settings: as for `draw`.
+    """
+    figure = _figure((3.4 * (len(found) + 1) + 0.6, 3.9))
+    *panels, last = figure.subplots(1, len(found) + 1, squeeze=False)[0]
+    y = _target(problem, data.y)
+    for axes, (training, each) in zip(panels, found.items(), strict=True):
+        _style(axes, f"{training} training")
+        columns = {n: _target(problem, v) for n, v in each["columns"].items() if v.ndim == 1}
+        axes.plot([0, 400], [0, 400], color=LIGHT["soft"], lw=0.9, ls=":")
+        axes.vlines(y, columns["lower"], columns["upper"], color=LIGHT["certified"], lw=1.6)
+        axes.vlines(
+            y, columns["attacked_low"], columns["attacked_high"], color=LIGHT["undecided"], lw=1.6
+        )
+        axes.plot(y, columns["mean"], "o", ms=2.6, color=LIGHT["ink"])
+        axes.set(xlim=(0, 360), ylim=(0, 360), xlabel=f"{problem.target}, measured")
+    for axes in panels[1:]:
+        axes.tick_params(labelleft=False)
+    panels[0].set_ylabel("predicted (score)")
+    _errors(last, problem, found, settings)
+    eps = settings.eps
+    names = [
+        Line2D([], [], ls="", marker="o", ms=4, color=LIGHT["ink"], label="predictive mean"),
+        Line2D([], [], color=LIGHT["undecided"], lw=3, label="reached by an attack"),
+        Line2D([], [], color=LIGHT["certified"], lw=3, label="certified: the mean at every x'"),
+    ]
+    about = f"{len(y)} {settings.evaluate} patients, |x' - x|∞ ≤ ε = {eps:g} sd of each feature"
+    _legend(figure, names, about)
+    return figure
+
+
+def _errors(
+    axes: Axes,
+    problem: Regression,
+    found: Mapping[str, Mapping[str, Any]],
+    settings: Settings,
+) -> None:
+    """Attacked and certified error over the radius: the worst case lies in the band."""
+    _style(axes, "root mean square error")
+    colours = {"plain": LIGHT["broken"], "robust": LIGHT["certified"]}
+    for training, each in found.items():
+        curve = each["curve"]
+        eps = np.asarray(curve["eps"])
+        low, high = (
+            problem.target_sd * np.asarray(curve[f"{name}_rmse"])
+            for name in ("attacked", "certified")
+        )
+        axes.fill_between(eps, low, high, color=colours[training], alpha=0.22, lw=0)
+        axes.plot(eps, low, color=colours[training], lw=1.4, ls=_DASHES)
+        axes.plot(eps, high, color=colours[training], lw=1.6)
+    axes.axvline(settings.eps, color=LIGHT["soft"], lw=0.8, alpha=0.7, zorder=0)
+    axes.annotate(
+        f"ε = {settings.eps:g}",
+        (settings.eps, 0.02),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        color=LIGHT["soft"],
+        fontsize=8,
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set(xlabel="radius ε (sd of each feature)", ylabel="error (score)", xlim=(0, None))
+    axes.legend(
+        handles=[
+            *(Patch(color=colours[name], alpha=0.5, lw=0, label=name) for name in found),
+            Line2D([], [], color=LIGHT["soft"], lw=1.6, label="certified"),
+            Line2D([], [], color=LIGHT["soft"], lw=1.4, ls=_DASHES, label="attacked"),
+        ],
+        loc="upper left",
+        frameon=False,
+        fontsize=8,
+        labelcolor=LIGHT["ink"],
+    )
+
+
+def _target(problem: Regression, values: Any) -> np.ndarray:
+    return np.asarray(values, np.float64) * problem.target_sd + problem.target_mean
+
+
+def _feature(problem: Regression, x: np.ndarray) -> np.ndarray:
+    return x[:, 0] * problem.feature_sd[0] + problem.feature_mean[0]
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    figure = Figure(figsize=size, layout="constrained", facecolor=LIGHT["card"])
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=10, color=LIGHT["ink"])
+    axes.patch.set_alpha(0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(LIGHT["line"])
+    axes.tick_params(colors=LIGHT["soft"], labelsize=8, length=0)
+    axes.grid(color=LIGHT["line"], lw=0.6)
+    axes.set_axisbelow(True)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=LIGHT["soft"], fontsize=8.5)
+
+
+def _legend(figure: Figure, handles: Sequence[Artist], title: str) -> None:
+    """Below the panels, where it covers nothing."""
+    legend = figure.legend(
+        handles=handles,
+        title=title,
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=LIGHT["ink"],
+        title_fontsize=8.5,
+    )
+    legend.get_title().set_color(LIGHT["soft"])
