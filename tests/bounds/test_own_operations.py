@@ -81,8 +81,11 @@ def test_an_s_shape_is_as_tight_as_the_library_s_own():
 
 
 def test_an_interval_reaches_to_the_least_value_and_no_further():
-    own = operation(lambda x: x * x - 0.5 * x, convex=(-math.inf, math.inf), name="parabola")
-    box = bound(own.function, "ibp", operations=[own])(Box(jnp.array(-1.0), jnp.array(2.0)))
+    def parabola(x):
+        return x * x - 0.5 * x
+
+    own = operation(parabola, convex=(-math.inf, math.inf))
+    box = bound(parabola, "ibp", operations=[own])(Box(jnp.array(-1.0), jnp.array(2.0)))
     assert -0.0625 - 1e-4 <= float(box.lower) <= -0.0625
     assert 3.0 <= float(box.upper) <= 3.0 + 1e-4
 
@@ -129,9 +132,13 @@ def test_a_promise_from_which_nothing_follows_is_refused(options, message):
 
 def test_a_function_that_holds_arrays_is_refused():
     scales = jnp.arange(3.0) + 1
-    own = operation(lambda x: jnp.sinh(x) * scales, increasing=True, name="scaled")
+
+    def scaled(x):
+        return jnp.sinh(x) * scales
+
+    own = operation(scaled, increasing=True)
     with pytest.raises(ValueError, match="holds arrays"):
-        bound(own.function, "ibp", operations=[own])(BOX)
+        bound(scaled, "ibp", operations=[own])(BOX)
 
 
 def test_false_promises_are_found():

@@ -75,10 +75,11 @@ def lines(curve: Curve, l: Array, u: Array, choice: Choice) -> Lines:
 
     Where either side is searched for, both are at once: one loop for a compiler, not two.
     """
-    fractions = (choice.lower, choice.upper)
-    if _is_searched(curve) and len({f is None for f in fractions}) == 1:
+    one, other = choice.lower, choice.upper
+    if _is_searched(curve) and (one is None) == (other is None):
         both, l, u = _both_sides(curve, l, u)
-        fraction = None if None in fractions else jnp.stack(jnp.broadcast_arrays(*fractions))
+        free = one is not None and other is not None
+        fraction = jnp.stack(jnp.broadcast_arrays(one, other)) if free else None
         slope, offset = below(both, l, u, fraction, choice.variant)
         return Lines(slope[0], offset[0], -slope[1], -offset[1])
     lower = below(curve, l, u, choice.lower, choice.variant)
