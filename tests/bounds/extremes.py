@@ -68,6 +68,8 @@ EXACT = {
     "exp2": np.exp2,
     "expm1": np.expm1,
     "sinh": np.sinh,
+    "cosh": np.cosh,
+    "lgamma": _positive(special.gammaln),
     "log": _positive(np.log),
     "log1p": lambda x: np.where(x > -1, np.log1p(np.maximum(x, -1)), np.nan),
     "sqrt": lambda x: np.where(x >= 0, np.sqrt(np.abs(x)), np.nan),

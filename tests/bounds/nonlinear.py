@@ -36,6 +36,8 @@ ONE_SET_OF_LINES: Mapping[str, Function] = {
     "sqrt, 1 / sqrt": lambda y, p: jnp.sqrt(p) + jax.lax.rsqrt(p),
     "log": lambda y, p: jnp.log(p),
     "1 / p": lambda y, p: 1 / p,
+    "cosh": _of_y(jnp.cosh),
+    "log Gamma": lambda y, p: jax.lax.lgamma(p),
     "cumulative": _of_y(lambda y: jax.lax.cummax(y) - jax.lax.cummin(y) + jax.lax.cumlogsumexp(y)),
 }
 

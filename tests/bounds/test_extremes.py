@@ -103,7 +103,8 @@ def in_float64(tree):
 def test_intervals_and_lines_enclose_on_the_whole_range(name, dtype):
     """Up to 32 eps of the terms of a line, and 256 of the value: exp(-x^2) is x^2 eps off.
 
-    A log-sum-exp is 0 where its terms cancel; x times a subnormal number is x of them off.
+    A log-sum-exp and log Gamma are 0 where their terms cancel; x times a subnormal number is x of
+    them off.
     """
     l, u = intervals(dtype, COUNT)
     x, eps = points(l, u), float(jnp.finfo(dtype).eps)
@@ -112,7 +113,7 @@ def test_intervals_and_lines_enclose_on_the_whole_range(name, dtype):
     box, found = in_float64(nearest(name, jnp.asarray(l), jnp.asarray(u), fraction))
     size = np.maximum(np.abs(l.astype(np.float64)), np.abs(u.astype(np.float64)))
     least = float(jnp.finfo(dtype).tiny) if dtype != jnp.float16 else 2.0**-24
-    cancels = 4 * eps if CASES[name][0] == "logaddexp" else 0.0
+    cancels = {"logaddexp": 4.0, "lgamma": 64.0}.get(CASES[name][0], 0.0) * eps
     sides = [(0 * size, box.lower, h), (0 * size, -box.upper, -h)]
     for a, b, c, d in found:
         sides += [(a, b, h), (-c, -d, -h)]
@@ -201,7 +202,7 @@ def narrow_intervals(dtype, count=400):
     return (jnp.asarray(v, dtype) for v in (size - share * width, size + (1 - share) * width))
 
 
-SINGULAR = ("log", "sqrt", "rsqrt", "reciprocal", "pow")
+SINGULAR = ("log", "lgamma", "sqrt", "rsqrt", "reciprocal", "pow")
 """Functions whose own derivatives overflow beside 0."""
 
 

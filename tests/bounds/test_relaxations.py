@@ -194,6 +194,8 @@ def test_lines_enclose(name, dtype, float64):
         atol = np.maximum(atol, 2.0**-19 * far)
     if name == "exp2" and dtype == jnp.float32:
         atol = 5e-6  # XLA's own exp2 has an error of 60 ulp at 60
+    if name == "lgamma" and dtype == jnp.float32:
+        atol = 5e-6  # and its lgamma one of 40 units of 1, where it is 0
     for choice in settings(name):
         below, above = gaps(name, dtype, lines_of(name, l, u, choice))
         assert np.isfinite(below).all() and np.isfinite(above).all()

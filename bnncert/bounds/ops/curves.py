@@ -75,11 +75,10 @@ def lines(curve: Curve, l: Array, u: Array, choice: Choice) -> Lines:
 
     Where either side is searched for, both are at once: one loop for a compiler, not two.
     """
-    one, other = choice.lower, choice.upper
-    if _is_searched(curve) and (one is None) == (other is None):
+    given = [fraction for fraction in (choice.lower, choice.upper) if fraction is not None]
+    if _is_searched(curve) and len(given) != 1:
         both, l, u = _both_sides(curve, l, u)
-        free = one is not None and other is not None
-        fraction = jnp.stack(jnp.broadcast_arrays(one, other)) if free else None
+        fraction = jnp.stack(jnp.broadcast_arrays(*given)) if given else None
         slope, offset = below(both, l, u, fraction, choice.variant)
         return Lines(slope[0], offset[0], -slope[1], -offset[1])
     lower = below(curve, l, u, choice.lower, choice.variant)

@@ -113,7 +113,15 @@ def reciprocal(l: Array, u: Array, choice: Choice = DEFAULT) -> Lines:
 
 def lgamma(l: Array, u: Array, choice: Choice = DEFAULT) -> Lines:
     """The logarithm of the gamma function; its derivative is the digamma function."""
-    return _beyond(Curve(jax.lax.lgamma, jax.lax.digamma), l, u, choice)
+    # Next to the pole its own derivative, 1 / x^2, overflows.
+    near = float(jnp.finfo(l.dtype).tiny) ** 0.4
+
+    def slope(x: Array) -> Array:
+        usual = x > near
+        there = jax.lax.stop_gradient(jax.lax.digamma(x))
+        return jnp.where(usual, jax.lax.digamma(jnp.where(usual, x, 1)), there)
+
+    return _beyond(Curve(jax.lax.lgamma, slope), l, u, choice)
 
 
 def integer_pow(l: Array, u: Array, exponent: int, choice: Choice = DEFAULT) -> Lines:
