@@ -84,7 +84,7 @@ def bound(
             computed in the dtype of the sets; they may be cut by its rounding errors (float32: some
             1e-6 of the values). "outward", or `bnncert.Float()`: bounds of what the network
             computes in that dtype, and of the function in real arithmetic, by the model of
-            `bnncert.bounds.arithmetic`; `Float(unit_roundoff=2**-11)` of a network that is less
+            `bnncert.bounds.rounding.model`; `Float(unit_roundoff=2**-11)` of a network that is less
             exact than its bounds.
         operations: of your own (`bnncert.operation`), each used where f calls its function.
         batch_size: rows of a backward pass at once; bounds memory. On an accelerator with memory to

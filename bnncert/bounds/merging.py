@@ -1,7 +1,7 @@
 """Which runs of affine operations are bounded as the one map they are.
 
 Op by op, intervals forget that two coordinates came from one. Where a run has lost that
-(`exactness`), rows pulled back through it (`methods/rows.py`) give the interval of the whole map:
+(`exactness`), rows pulled back through it (`rows.py`) give the interval of the whole map:
 
     the prefix  from the sets to the first nonlinearities; over an L1 or L2 ball this is the dual
                 norm, sharper than the ball's hull by the square root of the dimension
