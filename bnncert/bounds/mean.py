@@ -8,7 +8,7 @@ once. Intersected with the average of the separate bounds.
 
 Rounding. With `rounding="outward"`, what each network computes of f lies above A_i x + b_i, taken
 exactly (`linear_bounds`), for every x of the set, and so does f in real arithmetic. What follows
-is the bounds' own arithmetic, of unit roundoff u and smallest normal number t (`rounding/model.py`).
+is the bounds' own arithmetic, of unit roundoff u and smallest normal number t (`rounding`).
 Each entry of an average over S samples passes through S sums, in any order, and the division, which
 may be a product with the rounded 1/S: with n = S + 8 and one more for each set,
 

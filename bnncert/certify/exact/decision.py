@@ -18,8 +18,8 @@ a mean of S of them by (S + 2) u more. The bounds above, by log-sum-exp and exp 
 off by at most (130 + 2 C) u, and their mean likewise. A difference of two probabilities so gives
 way by (400 + 8 C + 4 S) u in all, a probability by half of it: `rounding_slack`. What is certified
 is then that the float32 predictor, evaluated in any order, chooses the class
-(`bnncert.bounds.rounding.model`). By "nearest" all this holds in real arithmetic, up to the rounding
-of the bounds themselves, which may cut some 1e-6 of the logits' terms.
+(`bnncert.bounds.rounding.model`). By "nearest" all this holds in real arithmetic, up to the
+rounding of the bounds themselves, which may cut some 1e-6 of the logits' terms.
 
 Outputs that are probabilities already (`bnncert.outputs`) are bounded as they are, p_c - p_j as one
 function of the input; of them the predictor computes the mean alone, and gives way by no more.

@@ -30,7 +30,7 @@ were computed for h / t^2, 1 / Su and so on, in exact arithmetic:
     exact mean_s F_s(x) >= lower  for all x of the set              `mean_bound`
     F_s(x) <= softmax_c - softmax_j + charge,  softmax that of the f_k, exact
 
-The model of `bnncert.bounds.rounding.model` lets each operation be off by anything up to its error, and
+The model (`bounds.rounding.model`) lets each operation be off by anything up to its error, and
 by 0: the margins in their box, and F_s, are bounded for computed logits with exact operations after
 these. (The predictor subtracts no margins: what *it* makes of the logits, softmax and average, is
 off by no more than `rounding_slack`, which is taken off as well.) And for real
