@@ -39,6 +39,7 @@ class Real:
     them, by some 1e-6 of the values in float32.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from bnncert import bound
         >>> box = bound(lambda x: 3 * x, "ibp", rounding=Real())(Box(jnp.ones(1), jnp.ones(1)))
         >>> box.lower.tolist(), box.upper.tolist()
@@ -93,6 +94,7 @@ class Float:
         ValueError: a unit roundoff that is not in (0, 1/2).
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from bnncert import bound
         >>> at_one = Box(jnp.ones(1), jnp.ones(1))
         >>> box = bound(lambda x: 3 * x, "ibp", rounding=Float(2**-11))(at_one)
