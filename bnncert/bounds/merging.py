@@ -219,9 +219,14 @@ def _first_sums(graph: Graph, index: int) -> set[int]:
     }
 
 
+def ends_of(graph: Graph, run: Run) -> set[int]:
+    """The nodes that a run's rows end on."""
+    return {i for j in run.passed for i in graph.nodes[j].refs} - run.passed
+
+
 def cost(graph: Graph, index: int, run: Run) -> float:
     """Multiply-adds of all rows through a run, matrix products counted as `_GEMM`."""
-    ends = {i for j in run.passed for i in graph.nodes[j].refs} - run.passed
+    ends = ends_of(graph, run)
     passing = sum(
         products(graph, graph.nodes[i]) * (_GEMM if graph.nodes[i].op == "dot_general" else 1)
         for i in run.passed
