@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array
 
@@ -145,11 +146,11 @@ class Ways(NamedTuple):
 
     Attributes:
         steps: of the same operands; with a leading axis over the ways.
-        count: of them.
+        number: of them.
     """
 
     steps: Step
-    count: int
+    number: int
 
     @property
     def operands(self) -> tuple[int, ...]:
@@ -165,13 +166,20 @@ class Ways(NamedTuple):
         """One of them."""
         return jax.tree.map(lambda leaf: leaf[way], self.steps)
 
-    def chosen(self, ways: Sequence[int]) -> "Step | Ways":
-        """Some of them, in this order."""
-        if len(ways) == 1:
-            return self.only(ways[0])
-        if tuple(ways) == tuple(range(self.count)):
-            return self
-        return Ways(jax.tree.map(lambda leaf: leaf[jnp.array(ways)], self.steps), len(ways))
+    def last(self, number: int) -> "Step | Ways":
+        """The last of them."""
+        if number == 1:
+            return self.only(-1)
+        return Ways(jax.tree.map(lambda leaf: leaf[-number:], self.steps), number)
+
+    def spread(self, own: tuple[int, int], shape: tuple[int, int]) -> "Ways":
+        """Repeated along either axis of the ways, of which there are two, where its own has one."""
+
+        def leaf(v: Array) -> Array:
+            grid = v.reshape(*own, *v.shape[1:])
+            return jnp.broadcast_to(grid, (*shape, *v.shape[1:])).reshape(-1, *v.shape[1:])
+
+        return self if own == shape else Ways(jax.tree.map(leaf, self.steps), math.prod(shape))
 
 
 class Apart(NamedTuple):
@@ -189,7 +197,7 @@ class Apart(NamedTuple):
         return self.steps[0].operands
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """How many ways there are."""
         return len(self.steps)
 
@@ -203,10 +211,14 @@ class Apart(NamedTuple):
         """One of them."""
         return self.steps[way]
 
-    def chosen(self, ways: Sequence[int]) -> "Step | Apart":
-        """Some of them, in this order."""
-        steps = tuple(self.steps[way] for way in ways)
-        return steps[0] if len(steps) == 1 else Apart(steps)
+    def last(self, number: int) -> "Step | Apart":
+        """The last of them."""
+        return self.only(-1) if number == 1 else Apart(self.steps[-number:])
+
+    def spread(self, own: tuple[int, int], shape: tuple[int, int]) -> "Apart":
+        """As `Ways.spread`."""
+        grid = np.broadcast_to(np.arange(self.number).reshape(own), shape)
+        return Apart(tuple(self.steps[way] for way in grid.reshape(-1)))
 
 
 AnyStep: TypeAlias = Step | Charged | Ways | Apart
@@ -236,7 +248,7 @@ class Steps(NamedTuple):
 
     def each(self) -> "list[Steps]":
         """One way at a time."""
-        counts = {step.count for step in self.relaxed.values() if isinstance(step, Ways | Apart)}
+        counts = {step.number for step in self.relaxed.values() if isinstance(step, Ways | Apart)}
 
         def only(step: AnyStep, way: int) -> AnyStep:
             return step.only(way) if isinstance(step, Ways | Apart) else step

@@ -78,8 +78,7 @@ def further(
         views = [wider, own] if wider is not None and differ else [own]
         both[i] = step = default_step(plan, i, views, choice)
         if isinstance(step, Ways | Apart) and differ:
-            variants = step.count // 2
-            step = step.chosen(range(variants, step.count))
+            step = step.last(step.number // 2)
         relaxed[i] = step
     return Passage(errors, relaxed, both)
 
@@ -92,24 +91,21 @@ def steps_of(plan: Plan, known: Passage) -> Steps:
 
 def steps_of_both(plan: Plan, known: Passage, wider: View, changed: frozenset[int]) -> Steps:
     """How to pass the nodes of a passage over the wider boxes as well, in as many ways each."""
-    relaxed = {
-        i: (i in plan.relaxed and not changed.isdisjoint(plan.graph.nodes[i].refs), step)
-        for i, step in known.both.items()
+    shapes = {
+        i: (1 if changed.isdisjoint(plan.graph.nodes[i].refs) else 2, _variants(plan, i))
+        for i in known.both
     }
-    views = 2 if any(differ for differ, _ in relaxed.values()) else 1
-    variants = max((_variants(plan, i) for i in relaxed), default=1)
-    pairs = list(product(range(views), range(variants)))
+    views, variants = (max(axis) for axis in zip(*shapes.values(), (1, 1), strict=True))
 
     def ways(index: int) -> AnyStep:
-        differ, step = relaxed[index]
+        step = known.both[index]
         if not isinstance(step, Ways | Apart):
             return step
-        own = _variants(plan, index)
-        return step.chosen([view * differ * own + min(variant, own - 1) for view, variant in pairs])
+        return step.spread(shapes[index], (views, variants))
 
     def errors(of_wider: Mapping[int, Array], of_own: Mapping[int, Array]) -> dict[int, Array]:
         return {
-            i: jnp.stack([(of_wider[i], error)[view] for view, _ in pairs])
+            i: jnp.repeat(jnp.stack([of_wider[i], error]), variants, 0)
             if views > 1 and i in changed
             else error
             for i, error in of_own.items()
@@ -118,7 +114,7 @@ def steps_of_both(plan: Plan, known: Passage, wider: View, changed: frozenset[in
     own, other = known.errors, wider.errors
     return Steps(
         _affine(plan, errors(other.charged, own.charged)),
-        {i: ways(i) for i in relaxed},
+        {i: ways(i) for i in shapes},
         errors(other.carried, own.carried),
         errors(other.floors, own.floors),
     )
