@@ -36,6 +36,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bnncert._compiler.once import once
 from bnncert.bounds import bound
 from bnncert.bounds.arithmetic import Rounding, arithmetic_of
 from bnncert.bounds.graph.precision import asked_of
@@ -131,9 +132,37 @@ def decision(
     _check(samples, x_set, batch_size)
     nominal, x_set = nominal_input(x, x_set)
     look_at_ending(apply, outputs, samples, nominal)
-    network = classifier(apply, outputs)
-    each = _sweep(lambda w: network(w, nominal), samples, batch_size)
+    options = {"apply": apply, "outputs": outputs, "batch_size": batch_size}
+    each = once(_evaluated, samples, nominal, **options)
     valid = normalised(each, outputs)
+    return once(
+        _decided, samples, x_set, nominal, each, valid, method=method, rounding=rounding, **options
+    )
+
+
+def _evaluated(
+    samples: Stacked, x: Array, *, apply: Apply, outputs: str, batch_size: int | None
+) -> Array:
+    """What each network says of an input."""
+    network = classifier(apply, outputs)
+    return _sweep(lambda w: network(w, x), samples, batch_size)
+
+
+def _decided(
+    samples: Stacked,
+    x_set: Set,
+    nominal: Array,
+    each: Array,
+    valid: Array,
+    *,
+    apply: Apply,
+    outputs: str,
+    method: str | Method,
+    rounding: Rounding,
+    batch_size: int | None,
+) -> Decision:
+    """The decision, of what each network says at the nominal input and over the set."""
+    network = classifier(apply, outputs)
     average = probabilities(each, outputs).mean(0)
     predicted = jnp.argmax(average)
     classes = average.shape[0]
@@ -188,12 +217,29 @@ def predictive(
         [0.5, 0.5]
     """
     _check(samples, x_set, batch_size)
-
     look_at_ending(apply, outputs, samples, x_set.center)
-    network, valid = classifier(apply, outputs), jnp.asarray(True)
+    options = {"apply": apply, "outputs": outputs, "batch_size": batch_size}
+    valid = True
     if outputs == "probabilities":
-        each = _sweep(lambda w: network(w, x_set.center), samples, batch_size)
-        valid, bounded = normalised(each, outputs), bound(network, method, rounding=rounding)
+        valid = normalised(once(_evaluated, samples, x_set.center, **options), outputs)
+    return once(_predicted, samples, x_set, valid, method=method, rounding=rounding, **options)
+
+
+def _predicted(
+    samples: Stacked,
+    x_set: Set,
+    valid: Array,
+    *,
+    apply: Apply,
+    outputs: str,
+    method: str | Method,
+    rounding: Rounding,
+    batch_size: int | None,
+) -> Box:
+    """The box of the predictive."""
+    network = classifier(apply, outputs)
+    if outputs == "probabilities":
+        bounded = bound(network, method, rounding=rounding)
     else:
         margins = all_margin_bounds(network, method, rounding=rounding)
 

@@ -42,6 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from bnncert._compiler.once import once
 from bnncert._varying import axes_of, varying
 from bnncert.bounds import bound
 from bnncert.bounds.arithmetic import Rounding
@@ -128,6 +129,11 @@ def uncertainty(
         apply, samples, x_set, outputs=outputs, method=method, rounding=rounding,
         batch_size=batch_size,
     )  # fmt: skip
+    return once(_uncertain, box, outputs=outputs)
+
+
+def _uncertain(box: Box, *, outputs: str) -> Uncertainty:
+    """Of the box of the predictive."""
     classes, dtype = box.lower.size, box.lower.dtype
     # By how much what apply returns may fail to add up to 1.
     given = tolerance(classes, dtype) if outputs == "probabilities" else 0.0
@@ -175,9 +181,25 @@ def mean_and_variance(
         >>> found.mean.lower.round(3).tolist(), found.variance.upper.round(3).tolist()
         ([2.0], [1.0])
     """
-    count = num_samples(samples)
+    num_samples(samples)
     check_region(x_set)
-    bounded = bound(apply, method, rounding=rounding)
+    return once(
+        _moments, samples, x_set, apply=apply, method=method, rounding=rounding,
+        batch_size=batch_size,
+    )  # fmt: skip
+
+
+def _moments(
+    samples: Stacked,
+    x_set: Set,
+    *,
+    apply: Apply,
+    method: str | Method,
+    rounding: Rounding,
+    batch_size: int | None,
+) -> Moments:
+    """Of the boxes of all networks' outputs."""
+    count, bounded = num_samples(samples), bound(apply, method, rounding=rounding)
 
     def one(params: Params) -> Box:
         return bounded(params, x_set)
