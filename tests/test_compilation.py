@@ -120,3 +120,76 @@ def test_posterior_samples():
     run = once(lambda key, q: q.sample(key, 4))
     for i in range(3):
         run(jax.random.key(i), q)
+
+
+POSTERIOR = bc.MeanField(weights(0), jax.tree.map(lambda v: jnp.full_like(v, 0.1), weights(0)))
+CERTIFICATES = {
+    "decision": lambda w, x: bc.certify.decision(apply, w, bc.ball(x, 0.01)),
+    "decision at x": lambda w, x: bc.certify.decision(apply, w, bc.ball(x, 0.01), x=x),
+    "predictive": lambda w, x: bc.certify.predictive(apply, w, bc.ball(x, 0.01)),
+    "joint_decision": lambda w, x: bc.certify.joint_decision(apply, w, bc.ball(x, 0.01)),
+    "uncertainty": lambda w, x: bc.certify.uncertainty(apply, w, bc.ball(x, 0.01)),
+    "mean_and_variance": lambda w, x: bc.certify.mean_and_variance(apply, w, bc.ball(x, 0.01)),
+    "radius": lambda w, x: bc.certify.radius(apply, w, x, largest=0.1),
+    "statistical": lambda w, x: bc.certify.statistical(
+        KEY, apply, POSTERIOR, bc.ball(x, 0.01), num_samples=10, num_pilot=5
+    ),
+    "statistical_radius": lambda w, x: bc.certify.statistical_radius(
+        KEY, apply, POSTERIOR, x, largest=0.1, num_samples=10, num_pilot=5
+    ),
+}
+
+
+@pytest.fixture
+def compiles():
+    """The programs that are compiled, as they are."""
+    found = []
+
+    def listen(event, duration, **_):
+        if event.endswith("backend_compile_duration"):
+            found.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("name", CERTIFICATES)
+def test_certificates_called_as_they_are_compile_once(name, compiles):
+    certify = CERTIFICATES[name]
+    first = certify(weights(0, (2,)), inputs(0)[0][0])
+    assert compiles
+    compiles.clear()
+    again = certify(weights(0, (2,)), inputs(0)[0][0])
+    other = certify(weights(1, (2,)), inputs(1)[0][0])
+    assert not compiles
+    chex.assert_trees_all_equal(first, again)
+    chex.assert_trees_all_equal_shapes(first, other)
+
+
+def test_what_is_not_an_array_or_cannot_be_hashed_is_called_as_it_is():
+    from bnncert._compiler.once import once as compiled_once
+
+    def describe(x, how):
+        return f"{how}: {type(x).__name__}"
+
+    assert compiled_once(describe, "text", how="as it is") == "as it is: str"
+    assert compiled_once(lambda x, how: how, jnp.ones(()), how=[1]) == [1]
+
+
+def test_a_new_function_is_not_taken_for_an_old_one():
+    w, region = weights(0, (2,)), bc.ball(inputs(0)[0][0], 0.01)
+    first = bc.certify.decision(lambda p, x: apply(p, x), w, region)
+    negated = bc.certify.decision(lambda p, x: -apply(p, x), w, region)
+    assert first.predicted != negated.predicted
+
+
+def test_a_function_that_closes_over_a_traced_value_is_not_kept():
+    w, region = weights(0, (2,)), bc.ball(inputs(0)[0][0], 0.01)
+
+    @jax.jit
+    def scaled(by):
+        return bc.certify.decision(lambda p, x: by * apply(p, x), w, region).predicted
+
+    with jax.checking_leaks():
+        assert scaled(1.0) != scaled(-1.0)

@@ -134,7 +134,7 @@ def decision(
     look_at_ending(apply, outputs, samples, nominal)
     options = {"apply": apply, "outputs": outputs, "batch_size": batch_size}
     each = once(_evaluated, samples, nominal, **options)
-    valid = normalised(each, outputs)
+    valid = jnp.asarray(normalised(each, outputs))
     return once(
         _decided, samples, x_set, nominal, each, valid, method=method, rounding=rounding, **options
     )
@@ -222,7 +222,9 @@ def predictive(
     valid = True
     if outputs == "probabilities":
         valid = normalised(once(_evaluated, samples, x_set.center, **options), outputs)
-    return once(_predicted, samples, x_set, valid, method=method, rounding=rounding, **options)
+    return once(
+        _predicted, samples, x_set, jnp.asarray(valid), method=method, rounding=rounding, **options
+    )
 
 
 def _predicted(

@@ -134,7 +134,7 @@ def statistical(
     look_at_ending(apply, outputs, jax.eval_shape(lambda: posterior.sample(key, 1)), nominal)
     options = {"apply": apply, "outputs": outputs, "batch_size": batch_size}
     each = once(_evaluated, draw_keys(pilot, num_pilot), posterior, nominal, **options)
-    valid = normalised(each, outputs)
+    valid = jnp.asarray(normalised(each, outputs))
     share = delta / (num_points * num_stages)
     found = once(
         _decided, draw_keys(main, num_samples), posterior, x_set, nominal, each, valid,
