@@ -17,9 +17,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
 from bnncert.sets import is_concrete
-from bnncert.types import Key, Params
-
-Prior = Any  # a pytree of `dist.Distribution | None`
+from bnncert.types import Key, Params, Prior
 
 _STATISTICS = "batch_stats"  # Flax Linen's collection
 # By name: the frameworks need not be installed.

@@ -4,18 +4,26 @@ A *model* is a pure function `apply(params, x)` of ONE example: no batch axis; c
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 Key: TypeAlias = PRNGKeyArray
 """A typed JAX random key, as made by `jax.random.key`."""
 
-Params: TypeAlias = PyTree[Array]
+if TYPE_CHECKING:  # type checkers know of no pytrees; the tests check the leaves
+    _Arrays: TypeAlias = Any
+else:
+    _Arrays = PyTree[Array]
+
+Params: TypeAlias = _Arrays
 """The weights of one network: any pytree of floating-point arrays."""
 
-Stacked: TypeAlias = PyTree[Array]
+Stacked: TypeAlias = _Arrays
 """The weights of S networks, stacked: as `Params`, every leaf with a leading axis S."""
+
+Prior: TypeAlias = Any
+"""A pytree of the structure of the params: a `dist.Distribution` for a random leaf, else None."""
 
 Apply: TypeAlias = Callable[[Params, Array], Array]
 """`apply(params, x) -> outputs` (logits, or a regression mean) for one example."""
@@ -81,6 +89,6 @@ class Posterior(Protocol):
 
     def log_prob(self, params: Params) -> Float[Array, ""]: ...
 
-    def kl(self, prior: PyTree) -> Float[Array, ""]: ...
+    def kl(self, prior: Prior) -> Float[Array, ""]: ...
 
     def moments(self) -> tuple[Params, Params]: ...

@@ -24,11 +24,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from bnncert import prior as priors
 from bnncert.infer._minibatch import log_likelihoods
-from bnncert.types import Batch, Key, LogLikelihood, Params, Posterior, Prepare, Threat
+from bnncert.types import Batch, Key, LogLikelihood, Params, Posterior, Prepare, Prior, Threat
 
 
 class ELBO(NamedTuple):
@@ -60,7 +60,7 @@ def one_draw(key: Key, q: Posterior) -> Params:
 
 def elbo(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     key: Key,
     q: Posterior,
     batch: Batch,

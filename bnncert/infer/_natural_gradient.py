@@ -28,12 +28,12 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from bnncert import prior as priors
 from bnncert.infer._minibatch import Schedule, check_settings, each_datum, initial_scales
 from bnncert.posterior import MeanField
-from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Threat
+from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Prior, Threat
 
 Leaves = dict[str, Array]
 """Arrays by the name of a leaf of the params."""
@@ -126,7 +126,7 @@ def build(
     estimate: Estimate,
     smooth: Smooth,
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     optimizer: optax.GradientTransformation,
@@ -204,7 +204,7 @@ def check_decay(name: str, value: float) -> None:
 
 class _Settings(NamedTuple):
     log_likelihood: LogLikelihood
-    prior: PyTree
+    prior: Prior
     num_data: int
     kl_weight: Schedule
     ema: optax.GradientTransformation

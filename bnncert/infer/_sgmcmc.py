@@ -37,7 +37,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from bnncert import prior as priors
 from bnncert.infer._minibatch import (
@@ -48,7 +48,7 @@ from bnncert.infer._minibatch import (
 )
 from bnncert.posterior import Samples
 from bnncert.sets import is_concrete
-from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Threat
+from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Prior, Threat
 
 Leaves = dict[str, Array]
 
@@ -94,7 +94,7 @@ class SGMCMCInfo(NamedTuple):
 
 class _Settings(NamedTuple):
     log_likelihood: LogLikelihood
-    prior: PyTree
+    prior: Prior
     num_data: int
     step_size: Schedule
     friction: float
@@ -110,7 +110,7 @@ class _Settings(NamedTuple):
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     step_size: float | Schedule,
@@ -206,7 +206,7 @@ def build(
 
 def potential(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     num_data: int,
     kl_weight: float,
     prepare: Prepare | None,
@@ -329,7 +329,7 @@ def _posterior(settings: _Settings, state: SGMCMCState) -> Samples:
     return Samples(jax.tree.map(lambda ring: ring[order], state.samples))
 
 
-def _parts(prior: PyTree, params: Params) -> tuple[Leaves, Leaves]:
+def _parts(prior: Prior, params: Params) -> tuple[Leaves, Leaves]:
     """Parts the leaves, by name: the random ones, and the deterministic ones that hold floats."""
     leaves, random = priors.named(params), priors.sites(prior)
     trained = {

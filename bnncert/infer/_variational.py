@@ -20,12 +20,22 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from bnncert import prior as priors
 from bnncert.infer._elbo import elbo
 from bnncert.infer._minibatch import Schedule, check_settings
-from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Posterior, Prepare, Threat
+from bnncert.types import (
+    Algorithm,
+    Batch,
+    Key,
+    LogLikelihood,
+    Params,
+    Posterior,
+    Prepare,
+    Prior,
+    Threat,
+)
 
 Values = dict[str, Any]
 """What an optimiser moves, by name; None where params hold None."""
@@ -40,11 +50,11 @@ class Family(Protocol):
     `posterior(prior, values)` is q, and `draw(key, q)` a network of it.
     """
 
-    def check(self, prior: PyTree) -> None: ...
+    def check(self, prior: Prior) -> None: ...
 
-    def start(self, key: Key, prior: PyTree, params: Params, scale: float) -> Values: ...
+    def start(self, key: Key, prior: Prior, params: Params, scale: float) -> Values: ...
 
-    def posterior(self, prior: PyTree, values: Values) -> Posterior: ...
+    def posterior(self, prior: Prior, values: Values) -> Posterior: ...
 
     def draw(self, key: Key, q: Any) -> Params: ...
 
@@ -80,7 +90,7 @@ class SVIInfo(NamedTuple):
 def build(
     family: Family,
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     optimizer: optax.GradientTransformation,
@@ -146,7 +156,7 @@ def build(
     return Algorithm(init, update, lambda state: family.posterior(prior, state.values))
 
 
-def by_leaf(prior: PyTree, read: Callable[[str], Array]) -> Any:
+def by_leaf(prior: Prior, read: Callable[[str], Array]) -> Any:
     """Makes a tree of what is read for each random leaf, with None for the deterministic ones."""
     leaves = priors.named(prior).items()
     return priors.unflatten(prior, {n: None if leaf is None else read(n) for n, leaf in leaves})

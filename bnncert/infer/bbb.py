@@ -18,7 +18,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
 
 from bnncert import posterior as posteriors
 from bnncert import prior as priors
@@ -26,7 +25,7 @@ from bnncert.infer import _variational
 from bnncert.infer._elbo import site_keys
 from bnncert.infer._minibatch import Schedule, initial_scales
 from bnncert.infer._variational import Values, by_leaf, log_scale
-from bnncert.types import Algorithm, Key, LogLikelihood, Params, Prepare
+from bnncert.types import Algorithm, Key, LogLikelihood, Params, Prepare, Prior
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +39,10 @@ class MeanField:
         MeanField()
     """
 
-    def check(self, prior: PyTree) -> None:
+    def check(self, prior: Prior) -> None:
         """Accepts any prior: what NumPyro knows the KL to is seen at the first step."""
 
-    def start(self, key: Key, prior: PyTree, params: Params, scale: float) -> Values:
+    def start(self, key: Key, prior: Prior, params: Params, scale: float) -> Values:
         """Gives the values at the network's weights.
 
         Args:
@@ -59,7 +58,7 @@ class MeanField:
         scales = initial_scales(prior, params, scale)
         return priors.named(params) | {log_scale(n): jnp.log(v) for n, v in scales.items()}
 
-    def posterior(self, prior: PyTree, values: Values) -> posteriors.MeanField:
+    def posterior(self, prior: Prior, values: Values) -> posteriors.MeanField:
         """Makes the posterior of the values.
 
         Args:
@@ -93,7 +92,7 @@ class MeanField:
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     optimizer: optax.GradientTransformation,

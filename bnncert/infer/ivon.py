@@ -28,17 +28,17 @@ Bayesian Learning Rule", ICML 2020.
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from bnncert.infer import _natural_gradient
 from bnncert.infer._minibatch import Schedule
 from bnncert.infer._natural_gradient import Draw, Leaves, Smooth
-from bnncert.types import Algorithm, LogLikelihood, Prepare
+from bnncert.types import Algorithm, LogLikelihood, Prepare, Prior
 
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     optimizer: optax.GradientTransformation,

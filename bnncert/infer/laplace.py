@@ -37,13 +37,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from bnncert import prior as priors
 from bnncert.infer._minibatch import check_settings, log_likelihoods
 from bnncert.posterior import Gaussian, MeanField
 from bnncert.posterior.leaves import flatten, unflatten
-from bnncert.types import Batch, Key, LogLikelihood, Params, Prepare, Threat
+from bnncert.types import Batch, Key, LogLikelihood, Params, Prepare, Prior, Threat
 
 
 class LaplaceInfo(NamedTuple):
@@ -89,7 +89,7 @@ class _Sums(NamedTuple):
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     kl_weight: float = 1.0,
@@ -164,7 +164,7 @@ def build(
 
 
 def _fit(
-    prior: PyTree,
+    prior: Prior,
     num_data: int,
     kl_weight: float,
     batch_size: int,

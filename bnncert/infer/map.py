@@ -15,12 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from bnncert import prior as priors
 from bnncert.infer._minibatch import Schedule, log_likelihoods
 from bnncert.posterior import Samples
-from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Threat
+from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Prior, Threat
 
 
 class MAPState(NamedTuple):
@@ -53,7 +53,7 @@ class MAPInfo(NamedTuple):
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     optimizer: optax.GradientTransformation,
@@ -122,7 +122,7 @@ def build(
 
 def objective(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     num_data: int,
     prior_weight: float | Float[Array, ""],
     prepare: Prepare | None,

@@ -32,13 +32,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from bnncert import prior as priors
 from bnncert.infer import map as maximum
 from bnncert.infer._minibatch import Schedule, check_settings
 from bnncert.posterior import LowRank, MeanField
-from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Threat
+from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Prior, Threat
 
 TINY = 1e-30
 """Least variance, in the weights' unit squared, as in the authors' code: densities divide by it."""
@@ -82,7 +82,7 @@ class SWAGInfo(NamedTuple):
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     optimizer: optax.GradientTransformation,
@@ -165,7 +165,7 @@ def build(
     )
 
 
-def _init(inner: Algorithm, prior: PyTree, rank: int, key: Key, params: Params) -> SWAGState:
+def _init(inner: Algorithm, prior: Prior, rank: int, key: Key, params: Params) -> SWAGState:
     state = inner.init(key, params)
     leaves, random = priors.named(params), priors.sites(prior)
 

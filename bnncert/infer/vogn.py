@@ -34,18 +34,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from bnncert.infer import _natural_gradient
 from bnncert.infer._minibatch import Schedule
 from bnncert.infer._natural_gradient import Draw, Leaves
 from bnncert.likelihood import Composed
-from bnncert.types import Algorithm, Key, LogLikelihood, Prepare
+from bnncert.types import Algorithm, Key, LogLikelihood, Prepare, Prior
 
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     optimizer: optax.GradientTransformation,

@@ -25,7 +25,7 @@ condition on the sides is ours.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import ndarray
@@ -58,7 +58,7 @@ class Proof(NamedTuple):
     lower: ndarray
     upper: ndarray
     safe: bool
-    witness: tuple
+    witness: tuple[Any, ...]
 
 
 class Cell(NamedTuple):
@@ -96,7 +96,7 @@ class Claim(NamedTuple):
     value: Value
     gradient: Gradient
     safe: bool
-    witness: tuple
+    witness: tuple[Any, ...]
 
 
 class Gaussian(NamedTuple):
