@@ -50,7 +50,8 @@ def unflatten(
         The leaves by name.
 
     Example:
-        >>> unflatten(jnp.arange(3.0), {"w": jnp.zeros(2), "b": jnp.zeros(1)}, ["b", "w"])["w"].tolist()
+        >>> params = {"w": jnp.zeros(2), "b": jnp.zeros(1)}
+        >>> unflatten(jnp.arange(3.0), params, ["b", "w"])["w"].tolist()
         [1.0, 2.0]
     """
     leaves = priors.named(params)

@@ -45,7 +45,7 @@ class Samples:
         return jax.tree.leaves(self.params)[0].shape[0]
 
     def sample(self, key: Key, n: int) -> Params:
-        """Chooses n different members, uniformly, in stored order: n = S gives them all as they are.
+        """Chooses n different members, uniformly, in stored order: n = S gives them all as stored.
 
         Without replacement, so that no member is paid for twice by whoever sweeps them. Draws are
         therefore not independent.
