@@ -63,6 +63,12 @@ class Uncertainty(NamedTuple):
         probability: a `Box` of shape (C,) around the predictive.
         confidence: a `Box` around its largest entry, scalars.
         entropy: a `Box` around its entropy in nats, scalars.
+
+    Example:
+        >>> at_zero = Box(jnp.zeros(1), jnp.zeros(1))
+        >>> found = uncertainty(lambda w, x: w * x, jnp.array([[1.0, -1.0]]), at_zero)
+        >>> [f"{float(end):.3f}" for end in (found.confidence.lower, found.entropy.upper)]
+        ['0.500', '0.693']
     """
 
     probability: Box
@@ -76,6 +82,12 @@ class Moments(NamedTuple):
     Attributes:
         mean: a `Box` around the mean over samples, of the outputs' shape.
         variance: a `Box` around their variance (divisor S); the noise's own is not in it.
+
+    Example:
+        >>> at_one = Box(jnp.ones(1), jnp.ones(1))
+        >>> found = mean_and_variance(lambda w, x: w * x, jnp.ones((3, 1)), at_one)
+        >>> print(f"{float(found.variance.upper[0]):.3f}")               # three equal networks
+        0.000
     """
 
     mean: Box
@@ -167,6 +179,8 @@ def mean_and_variance(
         ValueError: samples that are not stacked; as `bnncert.bound`.
 
     Cost: S bounds of the outputs, and S^2 numbers an output.
+
+    Source: intervals; the bounds on the variance are this library's.
 
     Example:
         >>> apply = lambda w, x: w * x

@@ -51,6 +51,12 @@ class Expectation(NamedTuple):
         outputs: a `Box` around E_w[f(w, x)], of the outputs' shape.
         deviation: upper bounds on the standard deviation of each output over w, of that shape.
         probabilities: a `Box` around E_w[softmax f(w, x)], of that shape (classes last and only).
+
+    Example:
+        >>> q = MeanField(jnp.array([1.0, -1.0]), jnp.array([0.1, 0.1]))
+        >>> found = expectation(lambda w, x: w * x, q, Box(jnp.ones(1), jnp.ones(1)))
+        >>> print(found.deviation.round(2), bool(found.probabilities.lower[0] > 0.8))
+        [0.1 0.1] True
     """
 
     outputs: Box
