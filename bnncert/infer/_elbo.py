@@ -38,6 +38,12 @@ class ELBO(NamedTuple):
         value: `log_likelihood - kl_weight * kl`.
         log_likelihood: E_q[log p(D | w)], estimated from the minibatch and the draws.
         kl: KL(q || p), unweighted, exact.
+
+    Source: Blundell et al., ICML 2015, equations 1 and 2.
+
+    Example:
+        >>> ELBO(value=-3.5, log_likelihood=-3.0, kl=0.5).kl
+        0.5
     """
 
     value: Float[Array, ""]

@@ -137,7 +137,7 @@ def build(
     deterministic: optax.GradientTransformation | None = None,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """A natural-gradient method as an `Algorithm`; `vogn`, `noisy_adam` and `ivon` call it.
+    """Makes a natural-gradient method as an `Algorithm`; `vogn`, `noisy_adam` and `ivon` call it.
 
         loc <- loc - a (g + d (loc - mu)) / (h + d),    scale^2 = kl_weight / (N (h + d))
 

@@ -124,7 +124,7 @@ def build(
     deterministic: optax.GradientTransformation | None = None,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """SGLD or SGHMC as an `Algorithm`; each by itself is `bnncert.infer.sgld` or `sghmc`.
+    """Makes SGLD or SGHMC as an `Algorithm`; alone they are `bnncert.infer.sgld` or `sghmc`.
 
         v <- (1 - a) v - (h / 2) grad U(w) + sqrt(a h) xi,    w <- w + v
 
@@ -162,6 +162,13 @@ def build(
     Cost: one gradient of a minibatch a step. Memory: 2 + num_samples networks.
 
     Source: Welling & Teh, ICML 2011, equation 4; Chen et al., ICML 2014, equation 15.
+
+    Example:
+        >>> from bnncert import likelihood
+        >>> fit, w = likelihood.clean_categorical(lambda w, x: w @ x), jnp.zeros((2, 3))
+        >>> method = build(fit, priors.normal(w), num_data=4, step_size=0.01, num_samples=5)
+        >>> method.init(jax.random.key(0), w).samples.shape
+        (5, 2, 3)
     """
     check_settings(prior, num_data, kl_weight)
     check_support(prior)
@@ -215,7 +222,24 @@ def potential(
     batch: Batch,
     threat: Threat,
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""]]]:
-    """Estimates U(w) from a minibatch, in nats, with log p(D | w) and log p(w)."""
+    """Estimates U(w) from a minibatch, in nats, with log p(D | w) and log p(w).
+
+        U(w) ~ -(N/B) sum_{i in batch} log p(y_i | x_i, w) / kl_weight - log p(w)
+
+    Args:
+        log_likelihood: of one datum.
+        prior: as for `build`.
+        num_data: N.
+        kl_weight: of the prior.
+        prepare: as for `build`.
+        params: the weights w.
+        key: for what the likelihood draws.
+        batch: a minibatch of B data.
+        threat: the error model.
+
+    Returns:
+        U, and the pair (log p(D | w), log p(w)).
+    """
     terms = log_likelihoods(log_likelihood, prepare, key, params, batch, threat)
     log_lik = num_data * terms.sum() / batch.mask.sum()
     log_prior = priors.log_prob(prior, params)

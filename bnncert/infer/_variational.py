@@ -45,9 +45,18 @@ Values = dict[str, Any]
 class Family(Protocol):
     """A family of posteriors that the ELBO can be differentiated over: `MeanField`, `LowRank`.
 
+        w = draw(key, posterior(prior, values)),   differentiable by the values
+
     `check(prior)` raises where the KL to a prior is not known; `start(key, prior, params, scale)`
     gives the values at the network's weights, with standard deviations relative to them;
     `posterior(prior, values)` is q, and `draw(key, q)` a network of it.
+
+    Source: Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014 (reparameterisation).
+
+    Example:
+        >>> from bnncert.infer import LowRank, MeanField
+        >>> isinstance(MeanField(), Family), isinstance(LowRank(rank=2), Family)
+        (True, True)
     """
 
     def check(self, prior: Prior) -> None: ...
@@ -99,7 +108,7 @@ def build(
     num_particles: int,
     prepare: Prepare | None,
 ) -> Algorithm:
-    """Ascent on the ELBO as an `Algorithm`; `bbb`, `low_rank` and `svi` call it.
+    """Makes ascent on the ELBO as an `Algorithm`; `bbb`, `low_rank` and `svi` call it.
 
     Args:
         family: of q.

@@ -62,7 +62,7 @@ def build(
     num_particles: int = 1,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """Variational inference over a guide of your own as an `Algorithm`.
+    """Makes variational inference over a guide of your own as an `Algorithm`.
 
         maximise   E_q[ log p(D | w) ] - kl_weight KL(q || p),    q what the guide samples
 

@@ -37,7 +37,7 @@ def build(
     progress_bar: bool = False,
     prepare: Prepare | None = None,
 ) -> mcmc.Sampler:
-    """Hamiltonian Monte Carlo as a `Sampler`.
+    """Makes Hamiltonian Monte Carlo as a `Sampler`.
 
         U(w) = -log p(w) - (1 / kl_weight) log p(D | w)
         dw/dt = M^-1 r,    dr/dt = -grad U(w)

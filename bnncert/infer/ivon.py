@@ -50,7 +50,7 @@ def build(
     deterministic: optax.GradientTransformation | None = None,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """IVON as an `Algorithm`.
+    """Makes IVON as an `Algorithm`.
 
         h <- beta2 h + (1 - beta2) e + (1 - beta2)^2 (h - e)^2 / (2 (h + d)),    e = g noise/scale
         loc <- loc - a (g + d (loc - mu)) / (h + d),    scale^2 = kl_weight / (N (h + d))
@@ -123,6 +123,10 @@ def price(draw: Draw) -> Leaves:
 
     Returns:
         The estimate, by name of the random leaf.
+
+    Cost: O(P) for P random weights.
+
+    Source: Price's theorem; Shen et al., ICML 2024, algorithm 1.
     """
     return {
         name: gradient * draw.offset[name] / jnp.square(draw.scale[name])
@@ -133,6 +137,8 @@ def price(draw: Draw) -> Leaves:
 def riemannian(beta2: float) -> Smooth:
     """Makes the running mean of the curvature that stays above -d.
 
+        h <- beta2 h + (1 - beta2) e + (1 - beta2)^2 (h - e)^2 / (2 (h + d))
+
     Args:
         beta2: decay, in [0, 1).
 
@@ -141,6 +147,13 @@ def riemannian(beta2: float) -> Smooth:
 
     Raises:
         ValueError: a decay out of its range.
+
+    Source: Lin et al., ICML 2020.
+
+    Example:
+        >>> smooth = riemannian(beta2=0.5)
+        >>> smooth(1.0, -3.0, 1.0).item() > -1.0                        # e = -3 would leave it
+        True
     """
     _natural_gradient.check_decay("beta2", beta2)
     rate = 1 - beta2

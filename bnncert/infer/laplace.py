@@ -71,6 +71,9 @@ class Laplace(NamedTuple):
     `data` is one `Batch`, cut into chunks of `batch_size`, or an iterable of batches, which are
     taken as they come (a progress bar wraps around it); padding adds nothing. Data that are fewer
     than N stand for all of them. A `prepare` sees chunk by chunk.
+
+    Attributes:
+        fit: fits the Gaussian at the weights given.
     """
 
     fit: Callable[
@@ -99,7 +102,7 @@ def build(
     num_products: int = 32,
     prepare: Prepare | None = None,
 ) -> Laplace:
-    """A Laplace approximation, to be fitted at trained weights.
+    """Makes a Laplace approximation, to be fitted at trained weights.
 
         q(w) = N(w; w*, (H / kappa + S^-2)^-1),    H = sum_i -d^2 log p(y_i | x_i, w*) / dw^2
 

@@ -127,7 +127,7 @@ def build(
     num_particles: int = 1,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """Low-rank variational inference as an `Algorithm`.
+    """Makes low-rank variational inference as an `Algorithm`.
 
         q(w) = N(w; loc, diag(scale^2) + D D^T)
         maximise   E_q[ log p(D | w) ] - kl_weight KL(q || p)

@@ -60,7 +60,7 @@ def build(
     prior_weight: float | Schedule = 1.0,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """Maximum a posteriori as an `Algorithm`.
+    """Makes maximum a posteriori as an `Algorithm`.
 
         maximise   log p(D | w) + prior_weight log p(w)
           ~        (N/B) sum_{i in batch} log p(y_i | x_i, w) + prior_weight log p(w)
@@ -131,7 +131,33 @@ def objective(
     batch: Batch,
     threat: Threat,
 ) -> tuple[Float[Array, ""], MAPInfo]:
-    """Estimates the negative log joint from a minibatch, in nats summed over the data."""
+    """Estimates the negative log joint from a minibatch, in nats summed over the data.
+
+        -(N/B) sum_{i in batch} log p(y_i | x_i, w) - prior_weight log p(w)
+
+    Args:
+        log_likelihood: of one datum.
+        prior: as for `build`.
+        num_data: N.
+        prior_weight: of log p(w).
+        prepare: as for `build`.
+        params: the weights w.
+        key: for what the likelihood draws.
+        batch: a minibatch of B data.
+        threat: the error model.
+
+    Returns:
+        The loss, and a `MAPInfo` with its parts.
+
+    Example:
+        >>> from bnncert import likelihood
+        >>> fit, w = likelihood.clean_categorical(lambda w, x: w @ x), jnp.zeros((2, 3))
+        >>> data = Batch(jnp.ones((4, 3)), jnp.zeros(4, int), jnp.ones(4))
+        >>> rest = jax.random.key(0), data, Threat(0.0)
+        >>> loss, info = objective(fit, priors.normal(w), 4, 0.0, None, w, *rest)
+        >>> print(f"{loss:.4f}")                                        # 4 log 2
+        2.7726
+    """
     terms = log_likelihoods(log_likelihood, prepare, key, params, batch, threat)
     log_lik = num_data * terms.sum() / batch.mask.sum()
     log_prior = priors.log_prob(prior, params)

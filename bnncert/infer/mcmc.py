@@ -43,7 +43,7 @@ class Sampler(NamedTuple):
     """A method that needs all the data at once.
 
     Attributes:
-        sample: `(key, params, data, threat) -> (Samples, MCMCInfo)`.
+        sample: `(key, params, data, threat) -> (Samples, MCMCInfo)`, as `build` describes.
     """
 
     sample: Callable[[Key, Any, Batch, Threat], tuple[Samples, "MCMCInfo"]]
@@ -89,7 +89,7 @@ def build(
     progress_bar: bool = False,
     prepare: Prepare | None = None,
 ) -> Sampler:
-    """HMC or NUTS as a `Sampler`; each by itself is `bnncert.infer.hmc` or `bnncert.infer.nuts`.
+    """Makes HMC or NUTS as a `Sampler`; alone they are `bnncert.infer.hmc` and `nuts`.
 
         U(w) = -log p(w) - (1 / kl_weight) log p(D | w)
         dw/dt = M^-1 r,    dr/dt = -grad U(w),    r ~ N(0, M)

@@ -42,7 +42,7 @@ def build(
     deterministic: optax.GradientTransformation | None = None,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """Noisy Adam as an `Algorithm`.
+    """Makes noisy Adam as an `Algorithm`.
 
         h <- beta2 h + (1 - beta2) B (minibatch mean of grad -log p(y | x, w))^2,    w ~ q
         loc <- loc - a (g + d (loc - mu)) / (h + d),    scale^2 = kl_weight / (N (h + d))

@@ -36,7 +36,7 @@ def build(
     progress_bar: bool = False,
     prepare: Prepare | None = None,
 ) -> mcmc.Sampler:
-    """The No-U-Turn Sampler as a `Sampler`.
+    """Makes the No-U-Turn Sampler as a `Sampler`.
 
         U(w) = -log p(w) - (1 / kl_weight) log p(D | w)
         stop when (w+ - w-)' r- < 0 or (w+ - w-)' r+ < 0

@@ -37,7 +37,7 @@ def build(
     deterministic: optax.GradientTransformation | None = None,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """Stochastic-gradient Hamiltonian Monte Carlo as an `Algorithm`.
+    """Makes stochastic-gradient Hamiltonian Monte Carlo as an `Algorithm`.
 
         v <- (1 - a) v - (h / 2) grad U(w) + sqrt(a h) xi,    w <- w + v
 

@@ -33,7 +33,7 @@ def build(
     deterministic: optax.GradientTransformation | None = None,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """Stochastic-gradient Langevin dynamics as an `Algorithm`.
+    """Makes stochastic-gradient Langevin dynamics as an `Algorithm`.
 
         w <- w - (h / 2) grad U(w) + sqrt(h) xi,    U(w) = -log p(w) - (1/kl_weight) log p(D | w)
 

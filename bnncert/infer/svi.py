@@ -45,7 +45,7 @@ def build(
     num_particles: int = 1,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """Variational inference as an `Algorithm`.
+    """Makes variational inference as an `Algorithm`.
 
         maximise   E_q[ log p(D | w) ] - kl_weight KL(q || p)    over the q of a guide
 

@@ -93,7 +93,7 @@ def build(
     scale: float = 1.0,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """SWA-Gaussian as an `Algorithm`.
+    """Makes SWA-Gaussian as an `Algorithm`.
 
         q(w) = N(w; m1, 1/2 diag(m2 - m1^2) + 1/(2 (K - 1)) sum_{last K} D_i D_i^T)
         m1 = mean_i w_i,    m2 = mean_i w_i^2,    D_i = w_i - mean_{j <= i} w_j

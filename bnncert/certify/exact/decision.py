@@ -175,7 +175,7 @@ def predictive(
 ) -> Box:
     """Bounds every class's posterior predictive probability over a set of inputs.
 
-        1/S sum_s min_{x'} p_c(w_s, x')  <=  pi_c  <=  1/S sum_s max_{x'} p_c(w_s, x'),   p = softmax f
+        1/S sum_s min_{x'} softmax_c f(w_s, x')  <=  pi_c(x')       and the same from above
 
     Args:
         apply: `(params, x) -> logits (C,)` for one example.
