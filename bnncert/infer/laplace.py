@@ -209,10 +209,12 @@ def _full(
     curvature: Array, width: Array, kl_weight: float, score: Array
 ) -> tuple[Array, Array, Array]:
     """Finds a Cholesky factor of the covariance, eigenvalues of S H S, the score in units of q."""
+    # 1. The eigenvectors of S H S; a negative eigenvalue counts as 0.
     whitened = width[:, None] * curvature * width
     eigenvalues, vectors = jnp.linalg.eigh((whitened + whitened.T) / 2)
     shrink = jax.lax.rsqrt(1 + jnp.maximum(eigenvalues, 0.0) / kl_weight)
-    root = width[:, None] * vectors * shrink  # covariance = root root^T = (Q R)^T (Q R)
+    # 2. A root of the covariance, and by QR its triangular one: root root^T = (Q R)^T (Q R).
+    root = width[:, None] * vectors * shrink
     upper = jnp.linalg.qr(root.T, mode="r")
     sign = jnp.where(jnp.diagonal(upper) < 0, -1.0, 1.0).astype(upper.dtype)
     return (sign[:, None] * upper).T, eigenvalues, score @ root

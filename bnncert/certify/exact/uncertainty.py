@@ -236,12 +236,15 @@ def _entropy(box: Box, given: float = 0.0) -> Box:
         full = jnp.clip(t, box.lower, box.upper).sum() > 1
         return jnp.where(full, low, t), jnp.where(full, t, high)
 
+    # 1. From below by duality, the best of some mu.
     least = jax.vmap(dual)(jnp.asarray(_SLOPES, dtype)).max()
+    # 2. From above: bisect t until the v_c add up to 1; any t gives a bound.
     start = varying((jnp.zeros((), dtype), jnp.ones((), dtype)), axes_of(box))
     t = jnp.maximum(jax.lax.fori_loop(0, 30, halve, start)[1], 1e-6)
     v = jnp.clip(t, box.lower, box.upper)
     slope = -jnp.log(t) - 1
     most = _h(v).sum() + slope * (1 - v.sum()) + (jnp.abs(slope) + 1) * error
+    # 3. No entropy exceeds log C.
     top = jnp.log(jnp.asarray(box.lower.size, dtype)) + error
     return Box(jnp.maximum(least, 0.0), jnp.minimum(most, top))
 

@@ -273,10 +273,12 @@ def _probabilities(means: Array, variances: Array) -> Box:
     means = jnp.where(other, means, 0.0)
     variances = jnp.where(other, variances, 0.0)
     unit = unit_error(means, count)
+    # 1. From below: Jensen twice, or 1 less what the others have at most.
     exponent = jax.nn.logsumexp(means, axis=1) + 0.25 * variances.sum(1)
     by_jensen = (1 - unit) * jnp.exp(-(1 + unit) * exponent)
     each = jnp.where(other, _sigmoid_above(means, variances), 0.0)
     lower = jnp.clip(jnp.maximum(by_jensen, 1 - (1 + unit) * each.sum(1)), 0.0, 1.0)
+    # 2. From above: 1 less what the others have at least, or sigma of one difference.
     rest = 1 - (1 - unit) * jnp.where(other, lower[None], 0.0).sum(1) + unit
     # sigma(f_c - f_j) is at (j, c)
     pairs = jnp.where(other, each.T, 1.0).min(1)

@@ -159,6 +159,7 @@ def _product(node: Node, h: Value, w: Value, place: int) -> Value:
     def product(a: Array, b: Array) -> Array:
         return node.evaluate(*((a, b) if place else (b, a)))
 
+    # 1. Sizes of the factors: M about its center, h about its own.
     h = settled(h)
     m, variance = w.mean.center, w.own
     length, once = _uses(node, m, 1 - place)
@@ -167,9 +168,11 @@ def _product(node: Node, h: Value, w: Value, place: int) -> Value:
     size = jnp.abs(m) + w.mean.radius
     furthest = jnp.maximum(jnp.abs(h.mean.lower), jnp.abs(h.mean.upper))
     nearest = jnp.maximum(jnp.maximum(h.mean.lower, -h.mean.upper), 0.0)
+    # 2. The mean, M E h, and what it may be off by, rounding included.
     middle = product(center, m)
     reach = product(radius, size) + product(furthest, w.mean.radius)
     reach = reach + unit * (product(jnp.abs(center), size) + reach)
+    # 3. The deviations: E h^2 = (E h)^2 + second, and Minkowski for the past.
     second = h.own + jnp.square(h.shared)
     shared = jnp.sqrt(product(h.own, jnp.square(size))) + product(h.shared, size)
     return Value(
