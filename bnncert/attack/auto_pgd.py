@@ -223,7 +223,7 @@ def targeted_apgd(
 
 
 class _Evaluated(NamedTuple):
-    """What the search needs of a point.
+    """What the search of APGD needs of a point.
 
     Attributes:
         log_probs: log pi (C,), up to a constant.
@@ -248,7 +248,7 @@ class _Point(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Where a search stands between two steps.
+    """Where the search of APGD stands between two steps.
 
     Attributes:
         here: the current iterate x_k.

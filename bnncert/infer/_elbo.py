@@ -139,7 +139,7 @@ def elbo(
 
 
 def site_keys(key: Key, num: int) -> list[Key]:
-    """Keys one after the other, as NumPyro's `seed` gives them to the sites of a program.
+    """Splits off one key after another, as NumPyro's `seed` gives them to the sites of a program.
 
     Args:
         key: a PRNG key.

@@ -40,7 +40,7 @@ Leaves = dict[str, Array]
 
 
 class NaturalGradientState(NamedTuple):
-    """What the next step needs.
+    """The state of a natural-gradient method: what its next step needs.
 
     Attributes:
         loc: means of the random leaves, and the deterministic leaves, by name.
@@ -60,7 +60,7 @@ class NaturalGradientState(NamedTuple):
 
 
 class NaturalGradientInfo(NamedTuple):
-    """What one update saw, before its step.
+    """What one update of a natural-gradient method saw, before its step.
 
     Attributes:
         loss: the negative ELBO, nats summed over the data.

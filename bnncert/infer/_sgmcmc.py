@@ -54,7 +54,7 @@ Leaves = dict[str, Array]
 
 
 class SGMCMCState(NamedTuple):
-    """Where the chain is, and what it has collected.
+    """The state of SGLD or SGHMC: where the chain is, and what it has collected.
 
     Attributes:
         params: the current weights.
@@ -75,7 +75,7 @@ class SGMCMCState(NamedTuple):
 
 
 class SGMCMCInfo(NamedTuple):
-    """What one update saw, before its step.
+    """What one update of SGLD or SGHMC saw, before its step.
 
     Attributes:
         loss: kl_weight U(w) = -log p(D | w) - kl_weight log p(w), nats summed over the data.

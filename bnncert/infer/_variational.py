@@ -69,7 +69,7 @@ class Family(Protocol):
 
 
 class VIState(NamedTuple):
-    """Where the ascent is.
+    """The state of variational inference: where the ascent on the ELBO is.
 
     Attributes:
         values: q's parameters by name, as the optimiser moves them.
@@ -83,7 +83,7 @@ class VIState(NamedTuple):
 
 
 class SVIInfo(NamedTuple):
-    """What one update saw, before its step.
+    """What one update of variational inference saw, before its step.
 
     Attributes:
         loss: the negative ELBO, nats summed over the data.

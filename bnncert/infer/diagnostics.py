@@ -18,7 +18,7 @@ from bnncert.types import Apply, Params
 
 
 class Diagnostics(NamedTuple):
-    """What chains say of one or many scalars; every field has their shape.
+    """What Markov chains say of one or many scalars; every field has their shape.
 
     Attributes:
         r_hat: split R-hat: variance over all halves of chains against that within them, as a

@@ -47,7 +47,7 @@ from bnncert.types import Batch, Key, LogLikelihood, Params, Prepare, Prior, Thr
 
 
 class LaplaceInfo(NamedTuple):
-    """What was found at the weights.
+    """What a Laplace approximation found at the weights.
 
     Attributes:
         log_likelihood: log p(D | w*), nats summed over the data (those seen, times N over their

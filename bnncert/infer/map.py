@@ -24,7 +24,7 @@ from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare,
 
 
 class MAPState(NamedTuple):
-    """Where the optimisation is.
+    """The state of MAP: where the optimisation is.
 
     Attributes:
         params: the weights.
@@ -38,7 +38,7 @@ class MAPState(NamedTuple):
 
 
 class MAPInfo(NamedTuple):
-    """What one update saw, before its step.
+    """What one update of MAP saw, before its step.
 
     Attributes:
         loss: the negative objective, nats summed over the data.

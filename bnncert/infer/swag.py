@@ -45,7 +45,7 @@ TINY = 1e-30
 
 
 class SWAGState(NamedTuple):
-    """The optimiser's state, and what was collected.
+    """The state of SWAG: that of the optimiser, and what was collected of its iterates.
 
     Attributes:
         map: weights and optimiser, as for MAP.
@@ -65,7 +65,7 @@ class SWAGState(NamedTuple):
 
 
 class SWAGInfo(NamedTuple):
-    """What one update saw, before its step, and how much is collected after it.
+    """What one update of SWAG saw, before its step, and how much is collected after it.
 
     Attributes:
         loss: the negative objective of MAP, nats summed over the data.

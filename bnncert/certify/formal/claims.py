@@ -45,7 +45,7 @@ class Constraints(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a compiled function depends on, and is compiled anew for.
+    """What a compiled bound on boxes of weights depends on, and is compiled anew for.
 
     Attributes:
         apply: `(params, x) -> outputs`.
@@ -61,7 +61,7 @@ class Task(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What a compiled function takes.
+    """What a compiled bound on boxes of weights takes.
 
     Attributes:
         params: gives the deterministic leaves, and all shapes.
