@@ -242,6 +242,14 @@ def look_at_ending(
         ValueError: unknown outputs.
 
     Cost: one trace of apply; nothing is computed.
+
+    Example:
+        >>> apply = lambda w, x: jax.nn.softmax(w @ x)
+        >>> with warnings.catch_warnings(record=True) as found:
+        ...     warnings.simplefilter("always")
+        ...     look_at_ending(apply, "logits", jnp.zeros((1, 2, 3)), jnp.zeros(3))
+        >>> len(found)
+        1
     """
     check_outputs(outputs)
     if outputs == "logits":

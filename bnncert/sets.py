@@ -174,6 +174,11 @@ def check_radius(eps: Any, name: str = "eps") -> None:
 
     Raises:
         ValueError: it is known and negative, infinite or NaN.
+
+    Example:
+        >>> check_radius(-0.1)
+        Traceback (most recent call last):
+        ValueError: eps = -0.1: a radius must be finite and not negative.
     """
     if is_concrete(eps):
         values = np.asarray(eps)
@@ -192,6 +197,10 @@ def check_clip(clip: tuple[float, float]) -> tuple[float, float]:
 
     Raises:
         ValueError: it is known, and low >= high.
+
+    Example:
+        >>> check_clip((0.0, 1.0))
+        (0.0, 1.0)
     """
     low, high = clip
     if is_concrete(low) and is_concrete(high) and not low < high:
@@ -209,6 +218,11 @@ def check_center(x: Any, clip: tuple[float, float] | None, name: str = "x") -> N
 
     Raises:
         ValueError: it is known and not finite or outside of `clip`; `check_clip`'s.
+
+    Example:
+        >>> check_center(np.array([255.0]), (0.0, 1.0))
+        Traceback (most recent call last):
+        ValueError: x holds 255.0, outside clip = (0.0, 1.0): ...
     """
     ends = None if clip is None else check_clip(clip)
     if not is_concrete(x):
@@ -254,6 +268,11 @@ def check_set(region: Set, where: str = "a set") -> None:
         TypeError: fields that are not floating-point.
         ValueError: shapes or dtypes that differ, lower > upper, NaN or infinite values, a bad
             radius or p. What is traced passes: see `bnncert._emptiness`.
+
+    Example:
+        >>> check_set(Box(jnp.ones(2), jnp.zeros(2)))
+        Traceback (most recent call last):
+        ValueError: a set: Box with lower > upper at (0,): 1.0 > 0.0; ...
     """
     for name, value in vars(region).items():
         if name != "p" and not jnp.issubdtype(jnp.result_type(value), jnp.floating):
@@ -331,6 +350,10 @@ def is_subnormal(value: Array) -> Array:
 
     Returns:
         Booleans of that shape.
+
+    Example:
+        >>> is_subnormal(jnp.array([1e-40, 1e-30, 0.0])).tolist()
+        [True, False, False]
     """
     info = jnp.finfo(value.dtype)
     magnitude = bits_of(value) & (2 ** (info.bits - 1) - 1)
@@ -345,6 +368,10 @@ def bits_of(value: Array) -> Array:
 
     Returns:
         Integers of that shape and as many bits.
+
+    Example:
+        >>> hex(bits_of(jnp.float32(1.0)).item())
+        '0x3f800000'
     """
     kind = jnp.dtype(f"uint{jnp.finfo(value.dtype).bits}")
     return jax.lax.bitcast_convert_type(jax.lax.stop_gradient(value), kind)

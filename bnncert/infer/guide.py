@@ -149,6 +149,12 @@ def prior_program(prior: Prior) -> None:
 
     Args:
         prior: pytree of NumPyro distributions, None for deterministic leaves.
+
+    Example:
+        >>> from numpyro.handlers import seed, trace
+        >>> prior = {"w": dist.Normal(0.0, 1.0), "b": None}
+        >>> list(trace(seed(prior_program, 0)).get_trace(prior))
+        ['w/weight']
     """
     for name, leaf in priors.sites(prior).items():
         numpyro.sample(site(name), leaf)
