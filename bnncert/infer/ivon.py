@@ -152,7 +152,8 @@ def riemannian(beta2: float) -> Smooth:
 
     Example:
         >>> smooth = riemannian(beta2=0.5)
-        >>> smooth(1.0, -3.0, 1.0).item() > -1.0                        # e = -3 would leave it
+        >>> h, e, d = jnp.array([1.0, -3.0, 1.0])                       # e alone would be below -d
+        >>> smooth(h, e, d).item() > -1.0
         True
     """
     _natural_gradient.check_decay("beta2", beta2)
