@@ -53,6 +53,12 @@ class WeightBoxes(NamedTuple):
         boxes: a `Box` for each random leaf (the array for a deterministic one), params' structure;
             ends are stacked along a leading axis K.
         masses: under q, each rounded down; shape (K,), float64.
+
+    Example:
+        >>> boxes = {"w": Box(jnp.array([[-1.0]]), jnp.array([[1.0]]))}  # K = 1
+        >>> found = WeightBoxes(boxes, np.array([masses.mass(-1.0, 1.0, 0.0, 1.0)]))
+        >>> found.masses.round(4).tolist()
+        [0.6827]
     """
 
     boxes: Params
@@ -71,6 +77,14 @@ class Safety(NamedTuple):
         rows: that row for each unsafe box.
         arithmetic: of the network: "float32" (or the weights' dtype) by `rounding="outward"`;
             "real", up to rounding, by "nearest".
+
+    Example:
+        >>> q = MeanField({"w": jnp.zeros(1)}, {"w": jnp.ones(1)})
+        >>> key, point = jax.random.key(0), Box(jnp.ones(1), jnp.ones(1))
+        >>> apply = lambda params, x: params["w"] * x
+        >>> found = safety(key, apply, q, point, outputs_within(-1.0, 1.0), num_boxes=1)
+        >>> 0.6 < found.lower < 0.6827 < found.upper, found.arithmetic
+        (True, 'float32')
     """
 
     lower: float
@@ -94,6 +108,8 @@ def class_stays(label: int, num_classes: int) -> Constraints:
 
     Raises:
         ValueError: no such class.
+
+    Source: Wicker et al., UAI 2020 (a set of safe outputs by linear constraints).
 
     Example:
         >>> class_stays(1, 3).matrix.tolist()
@@ -121,6 +137,8 @@ def outputs_within(lower: Float[ArrayLike, "..."], upper: Float[ArrayLike, "..."
 
     Raises:
         ValueError: nothing lies between.
+
+    Source: Wicker et al., UAI 2020 (a set of safe outputs by linear constraints).
 
     Example:
         >>> outputs_within(-1.0, 2.0).offset.tolist()
