@@ -436,8 +436,11 @@ def _extremes_of(row: Row, sets: Sets) -> Box:
     for index, a in row.coefficients.items():
         low, high = _extremes(a, sets[index])
         lower, upper = lower + low, upper + high
-    box = drop_nan(Box(lower, upper))
-    return box if lower.ndim == 0 else Box(box.lower.max(), box.upper.min())
+    box = Box(lower, upper)
+    if lower.ndim == 0:
+        return box
+    box = drop_nan(box)
+    return Box(box.lower.max(), box.upper.min())
 
 
 def affine_steps(graph: Graph) -> dict[int, Step]:

@@ -20,23 +20,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert.bounds.graph import Graph
-from bnncert.bounds.merging import products
 from bnncert.bounds.methods.ibp import interval_bounds, intervals
 from bnncert.bounds.methods.steps import (
     Passage,
     View,
-    changed_by,
     further,
     steps_of,
     steps_of_both,
     steps_over,
+    view_of,
 )
 from bnncert.bounds.ops import Choice, check_lower_slope
 from bnncert.bounds.ops.boxes import drop_nan, intersect
 from bnncert.bounds.plan import Plan
-from bnncert.bounds.propagate import Domain, propagate
-from bnncert.bounds.rounding import EXACT
+from bnncert.bounds.propagate import values_at
 from bnncert.bounds.rows import Steps, row_bounds, row_box, unit_row
 from bnncert.sets import Box
 
@@ -120,10 +117,9 @@ class CROWN:
 
     def boxes(self, plan: Plan) -> list[Box]:
         """A box for each node of a function."""
-        wider = interval_bounds(plan)
-        view = View(wider, plan.arithmetic.errors(plan.graph, wider, EXACT))
-        boxes, known = intermediate_bounds(plan, wider, self, view)
-        return output_bounds(plan, boxes, steps_of_both(plan, known, view, swept(plan)))
+        wider = view_of(plan, interval_bounds(plan))
+        boxes, known = intermediate_bounds(plan, wider.boxes, self, wider)
+        return output_bounds(plan, boxes, steps_of_both(plan, known, wider, swept(plan)))
 
     def relaxed_on(self, plan: Plan) -> tuple[list[Box], Steps]:
         """The intervals of all nodes, and how rows pass every node over them."""
@@ -168,8 +164,11 @@ def intermediate_bounds(
 
 def swept(plan: Plan) -> frozenset[int]:
     """The nodes that are bounded by rows before the outputs are, and all that depend on them."""
-    nodes = (i for i in range(len(plan.graph.nodes)) if _is_swept(plan, i))
-    return changed_by(plan.graph, frozenset(nodes))
+    found: set[int] = set()
+    for i, node in enumerate(plan.graph.nodes):
+        if _is_swept(plan, i) or not found.isdisjoint(node.refs):
+            found.add(i)
+    return frozenset(found)
 
 
 def _is_swept(plan: Plan, index: int) -> bool:
@@ -189,10 +188,9 @@ def output_bounds(plan: Plan, boxes: Sequence[Box], steps: Steps) -> list[Box]:
         steps: how rows pass every node over these boxes.
     """
     graph = plan.graph
-    found, values = list(boxes), _at_centers(graph)
-    row = sum(products(graph, node) for node in graph.nodes)
+    found, values = list(boxes), values_at(graph, [region.center for region in graph.inputs])
     for index in plan.outputs:
-        few = math.prod(graph.nodes[index].shape) * row <= _FEW
+        few = math.prod(graph.nodes[index].shape) * plan.merged.forward <= _FEW
         rows = row_bounds(graph, index, steps, plan.regions, plan.batch_size, at_once=few)
         lower = jnp.maximum(found[index].lower, rows.lower)
         upper = jnp.minimum(found[index].upper, rows.upper)
@@ -204,16 +202,6 @@ def output_bounds(plan: Plan, boxes: Sequence[Box], steps: Steps) -> list[Box]:
 
 _FEW = 2**18
 """Multiply-adds that are dearer to compile than to run."""
-
-
-def _at_centers(graph: Graph) -> list[Array]:
-    """The value of each node at the centres of the sets."""
-
-    def apply(index: int, values: list[Array]) -> Array:
-        node = graph.nodes[index]
-        return node.evaluate(*node.fill([values[i] for i in node.refs]))
-
-    return propagate(graph, Domain(lambda index: graph.inputs[index].center, apply))[0]
 
 
 def _rows(plan: Plan, index: int, steps: Steps, known: Box, unstable_only: bool) -> Box:

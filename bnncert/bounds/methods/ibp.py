@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from bnncert.bounds.merging import ends_of
 from bnncert.bounds.methods.steps import Passage, steps_of
-from bnncert.bounds.norms import first_sum, first_sums
+from bnncert.bounds.norms import first_sum
 from bnncert.bounds.ops.boxes import drop_nan, hull, intersect
 from bnncert.bounds.plan import Plan
 from bnncert.bounds.propagate import Domain, propagate
@@ -57,7 +57,7 @@ class IBP:
 def interval_bounds(plan: Plan) -> list[Box]:
     """IBP: a box for each node, affine runs merged where that is sharper and within the budget."""
     graph, arithmetic, runs = plan.graph, plan.arithmetic, plan.merged.runs
-    sums = first_sums(graph)
+    sums = plan.merged.sums
 
     def merged(index: int, boxes: list[Box], errors: Errors) -> tuple[Box | None, Errors]:
         if index in sums:

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert.bounds.graph import Graph
 from bnncert.bounds.ops import Choice
 from bnncert.bounds.plan import Plan
 from bnncert.bounds.rounding import EXACT, Errors
@@ -50,6 +49,11 @@ class Passage(NamedTuple):
     both: Mapping[int, AnyStep] = {}
 
 
+def view_of(plan: Plan, boxes: Sequence[Box], known: Errors = EXACT) -> View:
+    """What is known where the first nodes have boxes; `known` of fewer of them."""
+    return View(boxes, plan.arithmetic.errors(plan.graph, boxes, known))
+
+
 def further(
     plan: Plan,
     boxes: Sequence[Box],
@@ -68,8 +72,7 @@ def further(
         wider: another view, over which they are relaxed as well.
         changed: the nodes of which it knows other boxes.
     """
-    errors = plan.arithmetic.errors(plan.graph, boxes, known.errors)
-    own = View(boxes, errors)
+    own = view_of(plan, boxes, known.errors)
     relaxed, both = dict(known.relaxed), dict(known.both)
     for i in sorted(plan.relaxed):
         if i >= len(boxes) or i in relaxed:
@@ -80,7 +83,7 @@ def further(
         if isinstance(step, Ways | Apart) and differ:
             step = step.last(step.number // 2)
         relaxed[i] = step
-    return Passage(errors, relaxed, both)
+    return Passage(own.errors, relaxed, both)
 
 
 def steps_of(plan: Plan, known: Passage) -> Steps:
@@ -92,7 +95,7 @@ def steps_of(plan: Plan, known: Passage) -> Steps:
 def steps_of_both(plan: Plan, known: Passage, wider: View, changed: frozenset[int]) -> Steps:
     """How to pass the nodes of a passage over the wider boxes as well, in as many ways each."""
     shapes = {
-        i: (1 if changed.isdisjoint(plan.graph.nodes[i].refs) else 2, _variants(plan, i))
+        i: (1 if changed.isdisjoint(plan.graph.nodes[i].refs) else 2, plan.variants[i])
         for i in known.both
     }
     views, variants = (max(axis) for axis in zip(*shapes.values(), (1, 1), strict=True))
@@ -127,7 +130,7 @@ def steps_over(plan: Plan, boxes: Sequence[Box], choice: Choice) -> Steps:
 
 def default_step(plan: Plan, index: int, views: Sequence[View], choice: Choice) -> AnyStep:
     """Passes a relaxed node by its default planes, all that it has, over each view."""
-    variants = _variants(plan, index)
+    variants = plan.variants[index]
     ways = list(product(range(len(views)), range(variants)))
     if len(ways) == 1:
         return relaxed_step(plan, index, views[0], choice)
@@ -178,26 +181,12 @@ def relaxed_step(plan: Plan, index: int, view: View, choice: Choice) -> Step:
     return planes_step(graph, index, planes)
 
 
-def changed_by(graph: Graph, nodes: frozenset[int]) -> frozenset[int]:
-    """These nodes, and all that depend on them."""
-    found: set[int] = set()
-    for i, node in enumerate(graph.nodes):
-        if i in nodes or not found.isdisjoint(node.refs):
-            found.add(i)
-    return frozenset(found)
-
-
 def _affine(plan: Plan, charged: Mapping[int, Array]) -> dict[int, AnyStep]:
     """How to pass affine nodes that are off by so much."""
     steps = plan.affine()
     return {**steps, **{i: Charged(steps[i], error) for i, error in charged.items()}}
 
 
-def _variants(plan: Plan, index: int) -> int:
-    node = plan.graph.nodes[index]
-    return node.operation.relaxation.variants(plan.graph, node)
-
-
 def _keeps_weights(plan: Plan, index: int) -> bool:
     """Whether the planes hold a weight's box, the same in every way, and as large as the weight."""
-    return plan.graph.nodes[index].operation.family == "product" and _variants(plan, index) == 1
+    return plan.graph.nodes[index].operation.family == "product" and plan.variants[index] == 1

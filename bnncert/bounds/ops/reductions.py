@@ -358,7 +358,7 @@ def _record(
     rounding: Rounding,
     start: Callable[[Graph, int, Sequence[Box]], Choice | None] = lambda graph, index, boxes: None,
 ) -> Operation:
-    own = Relaxation(_planes, start, lambda graph, node: 2)
+    own = Relaxation(_planes, start, 2)
     relaxation = own if name in PLANES else BY_INTERVAL
 
     def rule(node: Node, box: Box) -> Box:
