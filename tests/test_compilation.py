@@ -1,8 +1,12 @@
 """One compile each: values that change between calls are arguments, not constants."""
 
+import gc
+import weakref
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -145,9 +149,9 @@ def compiles():
     """The programs that are compiled, as they are."""
     found = []
 
-    def listen(event, duration, **_):
+    def listen(event, duration_secs, **_):
         if event.endswith("backend_compile_duration"):
-            found.append(duration)
+            found.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield found
@@ -167,29 +171,77 @@ def test_certificates_called_as_they_are_compile_once(name, compiles):
     chex.assert_trees_all_equal_shapes(first, other)
 
 
-def test_what_is_not_an_array_or_cannot_be_hashed_is_called_as_it_is():
-    from bnncert._compiler.once import once as compiled_once
-
-    def describe(x, how):
-        return f"{how}: {type(x).__name__}"
-
-    assert compiled_once(describe, "text", how="as it is") == "as it is: str"
-    assert compiled_once(lambda x, how: how, jnp.ones(()), how=[1]) == [1]
+SAMPLES, REGION = jnp.array([[1.0, -1.0], [2.0, -2.0]]), bc.Box(jnp.array([0.5]), jnp.array([1.0]))
 
 
-def test_a_new_function_is_not_taken_for_an_old_one():
-    w, region = weights(0, (2,)), bc.ball(inputs(0)[0][0], 0.01)
-    first = bc.certify.decision(lambda p, x: apply(p, x), w, region)
-    negated = bc.certify.decision(lambda p, x: -apply(p, x), w, region)
-    assert first.predicted != negated.predicted
+def chosen(function):
+    return int(bc.certify.decision(function, SAMPLES, REGION).predicted)
 
 
-def test_a_function_that_closes_over_a_traced_value_is_not_kept():
-    w, region = weights(0, (2,)), bc.ball(inputs(0)[0][0], 0.01)
+def test_what_a_network_reads_besides_its_arguments_may_change():
+    class Net:
+        scale = 1.0
 
-    @jax.jit
-    def scaled(by):
-        return bc.certify.decision(lambda p, x: by * apply(p, x), w, region).predicted
+        def apply(self, params, x):
+            return self.scale * params * x
 
-    with jax.checking_leaks():
-        assert scaled(1.0) != scaled(-1.0)
+    net, scales = Net(), [1.0]
+    assert chosen(net.apply) == 0
+    assert chosen(lambda p, x: scales[0] * p * x) == 0
+    net.scale, scales[0] = -1.0, -1.0
+    assert chosen(net.apply) == 1
+    assert chosen(lambda p, x: scales[0] * p * x) == 1
+    for sign in (jnp.array(1.0), jnp.array(-1.0)):
+        assert chosen(lambda p, x, sign=sign: sign * p * x) == (sign < 0)
+    for clip in (jax.nn.relu, lambda v: -jax.nn.relu(v)):
+        assert chosen(lambda p, x, clip=clip: clip(p * x)) == (clip(1.0) < 0)
+
+
+def test_the_same_equations_are_compiled_once_whatever_they_are_called(compiles):
+    for _ in range(2):
+        compiles.clear()
+        chosen(lambda p, x: jax.nn.relu(p * x) + jnp.arange(2.0))
+    assert not compiles
+
+
+def test_a_network_that_closes_over_a_traced_value_is_not_kept():
+    def along(by):
+        return bc.certify.decision(lambda p, x: jnp.ravel(by)[0] * p * x, SAMPLES, REGION).predicted
+
+    held = {}
+
+    def held_apart(by):
+        held["by"] = by
+        return bc.certify.decision(
+            lambda p, x: jnp.ravel(held["by"])[0] * p * x, SAMPLES, REGION
+        ).predicted
+
+    for transform in (jax.jit, jax.vmap):
+        with jax.checking_leaks():
+            assert np.array(transform(along)(jnp.array([1.0]))) == 0
+            assert np.array(transform(along)(jnp.array([-1.0]))) == 1
+        assert np.array(transform(held_apart)(jnp.array([1.0]))) == 0
+        assert np.array(transform(held_apart)(jnp.array([-1.0]))) == 1
+
+
+def test_networks_are_not_kept():
+    big = jnp.ones(2)
+    watched = weakref.ref(big)
+
+    def network(params, x, big=big):
+        return params * x * big
+
+    alive = weakref.ref(network)
+    chosen(network)
+    del network
+    gc.collect()
+    assert alive() is None and watched() is big
+
+
+def test_a_caller_that_raises_leaves_nothing_behind():
+    def wrong(params, x):
+        raise RuntimeError("in the network")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="in the network"):
+            chosen(wrong)

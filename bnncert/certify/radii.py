@@ -31,7 +31,9 @@ from bnncert.attack._geometry import spread_out
 from bnncert.bounds.arithmetic import Rounding
 from bnncert.bounds.methods import Method
 from bnncert.certify.exact.decision import Decision, decision
+from bnncert.certify.inputs import example
 from bnncert.certify.sampled.decision import statistical
+from bnncert.certify.sampled.draws import draw
 from bnncert.outputs import logits_of, look_at_ending
 from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import Set, ball, check_radius
@@ -132,8 +134,8 @@ def radius(
     """
     x, unit = _checked(x, largest, steps, p, clip)
     return once(
-        _radius, x, unit, samples, apply=apply, steps=steps, p=p, clip=clip, outputs=outputs,
-        method=method, rounding=rounding, batch_size=batch_size,
+        _radius, x, unit, samples, apply=apply, at=example(samples, x), steps=steps, p=p,
+        clip=clip, outputs=outputs, method=method, rounding=rounding, batch_size=batch_size,
     )  # fmt: skip
 
 
@@ -208,8 +210,8 @@ def statistical_radius(
     """
     x, unit = _checked(x, largest, steps, p, clip)
     return once(
-        _statistical_radius, x, unit, key, posterior, apply=apply, steps=steps, p=p, clip=clip,
-        num_samples=num_samples, **options,
+        _statistical_radius, x, unit, key, posterior, apply=apply, at=(draw(posterior, key), x),
+        steps=steps, p=p, clip=clip, num_samples=num_samples, **options,
     )  # fmt: skip
 
 

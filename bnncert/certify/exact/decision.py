@@ -44,7 +44,7 @@ from bnncert.bounds.margins import all_margin_bounds, margin_bounds
 from bnncert.bounds.methods import Method
 from bnncert.bounds.rounding import Precision
 from bnncert.certify.exact.softmax import least_differences, probability_box
-from bnncert.certify.inputs import check_region, nominal_input, num_samples
+from bnncert.certify.inputs import check_region, example, nominal_input, num_samples
 from bnncert.outputs import classifier, look_at_ending, normalised, probabilities
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Params, Stacked
@@ -145,7 +145,8 @@ def decision(
     _check(samples, x_set, batch_size)
     nominal, x_set = nominal_input(x, x_set)
     look_at_ending(apply, outputs, samples, nominal)
-    options = {"apply": apply, "outputs": outputs, "batch_size": batch_size}
+    at = example(samples, nominal)
+    options = {"apply": apply, "at": at, "outputs": outputs, "batch_size": batch_size}
     each = once(_evaluated, samples, nominal, **options)
     valid = jnp.asarray(normalised(each, outputs))
     return once(
@@ -235,7 +236,8 @@ def predictive(
     """
     _check(samples, x_set, batch_size)
     look_at_ending(apply, outputs, samples, x_set.center)
-    options = {"apply": apply, "outputs": outputs, "batch_size": batch_size}
+    at = example(samples, x_set.center)
+    options = {"apply": apply, "at": at, "outputs": outputs, "batch_size": batch_size}
     valid = True
     if outputs == "probabilities":
         valid = normalised(once(_evaluated, samples, x_set.center, **options), outputs)

@@ -75,8 +75,8 @@ from bnncert.bounds.margins import differences, margin_bounds
 from bnncert.bounds.methods import LinearMethod, linear_method_of
 from bnncert.certify.exact.decision import Decision, decision, rounding_slack
 from bnncert.certify.exact.softmax import least_differences
-from bnncert.certify.inputs import check_region, nominal_input, num_samples
-from bnncert.outputs import classifier
+from bnncert.certify.inputs import check_region, example, nominal_input, num_samples
+from bnncert.outputs import check_outputs, classifier
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Stacked
 
@@ -163,7 +163,11 @@ def joint_decision(
     if x is not None:
         x, x_set = nominal_input(x, x_set)
     alone = decision(apply, samples, x_set, x=x, method=method, rounding=rounding)
-    return once(_jointly, samples, x_set, alone, apply=apply, method=method, rounding=rounding)
+    check_outputs(outputs)
+    at = example(samples, x_set.center)
+    return once(
+        _jointly, samples, x_set, alone, apply=apply, at=at, method=method, rounding=rounding
+    )
 
 
 def _jointly(

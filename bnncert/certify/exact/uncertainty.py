@@ -35,6 +35,7 @@ data", CVPR 2019; Bitterwolf et al., "Certifiably adversarially robust detection
 out-of-distribution data", NeurIPS 2020 (upper bounds on the confidence over balls).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -48,7 +49,7 @@ from bnncert.bounds import bound
 from bnncert.bounds.arithmetic import Rounding
 from bnncert.bounds.methods import Method
 from bnncert.certify.exact.decision import predictive
-from bnncert.certify.inputs import check_region, num_samples
+from bnncert.certify.inputs import check_region, example, num_samples
 from bnncert.outputs import tolerance
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Params, Stacked
@@ -141,11 +142,12 @@ def uncertainty(
         apply, samples, x_set, outputs=outputs, method=method, rounding=rounding,
         batch_size=batch_size,
     )  # fmt: skip
-    return once(_uncertain, box, outputs=outputs)
+    return _uncertain(box, outputs)
 
 
-def _uncertain(box: Box, *, outputs: str) -> Uncertainty:
-    """Of the box of the predictive."""
+@partial(jax.jit, static_argnums=1)
+def _uncertain(box: Box, outputs: str) -> Uncertainty:
+    """Bounds confidence and entropy, of what outputs sum to 1 as well as these do."""
     classes, dtype = box.lower.size, box.lower.dtype
     # By how much what apply returns may fail to add up to 1.
     given = tolerance(classes, dtype) if outputs == "probabilities" else 0.0
@@ -198,8 +200,8 @@ def mean_and_variance(
     num_samples(samples)
     check_region(x_set)
     return once(
-        _moments, samples, x_set, apply=apply, method=method, rounding=rounding,
-        batch_size=batch_size,
+        _moments, samples, x_set, apply=apply, at=example(samples, x_set.center), method=method,
+        rounding=rounding, batch_size=batch_size,
     )  # fmt: skip
 
 

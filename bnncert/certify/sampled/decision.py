@@ -41,7 +41,7 @@ from bnncert.certify.exact.decision import (
 )
 from bnncert.certify.inputs import check_region, nominal_input
 from bnncert.certify.sampled import inequalities
-from bnncert.certify.sampled.draws import check_posterior, over_draws
+from bnncert.certify.sampled.draws import check_posterior, draw, over_draws
 from bnncert.outputs import classifier, look_at_ending, normalised, probabilities
 from bnncert.posterior.leaves import draw_keys
 from bnncert.sets import Box, Set
@@ -132,7 +132,8 @@ def statistical(
     pilot, main = jax.random.split(key)
     nominal, x_set = nominal_input(x, x_set)
     look_at_ending(apply, outputs, jax.eval_shape(lambda: posterior.sample(key, 1)), nominal)
-    options = {"apply": apply, "outputs": outputs, "batch_size": batch_size}
+    at = draw(posterior, key), nominal
+    options = {"apply": apply, "at": at, "outputs": outputs, "batch_size": batch_size}
     each = once(_evaluated, draw_keys(pilot, num_pilot), posterior, nominal, **options)
     valid = jnp.asarray(normalised(each, outputs))
     share = delta / (num_points * num_stages)
