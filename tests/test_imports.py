@@ -41,7 +41,8 @@ ORDER = """
     certify.exact certify.exact.softmax certify.exact.decision certify.exact.joint
     certify.exact.cascade certify.exact.uncertainty
     certify.formal certify.formal.mass certify.formal.boxes certify.formal.claims
-    certify.formal.safety certify.formal.rectified certify.formal.moments certify.formal.expectation
+    certify.formal.rectified certify.formal.layers certify.formal.linear certify.formal.safety
+    certify.formal.moments certify.formal.expectation
     certify.sampled certify.sampled.inequalities certify.sampled.draws certify.sampled.decision
     certify.sampled.safety
     certify.radii certify
