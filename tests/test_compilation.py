@@ -185,12 +185,14 @@ def test_what_a_network_reads_besides_its_arguments_may_change():
         def apply(self, params, x):
             return self.scale * params * x
 
+    def scaled(params, x):
+        return scales[0] * params * x
+
     net, scales = Net(), [1.0]
-    assert chosen(net.apply) == 0
-    assert chosen(lambda p, x: scales[0] * p * x) == 0
-    net.scale, scales[0] = -1.0, -1.0
-    assert chosen(net.apply) == 1
-    assert chosen(lambda p, x: scales[0] * p * x) == 1
+    method = net.apply
+    for sign in (1.0, -1.0, 1.0):
+        net.scale, scales[0] = sign, sign
+        assert chosen(net.apply) == chosen(method) == chosen(scaled) == (sign < 0)
     for sign in (jnp.array(1.0), jnp.array(-1.0)):
         assert chosen(lambda p, x, sign=sign: sign * p * x) == (sign < 0)
     for clip in (jax.nn.relu, lambda v: -jax.nn.relu(v)):
@@ -242,6 +244,6 @@ def test_a_caller_that_raises_leaves_nothing_behind():
     def wrong(params, x):
         raise RuntimeError("in the network")
 
-    for _ in range(2):
+    for outputs in ("logits", "probabilities"):
         with pytest.raises(RuntimeError, match="in the network"):
-            chosen(wrong)
+            bc.certify.decision(wrong, SAMPLES, REGION, outputs=outputs)

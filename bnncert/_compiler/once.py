@@ -76,7 +76,11 @@ def _program(
     key = f, tuple(sorted(options.items())), jax.tree.structure(at)
     if not _are_known((arrays, at)) or not _is_hashable(key):
         return None
-    traced, shapes = jax.make_jaxpr(apply, return_shape=True)(*at)
+    try:
+        # Of a new function: JAX, too, keeps the trace of one that it has seen.
+        traced, shapes = jax.make_jaxpr(lambda *at: apply(*at), return_shape=True)(*at)
+    except Exception:  # f meets it as well, and says more of it
+        return None
     if not _are_known(traced.consts) or sum(map(np.size, traced.consts)) > _LARGEST:
         return None
     with _lock:
