@@ -78,7 +78,8 @@ OWN = {
     "tokens": (tokens, "ac", {"a": (2, 3)}),
     "repeated": (repeated, "rcu", {}),
 }
-ROWS = Constraints(jnp.array([[1.0, -1.0], [-1.0, 1.0], [0.5, 0.0]]), jnp.array([2.0, 2.5, 1.0]))
+MATRIX = jnp.array([[1.0, -1.0], [-1.0, 1.0], [0.5, 0.0]])
+ROWS = Constraints(MATRIX, jnp.array([2.0, 2.5, 1.0]))
 
 
 def network(name, scale):
@@ -151,7 +152,7 @@ def test_one_layer_at_a_point_is_exact():
     x = normal(3, 4)
     found = linear_margins(lambda p, x: p["w"] @ x + p["b"], 0.1, loc, spread, Box(x, x), ROWS)
     value = ROWS.matrix @ (loc["w"] @ x + loc["b"]) + ROWS.offset
-    deviation = jnp.sqrt((ROWS.matrix**2).sum(1) * (0.09 * x**2).sum())
+    deviation = jnp.sqrt((MATRIX**2).sum(1) * (0.09 * x**2).sum())
     np.testing.assert_allclose(found.mean, value, rtol=1e-5)
     np.testing.assert_allclose(found.lipschitz, deviation, rtol=1e-5)
 
@@ -216,10 +217,13 @@ def test_unsafe_at_an_attacked_point():
 
 
 def test_no_more_than_its_delta():
-    assert mass(Margin(np.array([1e9]), np.array([1.0])), 0.25) == pytest.approx(0.75)
-    assert mass(Margin(np.array([1e9]), np.array([0.0])), 0.25) <= 0.75
+    def of(mean, spread):
+        return Margin(jnp.array([mean]), jnp.array([spread]))
+
+    assert mass(of(1e9, 1.0), 0.25) == pytest.approx(0.75)
+    assert mass(of(1e9, 0.0), 0.25) <= 0.75
     for margin in ((0.0, 0.0), (-1.0, 1.0), (np.nan, 1.0), (1.0, np.nan), (1.0, np.inf)):
-        assert mass(Margin(*np.array(margin).reshape(2, 1)), 1e-3) == 0.0
+        assert mass(of(*margin), 1e-3) == 0.0
 
 
 def test_a_weight_that_is_used_twice_is_refused():
@@ -227,9 +231,12 @@ def test_a_weight_that_is_used_twice_is_refused():
     q = bc.MeanField(loc, jax.tree.map(jnp.ones_like, loc))
     rows = outputs_within(-np.ones(4), np.ones(4))
     region = Box(normal(2, 4), normal(2, 4))
-    options = {"method": "linear", "rounding": "nearest"}
+
+    def twice(p, x):
+        return p["w"] @ jax.nn.relu(p["w"] @ x)
+
     with pytest.raises(UnsupportedPrimitiveError, match=r"used by .*dot_general.*dot_general"):
-        safety(KEY, lambda p, x: p["w"] @ jax.nn.relu(p["w"] @ x), q, region, rows, **options)
+        safety(KEY, twice, q, region, rows, method="linear", rounding="nearest")
 
 
 @pytest.mark.parametrize(

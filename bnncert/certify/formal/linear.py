@@ -170,8 +170,7 @@ def mass(margin: Margin, delta: float) -> float:
         A number in [0, 1], rounded down.
 
     Example:
-        >>> import numpy as np
-        >>> f"{mass(Margin(np.array([5.0, 8.0]), np.ones(2)), 1e-6):.6f}"
+        >>> f"{mass(Margin(jnp.array([5.0, 8.0]), jnp.ones(2)), 1e-6):.6f}"
         '0.999995'
     """
     mean, spread = (np.asarray(v, np.float64).reshape(-1) for v in margin)
