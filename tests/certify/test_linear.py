@@ -64,6 +64,13 @@ def repeated(p, x):
     return p["c"] @ jax.nn.relu(x @ w + p["u"][:3])
 
 
+def cut(p, x):
+    """Repeated, and cut to the number of weights that there are."""
+    w = jnp.broadcast_to(p["r"][:, None], (4, 3))[:2, :2]
+    scale = jnp.broadcast_to(p["s"][:1, None], (3, 3)).reshape(9)[:3]
+    return p["c"] @ (jax.nn.relu(jnp.concatenate([x[:2] @ w, x[2:3]])) * scale)
+
+
 LEAVES = {
     "a": (3, 4), "b": (3, 3), "c": (2, 3), "u": (3,), "v": (2,), "k": (2, 1, 3), "s": (3,),
     "t": (3,), "r": (4,),
@@ -77,6 +84,7 @@ OWN = {
     "normalised": (normalised, "acst", {}),
     "tokens": (tokens, "ac", {"a": (2, 3)}),
     "repeated": (repeated, "rcu", {}),
+    "cut": (cut, "rcs", {}),
 }
 MATRIX = jnp.array([[1.0, -1.0], [-1.0, 1.0], [0.5, 0.0]])
 ROWS = Constraints(MATRIX, jnp.array([2.0, 2.5, 1.0]))
@@ -114,6 +122,7 @@ def test_the_networks_are_alive(name):
     apply, loc, _, x = network(name, 0.1)
     slopes = jax.tree.leaves(jax.jacobian(lambda p, x: ROWS.matrix @ apply(p, x), (0, 1))(loc, x))
     assert all(jnp.abs(slope).max() > 0.01 for slope in slopes)
+    assert name != "cut" or loc["r"].size == 4
 
 
 @pytest.mark.parametrize("scale", [0.02, 0.2])
@@ -214,6 +223,13 @@ def test_unsafe_at_an_attacked_point():
     assert found.lower == 0.0 and found.upper < 0.001
     assert found.inputs.shape == (1, 1) and found.inputs[0, 0] < 0 and found.rows.tolist() == [0]
     assert len(found.safe.masses) == 0 == len(found.unsafe.masses)
+
+
+def test_squares_that_underflow():
+    loc, spread = {"w": jnp.array([1e-24])}, {"w": jnp.array([1e-23])}
+    one, rows = jnp.ones(1), Constraints(jnp.ones((1, 1)), jnp.zeros(1))
+    found = linear_margins(lambda p, x: p["w"] * x, 0.1, loc, spread, Box(one, one), rows)
+    assert mass(found, 1e-9) < 0.54
 
 
 def test_no_more_than_its_delta():

@@ -61,12 +61,14 @@ class Weights(NamedTuple):
     Attributes:
         scales: of each leaf, its standard deviations.
         leaf: for each node that is a leaf, or one rearranged, which.
+        repeats: of these, the nodes in which one weight may stand several times.
         layers: the nodes that multiply a value by weights, and which operand these are.
         random: the nodes that depend on weights.
     """
 
     scales: Sequence[Array]
     leaf: Mapping[int, int]
+    repeats: frozenset[int]
     layers: Mapping[int, int]
     random: frozenset[int]
 
@@ -83,6 +85,7 @@ def weights_of(graph: Graph, scales: Sequence[Array]) -> Weights:
         UnsupportedPrimitiveError: a weight that is used twice.
     """
     leaf: dict[int, int] = {i: i for i in range(len(scales))}
+    repeats: set[int] = set()
     layers: dict[int, int] = {}
     random: set[int] = set(leaf)
     used: dict[int, Node] = {}
@@ -92,25 +95,27 @@ def weights_of(graph: Graph, scales: Sequence[Array]) -> Weights:
         random.add(i)
         places = [place for place, j in enumerate(node.refs) if j in leaf]
         if places and len(node.refs) == 1 and node.op in MOVING and not node.has_constant:
-            leaf[i] = leaf[node.refs[0]]
+            (moved,) = node.refs
+            leaf[i] = leaf[moved]
+            if moved in repeats or not _moves_once(graph, node, moved):
+                repeats.add(i)
             continue
         for own in (leaf[node.refs[place]] for place in places):
             if own in used:
                 raise _used_twice(node, used[own])
             used[own] = node
-        if len(node.refs) == 2 and len(places) == 1 and _multiplies(graph, node, places[0], leaf):
-            layers[i] = places[0]
-    return Weights(scales, leaf, layers, frozenset(random))
+        # Weights that are repeated before may meet one value of a sum several times.
+        if len(node.refs) == 2 and len(places) == 1:
+            sums = node.op in MIXING and node.refs[places[0]] not in repeats
+            if sums or node.op == "mul":
+                layers[i] = places[0]
+    return Weights(scales, leaf, frozenset(repeats), layers, frozenset(random))
 
 
-def _multiplies(graph: Graph, node: Node, place: int, leaf: Mapping[int, int]) -> bool:
-    """Whether a node multiplies values by weights, and no value by one weight twice.
-
-    Weights that are repeated before they are multiplied may meet one value several times.
-    """
-    moved = node.refs[place]
-    sizes = [math.prod(graph.nodes[i].shape) for i in (moved, leaf[moved])]
-    return node.op == "mul" or (node.op in MIXING and sizes[0] == sizes[1])
+def _moves_once(graph: Graph, node: Node, moved: int) -> bool:
+    """Whether a node moves each number to one place at most; a broadcast may add axes of size 1."""
+    same = math.prod(node.shape) == math.prod(graph.nodes[moved].shape)
+    return node.affine.spreads == "places" or (node.op == "broadcast_in_dim" and same)
 
 
 def _used_twice(node: Node, before: Node) -> UnsupportedPrimitiveError:
@@ -254,7 +259,13 @@ class Network(NamedTuple):
                 variance = coefficients.get(_beside(i))
                 given = (a,) if variance is None else (a, variance)
                 mean = mean + _each(least, rank, *given)
-        return Margin(*jnp.broadcast_arrays(mean, _root(square)))
+        return Margin(*jnp.broadcast_arrays(mean, _root(square + self._lost())))
+
+    def _lost(self) -> float:
+        """More than squares that underflow take off L^2."""
+        leaves = self.plan.graph.inputs[: len(self.weights.scales)]
+        total = sum(jnp.size(leaf.center) for leaf in leaves)
+        return 2.0**20 * (1 + total) * float(jnp.finfo(leaves[0].center.dtype).tiny)
 
     def _region(self, index: int, boxes: Sequence[Box]) -> Set:
         inputs = self.plan.graph.inputs
@@ -283,7 +294,8 @@ class Network(NamedTuple):
             return canonical(pull)(row)[0]
 
         largest = jnp.abs(center) + radius
-        once = math.prod(node.shape) * _terms(node, graph, 1 - place) == loc.size
+        met = math.prod(node.shape) * _terms(node, graph, 1 - place)
+        once = met == loc.size and moved not in self.weights.repeats
         spreads = layer(largest**2, scale**2) if once else None
 
         def through(a: Array) -> Passed:
