@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A package's __init__ stands where the package's own name stands: it re-exports what is above it.
 ORDER = """
-    _compiler.wrong_sums _compiler.convolution _compiler.once _compiler
+    _compiler.wrong_sums _compiler.convolution _compiler
     types _varying sets _emptiness
     bounds.graph.operands bounds.graph.primitives bounds.graph.constants bounds.graph.nodes
     bounds.graph.facts bounds.graph.precision bounds.graph.advice bounds.graph

@@ -2,7 +2,6 @@
 
 wrong_sums     a jaxlib that adds the wrong numbers
 convolution    transposes of convolutions, in the form that is compiled well
-once           what is called again and again, compiled once
 """
 
 from bnncert._compiler.wrong_sums import avoid_wrong_sums

@@ -451,7 +451,7 @@ def affine_steps(graph: Graph) -> dict[int, Step]:
 def charges(row: Array, error: Array, rank: int) -> Array:
     """`<|row|, error>`, of values of this rank; either with a leading axis where ways differ."""
     axes = tuple(0 if v.ndim > rank else None for v in (row, error))
-    product = _dot if axes == (None, None) else jax.vmap(_dot, axes)
+    product = dot if axes == (None, None) else jax.vmap(dot, axes)
     return product(jnp.abs(row), error)
 
 
@@ -494,7 +494,7 @@ def _affine_step(graph: Graph, node: Node) -> Step:
     )
 
     def through(a: Array) -> Passed:
-        offset = _dot(a, transposed.at_zero) if node.has_constant else 0.0
+        offset = dot(a, transposed.at_zero) if node.has_constant else 0.0
         return Passed(transposed.coefficients(a), offset)
 
     return Step(through, len(node.shape), node.refs)
@@ -521,11 +521,12 @@ def _transposed(f: Callable[..., Array], zeros: Sequence[Array], convolves: bool
 def _extremes(a: Array, region: Set) -> tuple[Array, Array]:
     """The smallest and the largest value of `<a, x>` over a set."""
     if isinstance(region, LpBall):
-        middle, reach = _dot(a, region.center), region.eps * dual_norm(a, region.p)
+        middle, reach = dot(a, region.center), region.eps * dual_norm(a, region.p)
     else:
-        middle, reach = _dot(a, region.center), _dot(jnp.abs(a), region.radius)
+        middle, reach = dot(a, region.center), dot(jnp.abs(a), region.radius)
     return middle - reach, middle + reach
 
 
-def _dot(a: Array, b: Array) -> Array:
+def dot(a: Array, b: Array) -> Array:
+    """`<a, b>`, in full precision whatever a backend's default is."""
     return jnp.vdot(a, b, precision=jax.lax.Precision.HIGHEST)

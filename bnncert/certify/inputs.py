@@ -12,7 +12,7 @@ from jaxtyping import Array
 from bnncert._emptiness import empty_unless, holds
 from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import Set, check_set, is_concrete, is_set
-from bnncert.types import Params, Stacked
+from bnncert.types import Stacked
 
 
 def num_samples(samples: Stacked) -> int:
@@ -73,11 +73,6 @@ def nominal_input(x: Array | None, x_set: Set) -> tuple[Array, Set]:
             )
         return x, x_set
     return x, empty_unless(holds(x_set, x), x_set)
-
-
-def example(samples: Stacked, x: Array) -> tuple[Params, Array]:
-    """The first of stacked weights, and an input: what one network is called with."""
-    return jax.tree.map(lambda leaf: leaf[0], samples), x
 
 
 def check_region(x_set: Set) -> None:

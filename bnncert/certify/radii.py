@@ -24,16 +24,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from bnncert._compiler.once import once
 from bnncert._varying import axes_of, varying
 from bnncert.attack import AttackResult, pgd, transfer
 from bnncert.attack._geometry import spread_out
 from bnncert.bounds.arithmetic import Rounding
 from bnncert.bounds.methods import Method
 from bnncert.certify.exact.decision import Decision, decision
-from bnncert.certify.inputs import example
 from bnncert.certify.sampled.decision import statistical
-from bnncert.certify.sampled.draws import draw
 from bnncert.outputs import logits_of, look_at_ending
 from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import Set, ball, check_radius
@@ -132,30 +129,14 @@ def radius(
         >>> int(found.predicted), float(found.radius)
         (0, 0.49609375)
     """
-    x, unit = _checked(x, largest, steps, p, clip)
-    return once(
-        _radius, x, unit, samples, apply=apply, at=example(samples, x), steps=steps, p=p,
-        clip=clip, outputs=outputs, method=method, rounding=rounding, batch_size=batch_size,
-    )  # fmt: skip
-
-
-def _radius(
-    x: Array,
-    unit: Array,
-    samples: Stacked,
-    *,
-    apply: Apply,
-    steps: int,
-    p: float | int,
-    clip: tuple[float, float] | None,
-    **options: Any,
-) -> CertifiedRadius:
-    """By `decision`."""
 
     def certify(region: Set) -> Decision:
-        return decision(apply, samples, region, x=x, **options)
+        return decision(
+            apply, samples, region, x=x, outputs=outputs, method=method, rounding=rounding,
+            batch_size=batch_size,
+        )  # fmt: skip
 
-    return _bisected(certify, x, unit, steps, p, clip)
+    return _bisected(certify, x, largest, steps, p, clip)
 
 
 def statistical_radius(
@@ -208,27 +189,7 @@ def statistical_radius(
         >>> 0.8 < float(found.radius) < 1, f"{float(found.confidence):.2f}"
         (True, '0.95')
     """
-    x, unit = _checked(x, largest, steps, p, clip)
-    return once(
-        _statistical_radius, x, unit, key, posterior, apply=apply, at=(draw(posterior, key), x),
-        steps=steps, p=p, clip=clip, num_samples=num_samples, **options,
-    )  # fmt: skip
-
-
-def _statistical_radius(
-    x: Array,
-    unit: Array,
-    key: Key,
-    posterior: Posterior,
-    *,
-    apply: Apply,
-    steps: int,
-    p: float | int,
-    clip: tuple[float, float] | None,
-    num_samples: int,
-    **options: Any,
-) -> CertifiedRadius:
-    """By `statistical`, united over all radii that may be tried."""
+    _check(largest, steps)
 
     def certify(region: Set) -> Decision:
         return statistical(
@@ -236,7 +197,7 @@ def _statistical_radius(
             num_stages=2**steps - 1, **options,
         )  # fmt: skip
 
-    return _bisected(certify, x, unit, steps, p, clip)
+    return _bisected(certify, x, largest, steps, p, clip)
 
 
 def attacked_radius(
@@ -324,12 +285,15 @@ def attacked_radius(
 
 def _bisected(
     certify: Callable[[Set], Decision],
-    x: Array,
-    unit: Array,
+    x: Float[Array, "..."],
+    largest: float,
     steps: int,
     p: float | int,
     clip: tuple[float, float] | None,
 ) -> CertifiedRadius:
+    _check(largest, steps)
+    x = jnp.asarray(x)
+
     def at(place: Array) -> Decision:
         return certify(ball(x, unit * place.astype(x.dtype), p=p, clip=clip))
 
@@ -339,6 +303,7 @@ def _bisected(
         found = at(middle)
         return jnp.where(found.robust, middle, place), found.predicted, found.confidence
 
+    unit = jnp.asarray(largest / 2**steps, x.dtype)
     shapes = jax.eval_shape(at, jnp.zeros((), int))
     place = varying(jnp.zeros((), int), axes_of(shapes.robust))
     blank = (
@@ -347,16 +312,6 @@ def _bisected(
     )
     place, predicted, confidence = jax.lax.fori_loop(0, steps, step, (place, *blank))
     return CertifiedRadius(predicted, unit * place.astype(x.dtype), place > 0, confidence)
-
-
-def _checked(
-    x: Array, largest: float, steps: int, p: float | int, clip: tuple[float, float] | None
-) -> tuple[Array, Array]:
-    """The input, and the step of the grid of radii."""
-    _check(largest, steps)
-    x = jnp.asarray(x)
-    ball(x, largest, p=p, clip=clip)  # which checks them
-    return x, jnp.asarray(largest / 2**steps, x.dtype)
 
 
 def _check(largest: float, steps: int) -> None:

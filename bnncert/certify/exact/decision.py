@@ -36,7 +36,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bnncert._compiler.once import once
 from bnncert.bounds import bound
 from bnncert.bounds.arithmetic import Rounding, arithmetic_of
 from bnncert.bounds.graph.precision import asked_of
@@ -44,7 +43,7 @@ from bnncert.bounds.margins import all_margin_bounds, margin_bounds
 from bnncert.bounds.methods import Method
 from bnncert.bounds.rounding import Precision
 from bnncert.certify.exact.softmax import least_differences, probability_box
-from bnncert.certify.inputs import check_region, example, nominal_input, num_samples
+from bnncert.certify.inputs import check_region, nominal_input, num_samples
 from bnncert.outputs import classifier, look_at_ending, normalised, probabilities
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Params, Stacked
@@ -145,38 +144,9 @@ def decision(
     _check(samples, x_set, batch_size)
     nominal, x_set = nominal_input(x, x_set)
     look_at_ending(apply, outputs, samples, nominal)
-    at = example(samples, nominal)
-    options = {"apply": apply, "at": at, "outputs": outputs, "batch_size": batch_size}
-    each = once(_evaluated, samples, nominal, **options)
-    valid = jnp.asarray(normalised(each, outputs))
-    return once(
-        _decided, samples, x_set, nominal, each, valid, method=method, rounding=rounding, **options
-    )
-
-
-def _evaluated(
-    samples: Stacked, x: Array, *, apply: Apply, outputs: str, batch_size: int | None
-) -> Array:
-    """What each network says of an input."""
     network = classifier(apply, outputs)
-    return _sweep(lambda w: network(w, x), samples, batch_size)
-
-
-def _decided(
-    samples: Stacked,
-    x_set: Set,
-    nominal: Array,
-    each: Array,
-    valid: Array,
-    *,
-    apply: Apply,
-    outputs: str,
-    method: str | Method,
-    rounding: Rounding,
-    batch_size: int | None,
-) -> Decision:
-    """The decision, of what each network says at the nominal input and over the set."""
-    network = classifier(apply, outputs)
+    each = _sweep(lambda w: network(w, nominal), samples, batch_size)
+    valid = normalised(each, outputs)
     average = probabilities(each, outputs).mean(0)
     predicted = jnp.argmax(average)
     classes = average.shape[0]
@@ -235,32 +205,12 @@ def predictive(
         [0.5, 0.5]
     """
     _check(samples, x_set, batch_size)
+
     look_at_ending(apply, outputs, samples, x_set.center)
-    at = example(samples, x_set.center)
-    options = {"apply": apply, "at": at, "outputs": outputs, "batch_size": batch_size}
-    valid = True
+    network, valid = classifier(apply, outputs), jnp.asarray(True)
     if outputs == "probabilities":
-        valid = normalised(once(_evaluated, samples, x_set.center, **options), outputs)
-    return once(
-        _predicted, samples, x_set, jnp.asarray(valid), method=method, rounding=rounding, **options
-    )
-
-
-def _predicted(
-    samples: Stacked,
-    x_set: Set,
-    valid: Array,
-    *,
-    apply: Apply,
-    outputs: str,
-    method: str | Method,
-    rounding: Rounding,
-    batch_size: int | None,
-) -> Box:
-    """The box of the predictive."""
-    network = classifier(apply, outputs)
-    if outputs == "probabilities":
-        bounded = bound(network, method, rounding=rounding)
+        each = _sweep(lambda w: network(w, x_set.center), samples, batch_size)
+        valid, bounded = normalised(each, outputs), bound(network, method, rounding=rounding)
     else:
         margins = all_margin_bounds(network, method, rounding=rounding)
 

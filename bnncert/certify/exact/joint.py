@@ -68,15 +68,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bnncert._compiler.once import once
 from bnncert.bounds import mean_bound
 from bnncert.bounds.arithmetic import Rounding, arithmetic_of
 from bnncert.bounds.margins import differences, margin_bounds
 from bnncert.bounds.methods import LinearMethod, linear_method_of
 from bnncert.certify.exact.decision import Decision, decision, rounding_slack
 from bnncert.certify.exact.softmax import least_differences
-from bnncert.certify.inputs import check_region, example, nominal_input, num_samples
-from bnncert.outputs import check_outputs, classifier
+from bnncert.certify.inputs import check_region, nominal_input, num_samples
+from bnncert.outputs import classifier
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Stacked
 
@@ -163,24 +162,7 @@ def joint_decision(
     if x is not None:
         x, x_set = nominal_input(x, x_set)
     alone = decision(apply, samples, x_set, x=x, method=method, rounding=rounding)
-    check_outputs(outputs)
-    at = example(samples, x_set.center)
-    return once(
-        _jointly, samples, x_set, alone, apply=apply, at=at, method=method, rounding=rounding
-    )
-
-
-def _jointly(
-    samples: Stacked,
-    x_set: Set,
-    alone: Decision,
-    *,
-    apply: Apply,
-    method: str | LinearMethod,
-    rounding: Rounding,
-) -> Decision:
-    """The decision, better than what is proved of each network alone."""
-    apply, c, margins = classifier(apply, "logits"), alone.predicted, alone.margins
+    apply, c, margins = classifier(apply, outputs), alone.predicted, alone.margins
     box_of = margin_bounds(apply, method, rounding=rounding)
     boxes = jax.lax.map(lambda params: box_of(params, x_set, c), samples)
     below = partial(difference_below, apply)

@@ -35,7 +35,6 @@ data", CVPR 2019; Bitterwolf et al., "Certifiably adversarially robust detection
 out-of-distribution data", NeurIPS 2020 (upper bounds on the confidence over balls).
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -43,13 +42,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bnncert._compiler.once import once
 from bnncert._varying import axes_of, varying
 from bnncert.bounds import bound
 from bnncert.bounds.arithmetic import Rounding
 from bnncert.bounds.methods import Method
 from bnncert.certify.exact.decision import predictive
-from bnncert.certify.inputs import check_region, example, num_samples
+from bnncert.certify.inputs import check_region, num_samples
 from bnncert.outputs import tolerance
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Params, Stacked
@@ -142,12 +140,6 @@ def uncertainty(
         apply, samples, x_set, outputs=outputs, method=method, rounding=rounding,
         batch_size=batch_size,
     )  # fmt: skip
-    return _uncertain(box, outputs)
-
-
-@partial(jax.jit, static_argnums=1)
-def _uncertain(box: Box, outputs: str) -> Uncertainty:
-    """Bounds confidence and entropy, of what outputs sum to 1 as well as these do."""
     classes, dtype = box.lower.size, box.lower.dtype
     # By how much what apply returns may fail to add up to 1.
     given = tolerance(classes, dtype) if outputs == "probabilities" else 0.0
@@ -197,25 +189,9 @@ def mean_and_variance(
         >>> found.mean.lower.round(3).tolist(), found.variance.upper.round(3).tolist()
         ([2.0], [1.0])
     """
-    num_samples(samples)
+    count = num_samples(samples)
     check_region(x_set)
-    return once(
-        _moments, samples, x_set, apply=apply, at=example(samples, x_set.center), method=method,
-        rounding=rounding, batch_size=batch_size,
-    )  # fmt: skip
-
-
-def _moments(
-    samples: Stacked,
-    x_set: Set,
-    *,
-    apply: Apply,
-    method: str | Method,
-    rounding: Rounding,
-    batch_size: int | None,
-) -> Moments:
-    """Of the boxes of all networks' outputs."""
-    count, bounded = num_samples(samples), bound(apply, method, rounding=rounding)
+    bounded = bound(apply, method, rounding=rounding)
 
     def one(params: Params) -> Box:
         return bounded(params, x_set)

@@ -30,6 +30,7 @@ from bnncert.bounds.rows import (
     Step,
     Steps,
     Ways,
+    dot,
     map_rows,
     pull_back,
 )
@@ -41,6 +42,10 @@ _WAYS = (("adaptive", 0), ("zero", 1))
 
 _SPREAD = -(2**30)
 """Where a row collects L^2: a place beside the nodes, of a number that no node has."""
+
+
+_MOVES = MOVING - {"neg"}
+"""What weights pass as they are, so that squares of their deviations do as well."""
 
 
 class Margin(NamedTuple):
@@ -94,7 +99,7 @@ def weights_of(graph: Graph, scales: Sequence[Array]) -> Weights:
             continue
         random.add(i)
         places = [place for place, j in enumerate(node.refs) if j in leaf]
-        if places and len(node.refs) == 1 and node.op in MOVING and not node.has_constant:
+        if places and len(node.refs) == 1 and node.op in _MOVES and not node.has_constant:
             (moved,) = node.refs
             leaf[i] = leaf[moved]
             if moved in repeats or not _moves_once(graph, node, moved):
@@ -252,7 +257,7 @@ class Network(NamedTuple):
             rank = len(self.plan.graph.nodes[i].shape)
             if i in self.weights.leaf:
                 loc, scale = self.plan.graph.inputs[i].center, self.weights.scales[i]
-                mean = mean + _each(lambda a, loc=loc: jnp.vdot(a, loc), rank, a)
+                mean = mean + _each(lambda a, loc=loc: dot(a, loc), rank, a)
                 square = square + _each(lambda a, s=scale: jnp.sum((a * s) ** 2), rank, a)
             else:
                 least = partial(_least, self._region(i, boxes))
@@ -295,19 +300,19 @@ class Network(NamedTuple):
 
         largest = jnp.abs(center) + radius
         met = math.prod(node.shape) * _terms(node, graph, 1 - place)
-        once = met == loc.size and moved not in self.weights.repeats
+        once = met == math.prod(graph.nodes[moved].shape) and moved not in self.weights.repeats
         spreads = layer(largest**2, scale**2) if once else None
 
         def through(a: Array) -> Passed:
             variance = transposed(scale**2, a**2)
             if spreads is not None:
-                square = jnp.vdot(a**2, spreads)
+                square = dot(a**2, spreads)
             else:
                 slopes = jnp.abs(of_weights(center, a)) + of_weights(radius, jnp.abs(a))
                 square = jnp.sum((scale * slopes) ** 2)
             mean = transposed(loc, a)
             if h in self.weights.random:
-                lost = math.sqrt(2 / math.pi) * jnp.vdot(_root(variance), radius)
+                lost = math.sqrt(2 / math.pi) * dot(_root(variance), radius)
                 return Passed((mean, square), 0.0, lost)
             return Passed((mean, variance, square), 0.0)
 
@@ -348,7 +353,7 @@ def _each(f: Callable[..., Array], rank: int, *values: Array) -> Array:
 def _least(region: Set, a: Array, variance: Array | None = None) -> Array:
     """The mean of the least value of `(a + g) . x` over a set, g Gaussian of these variances."""
     if isinstance(region, LpBall):
-        middle = jnp.vdot(a, region.center)
+        middle = dot(a, region.center)
         if variance is None:
             return middle - region.eps * dual_norm(a, region.p)
         if region.p == 2:
@@ -357,18 +362,11 @@ def _least(region: Set, a: Array, variance: Array | None = None) -> Array:
         most = jnp.sqrt(2 * jnp.log(2.0 * a.size)) * _root(jnp.max(variance))
         return middle - region.eps * (dual_norm(a, region.p) + most)
     size = jnp.abs(a) if variance is None else folded_mean(a, variance)
-    return jnp.vdot(a, region.center) - jnp.vdot(size, region.radius)
+    return dot(a, region.center) - dot(size, region.radius)
 
 
 def _root(v: Array) -> Array:
-    """The square root, with a derivative of 0 at 0."""
+    """The square root, with a derivative of 0 at 0; of what overflowed, infinite."""
     positive = v > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1.0)), 0.0)
-
-
-def _no_rule(node: Node, hint: str) -> UnsupportedPrimitiveError:
-    source = node.source or "a line inside JAX"
-    return UnsupportedPrimitiveError(
-        f"no bound linear in the weights for '{node.op}' on random values, called at {source}. "
-        f"{hint}"
-    )
+    root = jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1.0)), 0.0)
+    return jnp.where(jnp.isnan(v), jnp.inf, root)

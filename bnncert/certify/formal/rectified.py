@@ -101,7 +101,7 @@ def folded_mean(mean: Array, variance: Array) -> Array:
 
     Args:
         mean: any shape.
-        variance: likewise; where it is 0, |mean|.
+        variance: likewise; where it is 0, |mean|, and where it overflowed to NaN, infinite.
 
     Example:
         >>> f"{float(folded_mean(jnp.array(0.0), jnp.array(1.0))):.4f}"
@@ -112,4 +112,5 @@ def folded_mean(mean: Array, variance: Array) -> Array:
     ratio = mean / deviation
     found = deviation * math.sqrt(2 / math.pi) * jnp.exp(-0.5 * ratio**2)
     found = found + mean * jax.lax.erf(ratio / math.sqrt(2))
-    return jnp.where(random, found, jnp.abs(mean))
+    found = jnp.where(random, found, jnp.abs(mean))
+    return jnp.where(jnp.isnan(variance), jnp.inf, found)

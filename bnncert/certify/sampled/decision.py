@@ -23,14 +23,11 @@ the computed logits.
 Source: Wicker et al., AISTATS 2021, section 6, whose bounds on the predictive these are.
 """
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bnncert._compiler.once import once
 from bnncert.bounds.arithmetic import Rounding
 from bnncert.bounds.methods import Method
 from bnncert.certify.exact.decision import (
@@ -41,7 +38,7 @@ from bnncert.certify.exact.decision import (
 )
 from bnncert.certify.inputs import check_region, nominal_input
 from bnncert.certify.sampled import inequalities
-from bnncert.certify.sampled.draws import check_posterior, draw, over_draws
+from bnncert.certify.sampled.draws import check_posterior, over_draws
 from bnncert.outputs import classifier, look_at_ending, normalised, probabilities
 from bnncert.posterior.leaves import draw_keys
 from bnncert.sets import Box, Set
@@ -132,50 +129,10 @@ def statistical(
     pilot, main = jax.random.split(key)
     nominal, x_set = nominal_input(x, x_set)
     look_at_ending(apply, outputs, jax.eval_shape(lambda: posterior.sample(key, 1)), nominal)
-    at = draw(posterior, key), nominal
-    options = {"apply": apply, "at": at, "outputs": outputs, "batch_size": batch_size}
-    each = once(_evaluated, draw_keys(pilot, num_pilot), posterior, nominal, **options)
-    valid = jnp.asarray(normalised(each, outputs))
-    share = delta / (num_points * num_stages)
-    found = once(
-        _decided, draw_keys(main, num_samples), posterior, x_set, nominal, each, valid,
-        method=method, rounding=rounding, inequality=inequality, delta=share, **options,
-    )  # fmt: skip
-    return replace(found, confidence=jnp.asarray(stated(delta)))
-
-
-def _evaluated(
-    keys: Array,
-    posterior: Posterior,
-    x: Array,
-    *,
-    apply: Apply,
-    outputs: str,
-    batch_size: int | None,
-) -> Array:
-    """What each draw says of an input."""
     network = classifier(apply, outputs)
-    return over_draws(lambda w: network(w, x), posterior, keys, batch_size)
-
-
-def _decided(
-    keys: Array,
-    posterior: Posterior,
-    x_set: Set,
-    nominal: Array,
-    each: Array,
-    valid: Array,
-    *,
-    apply: Apply,
-    outputs: str,
-    method: str | Method,
-    rounding: Rounding,
-    inequality: str,
-    delta: float,
-    batch_size: int | None,
-) -> Decision:
-    """The decision of the class that the first draws choose, by further ones."""
-    network = classifier(apply, outputs)
+    further = draw_keys(pilot, num_pilot)
+    each = over_draws(lambda w: network(w, nominal), posterior, further, batch_size)
+    valid = normalised(each, outputs)
     average = probabilities(each, outputs).mean(0)
     predicted, classes = jnp.argmax(average), average.shape[0]
     bounded = class_bounds(network, outputs, method, rounding)
@@ -185,15 +142,15 @@ def _decided(
         return least, around.lower, around.upper
 
     # 2. Bounds of each of n independent networks.
-    draws = over_draws(certify, posterior, keys, batch_size)
+    draws = over_draws(certify, posterior, draw_keys(main, num_samples), batch_size)
     # 3. What their means give way by: chance, each of C + 1 statements at its share, and rounding.
-    share = delta / (classes + 1)
+    share = delta / (num_points * num_stages * (classes + 1))
     widths = (2.0, 1.0, 1.0)
     slacks = [
         inequalities.slack(d, share, width, inequality)
         for d, width in zip(draws, widths, strict=True)
     ]
-    error = rounding_slack(rounding, average, keys.shape[0])
+    error = rounding_slack(rounding, average, num_samples)
     # 4. What is left is what holds.
     itself = jnp.arange(classes) == predicted
     least = jnp.where(valid, draws[0].mean(0) - slacks[0] - error, -1.0)
@@ -201,11 +158,10 @@ def _decided(
     lower = jnp.maximum(draws[1].mean(0) - slacks[1] - 0.5 * error, 0.0)
     upper = draws[2].mean(0) + slacks[2] + 0.5 * error
     probability = Box(jnp.where(valid, lower, -jnp.inf), jnp.where(valid, upper, jnp.inf))
-    drawn = jax.eval_shape(lambda: posterior.sample(keys[0], 1))
-    one = jax.eval_shape(lambda w: jax.tree.map(lambda leaf: leaf[0], w), drawn)
+    one = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], posterior.sample(key, 1)))
     arithmetic = arithmetic_name(rounding, average.dtype, network, one, nominal)
     robust = jnp.all((margins > 0) | itself)
-    return Decision(predicted, robust, margins, probability, jnp.ones(()), arithmetic)
+    return Decision(predicted, robust, margins, probability, jnp.asarray(stated(delta)), arithmetic)
 
 
 def stated(delta: float) -> np.float32:

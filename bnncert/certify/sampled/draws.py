@@ -39,26 +39,11 @@ def over_draws(
         >>> over_draws(jnp.sum, q, jax.random.split(jax.random.key(0), 5), None).shape
         (5,)
     """
-    return jax.lax.map(lambda key: one(draw(posterior, key)), keys, batch_size=batch_size)
 
+    def at(key: Key) -> Any:
+        return one(jax.tree.map(lambda leaf: leaf[0], posterior.sample(key, 1)))
 
-def draw(posterior: Posterior, key: Key) -> Params:
-    """Draws one network.
-
-    Args:
-        posterior: what is drawn from.
-        key: a PRNG key.
-
-    Returns:
-        Its params.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from bnncert.posterior import MeanField
-        >>> draw(MeanField(jnp.zeros(2), jnp.ones(2)), jax.random.key(0)).shape
-        (2,)
-    """
-    return jax.tree.map(lambda leaf: leaf[0], posterior.sample(key, 1))
+    return jax.lax.map(at, keys, batch_size=batch_size)
 
 
 def check_posterior(posterior: Any) -> None:
