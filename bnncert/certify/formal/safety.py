@@ -87,6 +87,7 @@ class Safety(NamedTuple):
             "real", up to rounding, by "nearest".
 
     Example:
+        >>> from bnncert.certify import outputs_within
         >>> q = MeanField({"w": jnp.zeros(1)}, {"w": jnp.ones(1)})
         >>> key, point = jax.random.key(0), Box(jnp.ones(1), jnp.ones(1))
         >>> apply = lambda params, x: params["w"] * x
@@ -170,6 +171,7 @@ def safety(
     Source: Wicker et al., UAI 2020; Batten et al., AISTATS 2024, section 4.
 
     Example:
+        >>> from bnncert.certify import outputs_within
         >>> q = MeanField({"w": jnp.zeros(1)}, {"w": jnp.ones(1)})
         >>> found = safety(
         ...     jax.random.key(0), lambda params, x: params["w"] * x, q,
