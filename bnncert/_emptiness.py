@@ -18,7 +18,7 @@ from bnncert.sets import Box, LpBall, Set, bits_of, dual_norm, is_concrete, is_s
 
 
 def is_valid(region: Set) -> Bool[Array, ""]:
-    """True for a set of one example that is finite and not empty."""
+    """Says True of a set of one example that is finite and not empty."""
     if isinstance(region, LpBall):
         finite = jnp.all(jnp.abs(region.center) < jnp.inf)
         return finite & (region.eps >= 0) & (region.eps < jnp.inf)
@@ -27,7 +27,7 @@ def is_valid(region: Set) -> Bool[Array, ""]:
 
 
 def holds(region: Set, x: Array) -> Bool[Array, ""]:
-    """True where a set holds a point (a ball: but for the rounding of its distance)."""
+    """Says True where a set holds a point (a ball: but for the rounding of its distance)."""
     if isinstance(region, LpBall):
         away = (x - region.center).ravel()
         distance = jnp.sum(jnp.abs(away)) if region.p == 1 else dual_norm(away, 2)
@@ -36,14 +36,14 @@ def holds(region: Set, x: Array) -> Bool[Array, ""]:
 
 
 def empty_unless(condition: Bool[Array, ""], region: Set) -> Set:
-    """The set, or an empty one."""
+    """Gives the set, or an empty one."""
     if isinstance(region, LpBall):
         return LpBall(region.center, jnp.where(condition, region.eps, -1.0), region.p)
     return Box(jnp.where(condition, region.lower, 1.0), jnp.where(condition, region.upper, -1.0))
 
 
 def settled(regions: Sequence[Set]) -> tuple[tuple[Set, ...], Bool[Array, ""] | None]:
-    """Sets to compute with, and whether what is computed over them may be said.
+    """Gives sets to compute with, and whether what is computed over them may be said.
 
     Args:
         regions: as `check_set` passed them.
@@ -64,7 +64,7 @@ def settled(regions: Sequence[Set]) -> tuple[tuple[Set, ...], Bool[Array, ""] | 
 
 
 def unbounded_unless(valid: Bool[Array, ""] | None, box: Box) -> Box:
-    """The bounds, or none: what `settled` says of them is applied."""
+    """Gives the bounds, or none: what `settled` says of them is applied."""
     if valid is None:
         return box
     lower, upper = jnp.asarray(box.lower), jnp.asarray(box.upper)
@@ -73,7 +73,7 @@ def unbounded_unless(valid: Bool[Array, ""] | None, box: Box) -> Box:
 
 
 def _extremes(dtype: Any) -> tuple[Any, Any]:
-    """The two ends that are no bound, in the dtype of an output."""
+    """Gives the two ends that are no bound, in the dtype of an output."""
     if jnp.issubdtype(dtype, jnp.inexact):
         return -jnp.inf, jnp.inf
     if jnp.issubdtype(dtype, jnp.bool):
@@ -82,7 +82,7 @@ def _extremes(dtype: Any) -> tuple[Any, Any]:
 
 
 def _point_unless(valid: Array, region: Set) -> Set:
-    """The set, or a finite point, in the middle of the numbers that it has."""
+    """Gives the set, or a finite point, in the middle of the numbers that it has."""
     middle = region.center
     middle = jnp.where(jnp.abs(middle) < jnp.inf, middle, jnp.zeros_like(middle))
     if isinstance(region, LpBall):
@@ -92,7 +92,7 @@ def _point_unless(valid: Array, region: Set) -> Set:
 
 
 def _off_subnormal(region: Set) -> Set:
-    """Subnormal ends and radii moved outward: backends take them for 0, and the set for a point.
+    """Moves subnormal ends and radii outward: backends take them for 0, the set for a point.
 
     Those of float16 are numbers like any others: products of it are computed in float32.
     """

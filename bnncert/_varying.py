@@ -15,7 +15,7 @@ import jax
 
 
 def axes_of(*trees: Any) -> frozenset[str]:
-    """The mesh axes that any leaf varies over: none outside of `jax.shard_map`.
+    """Lists the mesh axes that any leaf varies over: none outside of `jax.shard_map`.
 
     Args:
         trees: pytrees of arrays, numbers, or of what `jax.eval_shape` returns.
@@ -30,7 +30,7 @@ def axes_of(*trees: Any) -> frozenset[str]:
 
 
 def varying(tree: Any, axes: frozenset[str]) -> Any:
-    """The same values, each leaf varying over these mesh axes besides its own."""
+    """Gives the same values, each leaf varying over these mesh axes besides its own."""
     if not axes:
         return tree
 
@@ -42,5 +42,5 @@ def varying(tree: Any, axes: frozenset[str]) -> Any:
 
 
 def is_sharded() -> bool:
-    """True inside of `jax.shard_map`."""
+    """Says True inside of `jax.shard_map`."""
     return bool(jax.sharding.get_abstract_mesh().manual_axes)

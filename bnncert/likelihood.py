@@ -63,13 +63,26 @@ class Composed:
         outputs: see `Outputs`; for robust likelihoods, bounds are among the K outputs.
         log_prob: `(outputs, y, threat) -> nats`, concave in the outputs for ordinary likelihoods
             and the geometric mixture (power 0), and not for other powers.
+
+    Source: Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent",
+    Neural Computation 2002 (the generalised Gauss-Newton matrix).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> square = Composed(
+        ...     outputs=lambda key, params, x, y, threat: params * x,
+        ...     log_prob=lambda outputs, y, threat: -((outputs - y) ** 2).sum() / 2,
+        ... )
+        >>> one = jnp.ones(1)
+        >>> square(jax.random.key(0), 3 * one, one, one, Threat(0.0)).item()
+        -2.0
     """
 
     outputs: Outputs
     log_prob: Callable[[Array, Array, Threat], Array]
 
     def __call__(self, key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
-        """Return the log-likelihood of one datum, in nats."""
+        """Returns the log-likelihood of one datum, in nats; arguments as a `LogLikelihood`'s."""
         return self.log_prob(self.outputs(key, params, x, y, threat), y, threat)
 
 
@@ -80,7 +93,9 @@ Attack = Callable[[Key, Apply, Params, Array, Array, Array], Any]
 def continuous_threat(
     key: Key, radius: dist.Distribution, num_radii: int, power: float | Array = 0.0
 ) -> Threat:
-    """A draw of K radii from a continuous p_eps (Exponential, Rayleigh, Uniform, ...).
+    """Draws K radii from a continuous p_eps (Exponential, Rayleigh, Uniform, ...).
+
+        p_rob = E_eps[ p_worst(eps) ]  ~  (1/K) sum_k p_worst(eps_k)     (power 1)
 
     Args:
         key: random key.
@@ -93,6 +108,8 @@ def continuous_threat(
 
     Raises:
         ValueError: for a distribution of vectors or of negative radii, or num_radii < 1.
+
+    Source: Wicker et al., AISTATS 2021, section 4.
 
     Example:
         >>> import jax, numpyro.distributions as dist
@@ -115,7 +132,9 @@ def continuous_threat(
 
 
 def clean_categorical(apply: Apply, *, outputs: str = "logits") -> Composed:
-    """The ordinary log-likelihood `log softmax_y f(w, x)`, as if lam = 1; the threat is not used.
+    """Makes the ordinary log-likelihood of classification; the threat is not used.
+
+        log p(y | x, w) = log softmax_y f(w, x)
 
     Args:
         apply: `(params, x) -> logits (C,)` for one example.
@@ -128,6 +147,13 @@ def clean_categorical(apply: Apply, *, outputs: str = "logits") -> Composed:
 
     Raises:
         ValueError: unknown outputs; when called: outputs of another shape.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> loglik = clean_categorical(lambda w, x: w @ x)
+        >>> datum = jnp.eye(2), jnp.array([0.0, 0.0]), jnp.array(1)
+        >>> print(f"{loglik(jax.random.key(0), *datum, Threat(0.1)):.4f}")
+        -0.6931
     """
     network = watched(apply, outputs)
     return Composed(
@@ -143,7 +169,7 @@ def robust_categorical(
     method: str | Method = "ibp",
     clip: tuple[float, float] | None = None,
 ) -> Composed:
-    """The certified robust log-likelihood of classification.
+    """Makes the certified robust log-likelihood of classification.
 
         log M_power( p_clean, p_worst(eps_1), ..., p_worst(eps_K) )
 
@@ -164,6 +190,19 @@ def robust_categorical(
 
     Cost: one clean evaluation and K bounds (`bnncert.bound`; "ibp" of a network in which affine
     operations do not follow one another: 2 to 3 evaluations each, and its margins).
+
+    Source: Wicker et al., AISTATS 2021, section 4; the mixture of logarithms (power 0), Gowal et
+    al. 2018.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> loglik = robust_categorical(lambda w, x: w @ x)
+        >>> datum = jnp.eye(2), jnp.array([1.0, 0.0]), jnp.array(0)
+        >>> for lam in (1.0, 0.5, 0.0):  # the margin is 1, and 0.8 at worst
+        ...     print(f"{loglik(jax.random.key(0), *datum, Threat(0.1, lam)):.4f}")
+        -0.3133
+        -0.3422
+        -0.3711
     """
     network = watched(apply, outputs)
     bounded = _worst(classifier(apply, outputs), outputs, method)
@@ -193,7 +232,9 @@ def certified_categorical(
     method: str | Method = "ibp",
     clip: tuple[float, float] | None = None,
 ) -> Composed:
-    """A lower bound on the log-likelihood of the worst case, `log min_{x'} softmax_y f(w, x')`.
+    """Makes a lower bound on the log-likelihood of the worst case.
+
+        -log(1 + sum_{j != y} exp ub_j)  <=  log min_{x'} softmax_y f(w, x')
 
     Args:
         apply: `(params, x) -> logits (C,)` for one example.
@@ -206,6 +247,17 @@ def certified_categorical(
 
     Raises:
         ValueError, UnsupportedPrimitiveError: as `bnncert.bound`; several radii, when called.
+
+    Cost: one bound (`bnncert.bound`).
+
+    Source: Wicker et al., AISTATS 2021, section 4.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> loglik = certified_categorical(lambda w, x: w @ x)
+        >>> datum = jnp.eye(2), jnp.array([1.0, 0.0]), jnp.array(0)
+        >>> print(f"{loglik(jax.random.key(0), *datum, Threat(0.1)):.4f}")  # the margin is 0.8
+        -0.3711
     """
     bounded = _worst(watched(apply, outputs), outputs, method)
 
@@ -222,9 +274,11 @@ def certified_categorical(
 
 
 def attacked_categorical(apply: Apply, attack: Attack, *, outputs: str = "logits") -> Composed:
-    """The robust log-likelihood with the worst case *found* by an attack: adversarial training.
+    """Makes the robust log-likelihood with the worst case *found* by an attack.
 
-    An upper bound on the true worst case: nothing is certified.
+        log M_power( p_clean, p_attacked(eps_1), ..., p_attacked(eps_K) )
+
+    It is adversarial training. An upper bound on the true worst case: nothing is certified.
 
     Args:
         apply: `(params, x) -> logits (C,)` for one example.
@@ -235,6 +289,21 @@ def attacked_categorical(apply: Apply, attack: Attack, *, outputs: str = "logits
     Returns:
         `loglik(key, params, x, y, threat)` in nats, as `robust_categorical`; gradients reach the
         weights at the attacked input, not through the attack.
+
+    Raises:
+        ValueError: unknown outputs; when called, as the attack.
+
+    Cost: 1 + K evaluations and K attacks on one network.
+
+    Source: Madry et al., ICLR 2018, equation 2.1 (training at the points of an attack).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from bnncert.attack import pgd
+        >>> loglik = attacked_categorical(lambda w, x: w @ x, pgd)
+        >>> datum = jnp.eye(2), jnp.array([1.0, 0.0]), jnp.array(0)
+        >>> print(f"{loglik(jax.random.key(0), *datum, Threat(0.1, lam=0.0)):.4f}")
+        -0.3711
     """
     network, attacked = watched(apply, outputs), logits_of(apply, outputs)
 
@@ -266,7 +335,9 @@ def robust_gaussian(
     method: str | Method = "ibp",
     clip: tuple[float, float] | None = None,
 ) -> Composed:
-    """The certified robust log-likelihood of regression, y ~ N(f(w, x), noise_scale^2).
+    """Makes the certified robust log-likelihood of regression, y ~ N(f(w, x), noise_scale^2).
+
+        p_worst(eps) = N( max(|u - y|, |y - l|); 0, noise_scale^2 ),   l <= f(w, x') <= u
 
     The worst case puts the mean at the end of its interval that is farther from y.
 
@@ -281,6 +352,19 @@ def robust_gaussian(
 
     Raises:
         ValueError: a noise scale that is not positive.
+
+    Cost: one clean evaluation and K bounds (`bnncert.bound`).
+
+    Source: Wicker et al., AISTATS 2021, section 4.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> loglik = robust_gaussian(lambda w, x: w * x, noise_scale=1.0)
+        >>> datum = jnp.ones(1), jnp.ones(1), jnp.ones(1)  # the mean is right, and off by 0.5
+        >>> for lam in (1.0, 0.0):
+        ...     print(f"{loglik(jax.random.key(0), *datum, Threat(0.5, lam)):.4f}")
+        -0.9189
+        -1.0439
     """
     if not noise_scale > 0:
         raise ValueError(f"noise_scale = {noise_scale}: a standard deviation must be positive.")
@@ -308,7 +392,9 @@ def robust_gaussian(
 def log_power_mean(
     logs: Float[Array, " n"], weights: Float[Array, " n"], power: Float[Array, ""] | float
 ) -> Float[Array, ""]:
-    """`log ( sum_i w_i p_i^power )^(1/power)` from `log p_i`; the geometric mean at power 0.
+    """Computes the logarithm of a weighted power mean from the logarithms of its terms.
+
+        log ( sum_i w_i p_i^power )^(1/power);    at power 0  sum_i w_i log p_i
 
     Stable for every power in [0, 1]: through log1p and expm1 where the sum is near 1 (a small
     power, or nearly all weight on the largest), elsewhere as a log-sum-exp.
@@ -317,6 +403,15 @@ def log_power_mean(
         logs: log p_i, in nats.
         weights: non-negative, of sum 1.
         power: 0 geometric, 1 arithmetic.
+
+    Returns:
+        A scalar, nats.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> logs, weights = jnp.log(jnp.array([1.0, 0.25])), jnp.array([0.5, 0.5])
+        >>> [f"{jnp.exp(log_power_mean(logs, weights, power)):.3f}" for power in (0.0, 1.0)]
+        ['0.500', '0.625']
     """
     top = jax.lax.stop_gradient(jnp.max(logs))
     below = logs - top
@@ -336,7 +431,7 @@ def log_power_mean(
 def _worst(
     network: Apply, outputs: str, method: str | Method
 ) -> Callable[[Params, Set, Array], Array]:
-    """`(params, region, y)` -> (C,) of which `_log_worst` gives log min p_y.
+    """Makes `(params, region, y) -> (C,)` of which `_log_worst` gives log min p_y.
 
     Upper bounds on the margins f_j - f_y of logits, or lower bounds on probabilities.
     """
@@ -366,7 +461,7 @@ def _mixture(clean: Array, worsts: Array, threat: Threat) -> Array:
 
 
 def _per_radius(worst: Callable[[Array], Array], threat: Threat) -> Array:
-    """The worst case at each radius, shape (K,); one radius costs no extra axis."""
+    """Stacks the worst case at each radius, shape (K,); one radius costs no extra axis."""
     eps = jnp.asarray(threat.eps)
     if eps.ndim > 1:
         raise ValueError(f"threat.eps has shape {eps.shape}: give one radius, or K of shape (K,).")

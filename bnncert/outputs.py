@@ -33,7 +33,7 @@ _NEAR = 1e-3  # of 1: a sum of C numbers that are meant as probabilities
 
 
 def classifier(apply: Apply, outputs: str) -> Apply:
-    """`apply` with one output for each class, where it may have one for two classes.
+    """Makes an `apply` of one output for each class of one that may have one for two classes.
 
     Args:
         apply: `(params, x) -> outputs`, of shape (C,), C >= 2, or (1,) or () for two classes.
@@ -44,6 +44,10 @@ def classifier(apply: Apply, outputs: str) -> Apply:
 
     Raises:
         ValueError: unknown outputs.
+
+    Example:
+        >>> classifier(lambda w, x: w * x, "probabilities")(jnp.array(0.5), jnp.array(0.5)).tolist()
+        [0.75, 0.25]
     """
     check_outputs(outputs)
 
@@ -65,7 +69,22 @@ def classifier(apply: Apply, outputs: str) -> Apply:
 
 
 def watched(apply: Apply, outputs: str) -> Apply:
-    """`classifier`, with `look_at_ending` wherever it is evaluated."""
+    """Makes the `classifier`, with `look_at_ending` wherever it is evaluated.
+
+    Args:
+        apply: as for `classifier`.
+        outputs: as for `classifier`.
+
+    Returns:
+        `(params, x) -> outputs (C,)`.
+
+    Raises:
+        ValueError: as `classifier`.
+
+    Example:
+        >>> watched(lambda w, x: w @ x, "logits")(jnp.eye(2), jnp.array([1.0, 2.0])).tolist()
+        [1.0, 2.0]
+    """
     each = classifier(apply, outputs)
 
     def network(params: Params, x: Array) -> Float[Array, " classes"]:
@@ -76,43 +95,98 @@ def watched(apply: Apply, outputs: str) -> Apply:
 
 
 def logits_of(apply: Apply, outputs: str) -> Apply:
-    """`(params, x) -> logits (C,)` of the predictor that `apply` and `outputs` are.
+    """Makes `(params, x) -> logits (C,)` of the predictor that `apply` and `outputs` are.
 
     Args:
         apply: as for `classifier`.
         outputs: as for `classifier`.
 
+    Returns:
+        `(params, x) -> logits (C,)`: the logarithms, where outputs are probabilities.
+
     Raises:
         ValueError: as `classifier`.
+
+    Example:
+        >>> logits = logits_of(lambda w, x: w, "probabilities")
+        >>> jax.nn.softmax(logits(jnp.array([0.25, 0.75]), jnp.ones(1))).round(4).tolist()
+        [0.25, 0.75]
     """
     each = classifier(apply, outputs)
     return each if outputs == "logits" else lambda params, x: log(each(params, x))
 
 
 def probabilities(values: Float[Array, "*shape"], outputs: str) -> Float[Array, "*shape"]:
-    """The probabilities that outputs of a `classifier`, classes last, stand for."""
+    """Computes the probabilities that outputs of a `classifier` stand for.
+
+    Args:
+        values: outputs, classes last.
+        outputs: "logits" or "probabilities".
+
+    Returns:
+        Probabilities of the same shape.
+
+    Example:
+        >>> probabilities(jnp.zeros(2), "logits").tolist()
+        [0.5, 0.5]
+    """
     return values if outputs == "probabilities" else jax.nn.softmax(values)
 
 
 def log_probabilities(values: Float[Array, "*shape"], outputs: str) -> Float[Array, "*shape"]:
-    """The logarithm of `probabilities`, by `log` where these are the outputs."""
+    """Computes the logarithm of `probabilities`, by `log` where these are the outputs.
+
+    Args:
+        values: outputs, classes last.
+        outputs: "logits" or "probabilities".
+
+    Returns:
+        Nats, of the same shape.
+
+    Example:
+        >>> log_probabilities(jnp.array([0.0, 1.0]), "probabilities").round(1).tolist()[1]
+        0.0
+    """
     return log(values) if outputs == "probabilities" else jax.nn.log_softmax(values)
 
 
 def log(p: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The logarithm of no less than the smallest normal number: finite, and its gradient too."""
+    """Computes the logarithm of no less than the smallest normal number: its slope is finite.
+
+    Args:
+        p: probabilities.
+
+    Returns:
+        Nats; at least -87.4 in float32.
+
+    Example:
+        >>> print(f"{log(jnp.array(0.0)):.2f}")
+        -87.34
+    """
     return jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny))
 
 
 def tolerance(classes: int, dtype: jnp.dtype) -> float:
-    """How far normalised probabilities may be from [0, 1], and their sum from 1."""
+    """Computes how far normalised probabilities may be from [0, 1], and their sum from 1.
+
+    Args:
+        classes: number C of them.
+        dtype: of the probabilities.
+
+    Returns:
+        (64 + 4 C) u, u the unit roundoff of the dtype.
+
+    Example:
+        >>> print(f"{tolerance(10, jnp.dtype('float32')):.1e}")
+        6.2e-06
+    """
     return (64 + 4 * classes) * 0.5 * float(jnp.finfo(dtype).eps)
 
 
 def normalised(
     values: Float[Array, "*networks classes"], outputs: str
 ) -> Bool[Array, ""] | np.ndarray:
-    """Whether a `classifier`'s outputs at one input may be what they are said to be.
+    """Says whether a `classifier`'s outputs at one input may be what they are said to be.
 
     Logits always may, but that probabilities are called logits is a warning.
 
@@ -125,6 +199,10 @@ def normalised(
 
     Raises:
         ValueError: they are known, and are not normalised.
+
+    Example:
+        >>> bool(normalised(jnp.array([[0.5, 0.5], [0.0, 1.0]]), "probabilities"))
+        True
     """
     known = is_concrete(values)
     if outputs == "logits":
@@ -162,6 +240,16 @@ def look_at_ending(
 
     Raises:
         ValueError: unknown outputs.
+
+    Cost: one trace of apply; nothing is computed.
+
+    Example:
+        >>> apply = lambda w, x: jax.nn.softmax(w @ x)
+        >>> with warnings.catch_warnings(record=True) as found:
+        ...     warnings.simplefilter("always")
+        ...     look_at_ending(apply, "logits", jnp.zeros((1, 2, 3)), jnp.zeros(3))
+        >>> len(found)
+        1
     """
     check_outputs(outputs)
     if outputs == "logits":
@@ -173,13 +261,25 @@ def look_at_ending(
 
 
 def check_outputs(outputs: str) -> None:
-    """Raises ValueError unless outputs are of a known kind."""
+    """Checks that outputs are of a known kind.
+
+    Args:
+        outputs: "logits" or "probabilities".
+
+    Raises:
+        ValueError: they are not.
+
+    Example:
+        >>> check_outputs("odds")
+        Traceback (most recent call last):
+        ValueError: outputs = 'odds': choose one of 'logits', 'probabilities'.
+    """
     if outputs not in OUTPUTS:
         raise ValueError(f"outputs = {outputs!r}: choose one of {', '.join(map(repr, OUTPUTS))}.")
 
 
 def _seem_normalised(values: np.ndarray) -> bool:
-    """Whether all networks' outputs look it; zeros and ones alone may be anything."""
+    """Says whether all networks' outputs look normalised; zeros and ones alone may be anything."""
     inside = ((values >= 0) & (values <= 1)).all() and (np.abs(values.sum(-1) - 1) < _NEAR).all()
     return bool(inside and not np.isin(values, (0, 1)).all())
 

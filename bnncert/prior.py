@@ -17,9 +17,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
 from bnncert.sets import is_concrete
-from bnncert.types import Key, Params
-
-Prior = Any  # a pytree of `dist.Distribution | None`
+from bnncert.types import Key, Params, Prior
 
 _STATISTICS = "batch_stats"  # Flax Linen's collection
 # By name: the frameworks need not be installed.
@@ -30,7 +28,18 @@ _STATES = {
 
 
 def is_leaf(node: Any) -> bool:
-    """Whether a node of a prior is a leaf of it: a distribution, or None."""
+    """Says whether a node of a prior is a leaf of it: a distribution, or None.
+
+    Args:
+        node: of a prior.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> is_leaf(dist.Normal(0.0, 1.0)), is_leaf({"w": None})
+        (True, False)
+    """
     return node is None or isinstance(node, dist.Distribution)
 
 
@@ -40,7 +49,9 @@ def normal(
     *,
     where: Callable[[str], bool] | None = None,
 ) -> Prior:
-    """Independent N(0, scale^2) over every weight of the leaves that `where` picks.
+    """Makes the prior of independent N(0, scale^2) over every weight that `where` picks.
+
+        log p(w) = sum_i log N(w_i; 0, scale^2)     over the weights of the random leaves
 
     Deterministic in any case are leaves that are no weights: those that hold no floats (counters,
     random keys), and a framework's running statistics and other state, such as those of batch-norm:
@@ -89,10 +100,20 @@ def normal(
 
 
 def named(tree: Any) -> dict[str, Any]:
-    """The leaves of a prior, or of params, by name ("dense/kernel"); None counts as a leaf.
+    """Lists the leaves of a prior, or of params, by name ("dense/kernel"); None counts as a leaf.
+
+    Args:
+        tree: a prior, params, or any tree of their structure.
+
+    Returns:
+        The leaves by name, in the order of the tree.
 
     Raises:
         ValueError: if two leaves have the same name (a "/" inside a key can do that).
+
+    Example:
+        >>> named({"dense": {"kernel": 1.0, "bias": None}})
+        {'dense/bias': None, 'dense/kernel': 1.0}
     """
     found: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
@@ -104,7 +125,13 @@ def named(tree: Any) -> dict[str, Any]:
 
 
 def sites(prior: Prior) -> dict[str, dist.Distribution]:
-    """The random leaves' distributions by name, in the order of the tree's leaves.
+    """Lists the random leaves' distributions by name, in the order of the tree's leaves.
+
+    Args:
+        prior: a pytree of distributions and None.
+
+    Returns:
+        Distributions by name, without the deterministic leaves.
 
     Example:
         >>> list(sites({"bias": None, "kernel": dist.Normal(0.0, 1.0)}))
@@ -114,16 +141,30 @@ def sites(prior: Prior) -> dict[str, dist.Distribution]:
 
 
 def names(prior: Prior) -> tuple[str, ...]:
-    """The random leaves' names: the path to each, joined by "/"."""
+    """Lists the random leaves' names: the path to each, joined by "/".
+
+    Args:
+        prior: a pytree of distributions and None.
+
+    Returns:
+        Names in the order of the tree's leaves.
+
+    Example:
+        >>> names({"dense": {"kernel": dist.Normal(0.0, 1.0), "bias": None}})
+        ('dense/kernel',)
+    """
     return tuple(sites(prior))
 
 
 def replace(params: Params, values: Mapping[str, Array]) -> Params:
-    """The params with the named leaves replaced: how sampled sites become weights again.
+    """Replaces the named leaves of params: so sampled sites become weights again.
 
     Args:
         params: any params.
         values: new leaves by name, as `names` gives them.
+
+    Returns:
+        Params of the same structure.
 
     Raises:
         ValueError: if a name is not that of a leaf.
@@ -141,11 +182,14 @@ def replace(params: Params, values: Mapping[str, Array]) -> Params:
 
 
 def unflatten(prior: Prior, values: Mapping[str, Any]) -> Any:
-    """Named values in the structure of the prior: the inverse of `named`.
+    """Puts named values into the structure of the prior: the inverse of `named`.
 
     Args:
         prior: gives the structure.
         values: one for each leaf of it, the deterministic ones too; others are ignored.
+
+    Returns:
+        A tree of the prior's structure.
 
     Raises:
         KeyError: a leaf without a value.
@@ -159,7 +203,7 @@ def unflatten(prior: Prior, values: Mapping[str, Any]) -> Any:
 
 
 def sample(key: Key, prior: Prior, params: Params) -> Params:
-    """One draw from the prior; deterministic leaves keep their values in `params`.
+    """Draws once from the prior; deterministic leaves keep their values in `params`.
 
     Args:
         key: a PRNG key.
@@ -171,6 +215,13 @@ def sample(key: Key, prior: Prior, params: Params) -> Params:
 
     Raises:
         ValueError: if prior and params do not match, see `check`.
+
+    Example:
+        >>> params = {"w": jnp.zeros(3), "b": jnp.ones(1)}
+        >>> prior = normal(params, 0.1, where=lambda name: name == "w")
+        >>> drawn = sample(jax.random.key(0), prior, params)
+        >>> drawn["w"].shape, drawn["b"].tolist()
+        ((3,), [1.0])
     """
     check(prior, params)
     leaves, found = named(params), sites(prior)
@@ -183,7 +234,9 @@ def sample(key: Key, prior: Prior, params: Params) -> Params:
 
 
 def log_prob(prior: Prior, params: Params) -> Float[Array, ""]:
-    """Log density of the params: nats, summed over all weights of the random leaves.
+    """Computes the log density of the params: nats, summed over the random leaves' weights.
+
+        log p(w) = sum over random leaves of log p_leaf(w_leaf)
 
     Args:
         prior: a pytree of distributions and None.
@@ -206,11 +259,20 @@ def log_prob(prior: Prior, params: Params) -> Float[Array, ""]:
 
 
 def check(prior: Prior, params: Any) -> None:
-    """Raise unless the prior has the params' structure and, leaf by leaf, their shapes.
+    """Checks that the prior has the params' structure and, leaf by leaf, their shapes.
+
+    Args:
+        prior: a pytree of distributions and None.
+        params: of one network, or their shapes and dtypes.
 
     Raises:
         ValueError: naming the leaves that only one of the two has, or the leaf whose distribution
             has another shape, with both shapes.
+
+    Example:
+        >>> check({"w": dist.Normal(0.0, 1.0).expand([2])}, {"w": jnp.zeros(3)})
+        Traceback (most recent call last):
+        ValueError: the prior of leaf 'w' has shape (2,), the params have (3,); ...
     """
     leaves, priors = named(params), named(prior)
     if leaves.keys() != priors.keys():
@@ -231,7 +293,13 @@ def check(prior: Prior, params: Any) -> None:
 
 
 def normal_parameters(prior: Prior) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Locations and scales of a prior of independent normals, by random leaf, in its shape.
+    """Reads the locations and scales of a prior of independent normals.
+
+    Args:
+        prior: a pytree of normals and None.
+
+    Returns:
+        `(locations, scales)`, each by name of the random leaves, in their shapes.
 
     Raises:
         NotImplementedError: naming a leaf whose prior is another distribution.
@@ -262,7 +330,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _is_state(node: Any) -> bool:
-    """Whether a node is a framework's container of what is no weight, or a kind of one."""
+    """Says whether a node is a framework's container of what is no weight, or a kind of one."""
     kinds = type(node).__mro__
     own = getattr(node, "type", None)  # NNX before 0.12 keeps the variable's type so in its states
     if isinstance(own, type):

@@ -33,6 +33,11 @@ class Box:
     Attributes:
         lower: any shape.
         upper: the shape of `lower`.
+
+    Example:
+        >>> box = Box(jnp.array([0.0, 1.0]), jnp.array([2.0, 1.0]))
+        >>> box.center.tolist(), box.radius.tolist()
+        ([1.0, 1.0], [1.0, 0.0])
     """
 
     lower: Any
@@ -40,7 +45,7 @@ class Box:
 
     @property
     def center(self) -> Array:
-        """The middle; exact where `lower == upper`, finite where they are."""
+        """The middle of the box, exact where `lower == upper`, finite where they are."""
         lower, upper = jnp.asarray(self.lower), jnp.asarray(self.upper)
         total = lower + upper
         # Halves of small numbers may be lost, sums of large ones overflow.
@@ -48,7 +53,7 @@ class Box:
 
     @property
     def radius(self) -> Array:
-        """Half the width, to the farther end; `center` -+ `radius` hold both."""
+        """Half the width of the box, to the farther end; `center` -+ `radius` hold both."""
         center, upper = self.center, jnp.asarray(self.upper)
         reach = jnp.maximum(upper - center, center - self.lower)
         # Backends take what is below the smallest normal number for 0; the box is no point.
@@ -65,6 +70,11 @@ class LpBall:
         center: any shape.
         eps: radius, a scalar; under `vmap` one for each example.
         p: 1 or 2.
+
+    Example:
+        >>> ball = LpBall(jnp.zeros(2), 0.5, 2)
+        >>> jax.tree.leaves(ball)[1], ball.p
+        (0.5, 2)
     """
 
     center: Any
@@ -76,7 +86,18 @@ Set = Box | LpBall
 
 
 def is_set(value: object) -> bool:
-    """Whether `value` is a `Box` or an `LpBall`."""
+    """Says whether `value` is a `Box` or an `LpBall`.
+
+    Args:
+        value: anything.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> is_set(Box(0.0, 1.0)), is_set((0.0, 1.0))
+        (True, False)
+    """
     return isinstance(value, Set)
 
 
@@ -87,7 +108,9 @@ def ball(
     p: int | float = jnp.inf,
     clip: tuple[float, float] | None = None,
 ) -> Set:
-    """The ball of radius `eps` around `x`.
+    """Makes the ball of radius `eps` around `x`.
+
+        { x' : |x' - x|_p <= eps },   for p = inf cut to low <= x' <= high
 
     Args:
         x: center, any shape.
@@ -143,7 +166,20 @@ def ball(
 
 
 def check_radius(eps: Any, name: str = "eps") -> None:
-    """Raises ValueError if a radius is known and negative, infinite or NaN; tracers pass."""
+    """Checks that a radius, if known, is finite and not negative; tracers pass.
+
+    Args:
+        eps: a radius, or an array of them.
+        name: of it, in the error.
+
+    Raises:
+        ValueError: it is known and negative, infinite or NaN.
+
+    Example:
+        >>> check_radius(-0.1)
+        Traceback (most recent call last):
+        ValueError: eps = -0.1: a radius must be finite and not negative.
+    """
     if is_concrete(eps):
         values = np.asarray(eps)
         if not (np.isfinite(values).all() and (values >= 0).all()):
@@ -151,7 +187,21 @@ def check_radius(eps: Any, name: str = "eps") -> None:
 
 
 def check_clip(clip: tuple[float, float]) -> tuple[float, float]:
-    """Returns `clip` as `(low, high)`; raises ValueError if it is no increasing pair."""
+    """Checks that a range of values, if known, increases.
+
+    Args:
+        clip: `(low, high)`.
+
+    Returns:
+        `clip`.
+
+    Raises:
+        ValueError: it is known, and low >= high.
+
+    Example:
+        >>> check_clip((0.0, 1.0))
+        (0.0, 1.0)
+    """
     low, high = clip
     if is_concrete(low) and is_concrete(high) and not low < high:
         raise ValueError(f"clip = {clip}: give (low, high) with low < high, e.g. (0.0, 1.0).")
@@ -159,7 +209,21 @@ def check_clip(clip: tuple[float, float]) -> tuple[float, float]:
 
 
 def check_center(x: Any, clip: tuple[float, float] | None, name: str = "x") -> None:
-    """Raises ValueError if a center is known and not finite, or outside `clip`; tracers pass."""
+    """Checks that a center, if known, is finite and inside `clip`; tracers pass.
+
+    Args:
+        x: a center.
+        clip: `(low, high)`, or None.
+        name: of the center, in the error.
+
+    Raises:
+        ValueError: it is known and not finite or outside of `clip`; `check_clip`'s.
+
+    Example:
+        >>> check_center(np.array([255.0]), (0.0, 1.0))
+        Traceback (most recent call last):
+        ValueError: x holds 255.0, outside clip = (0.0, 1.0): ...
+    """
     ends = None if clip is None else check_clip(clip)
     if not is_concrete(x):
         return
@@ -178,17 +242,37 @@ def check_center(x: Any, clip: tuple[float, float] | None, name: str = "x") -> N
 
 
 def is_concrete(value: Any) -> bool:
-    """Whether the numbers of `value` are known now (it is no tracer)."""
+    """Says whether the numbers of `value` are known now: it is no tracer.
+
+    Args:
+        value: an array or a number.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> is_concrete(1.0), jax.eval_shape(lambda x: x * is_concrete(x), 1.0).shape
+        (True, ())
+    """
     return not isinstance(value, Tracer)
 
 
 def check_set(region: Set, where: str = "a set") -> None:
     """Checks a set at a public edge: structure and dtype always, values where they are known.
 
+    Args:
+        region: the set.
+        where: how the error calls it.
+
     Raises:
         TypeError: fields that are not floating-point.
         ValueError: shapes or dtypes that differ, lower > upper, NaN or infinite values, a bad
             radius or p. What is traced passes: see `bnncert._emptiness`.
+
+    Example:
+        >>> check_set(Box(jnp.ones(2), jnp.zeros(2)))
+        Traceback (most recent call last):
+        ValueError: a set: Box with lower > upper at (0,): 1.0 > 0.0; ...
     """
     for name, value in vars(region).items():
         if name != "p" and not jnp.issubdtype(jnp.result_type(value), jnp.floating):
@@ -235,7 +319,20 @@ def check_set(region: Set, where: str = "a set") -> None:
 
 
 def dual_norm(a: Array, p: int) -> Array:
-    """Of the Lp norm: the largest magnitude for p = 1, the Euclidean norm for p = 2."""
+    """Computes the dual of the Lp norm: the largest magnitude for p = 1, the L2 norm for p = 2.
+
+    Args:
+        a: any shape; the norm is over all of it.
+        p: 1 or 2, of the ball.
+
+    Returns:
+        A scalar, with neither overflow nor underflow on the way.
+
+    Example:
+        >>> a = jnp.array([3.0, -4.0])
+        >>> dual_norm(a, 1).item(), dual_norm(a, 2).item()
+        (4.0, 5.0)
+    """
     if p == 1:
         return jnp.max(jnp.abs(a), initial=0.0)
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(a), initial=0.0))
@@ -246,20 +343,42 @@ def dual_norm(a: Array, p: int) -> Array:
 
 
 def is_subnormal(value: Array) -> Array:
-    """By the bits: compared as numbers, subnormal ones are equal to 0."""
+    """Says which numbers are subnormal, by their bits: compared as numbers, they are equal to 0.
+
+    Args:
+        value: floating-point numbers, any shape.
+
+    Returns:
+        Booleans of that shape.
+
+    Example:
+        >>> is_subnormal(jnp.array([1e-40, 1e-30, 0.0])).tolist()
+        [True, False, False]
+    """
     info = jnp.finfo(value.dtype)
     magnitude = bits_of(value) & (2 ** (info.bits - 1) - 1)
     return (magnitude > 0) & (magnitude < 2**info.nmant)
 
 
 def bits_of(value: Array) -> Array:
-    """The bits of floating-point numbers, as integers."""
+    """Reads the bits of floating-point numbers as unsigned integers.
+
+    Args:
+        value: any shape.
+
+    Returns:
+        Integers of that shape and as many bits.
+
+    Example:
+        >>> hex(bits_of(jnp.float32(1.0)).item())
+        '0x3f800000'
+    """
     kind = jnp.dtype(f"uint{jnp.finfo(value.dtype).bits}")
     return jax.lax.bitcast_convert_type(jax.lax.stop_gradient(value), kind)
 
 
 def _reach(eps: Any, dtype: Any) -> Array:
-    """A radius in the dtype of its center: not 0 unless it is 0."""
+    """Casts a radius to the dtype of its center: not to 0 unless it is 0."""
     tiny = jnp.finfo(dtype).tiny
     if is_concrete(eps):
         known = np.asarray(eps)

@@ -139,7 +139,7 @@ def _check_gradients(operation: Operation, node: Node, l: Array, u: Array) -> No
 
 
 def _exact(f: Callable[..., Array], x: Array, constants: Sequence[Any]) -> np.ndarray:
-    """Values, in float64 where JAX may."""
+    """Evaluates a function, in float64 where JAX may."""
     wider = jnp.asarray(x, float)
     return np.asarray(jax.jit(lambda x: f(x, *constants))(wider), np.float64)
 

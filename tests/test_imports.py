@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A package's __init__ stands where the package's own name stands: it re-exports what is above it.
 ORDER = """
-    _compiler.wrong_sums _compiler.convolution _compiler types _varying sets _emptiness
+    _compiler.wrong_sums _compiler.convolution _compiler
+    types _varying sets _emptiness
     bounds.graph.operands bounds.graph.primitives bounds.graph.constants bounds.graph.nodes
     bounds.graph.facts bounds.graph.precision bounds.graph.advice bounds.graph
     bounds.ops.lines bounds.ops.planes bounds.ops.boxes bounds.ops.extremes bounds.ops.operation
@@ -40,7 +41,8 @@ ORDER = """
     certify.exact certify.exact.softmax certify.exact.decision certify.exact.joint
     certify.exact.cascade certify.exact.uncertainty
     certify.formal certify.formal.mass certify.formal.boxes certify.formal.claims
-    certify.formal.safety certify.formal.rectified certify.formal.moments certify.formal.expectation
+    certify.formal.rectified certify.formal.layers certify.formal.linear certify.formal.safety
+    certify.formal.moments certify.formal.expectation
     certify.sampled certify.sampled.inequalities certify.sampled.draws certify.sampled.decision
     certify.sampled.safety
     certify.radii certify

@@ -27,7 +27,9 @@ _LEAST = 1e-12  # a spread of the z, as in the authors' code: where all classes 
 
 
 def log_odds(log_pi: Float[Array, " classes"], y: Int[ArrayLike, ""]) -> Float[Array, ""]:
-    """The log-odds against the true class, log((1 - pi_y) / pi_y), which CE increases with.
+    """Computes the log-odds against the true class, which the cross-entropy increases with.
+
+        log((1 - pi_y) / pi_y) = logsumexp_{j != y} z_j - z_y
 
     Args:
         log_pi: log probabilities (C,), nats, up to a constant.
@@ -35,12 +37,18 @@ def log_odds(log_pi: Float[Array, " classes"], y: Int[ArrayLike, ""]) -> Float[A
 
     Returns:
         A scalar, nats.
+
+    Example:
+        >>> log_odds(jnp.array([1.0, 0.0]), 0).item()
+        -1.0
     """
     return jax.nn.logsumexp(_rivals(log_pi, y)) - log_pi[y]
 
 
 def dlr(log_pi: Float[Array, " classes"], y: Int[ArrayLike, ""]) -> Float[Array, ""]:
-    """The difference-of-logits ratio: positive where y is not the most probable class.
+    """Computes the difference-of-logits ratio, positive where y is not the most probable class.
+
+        DLR = -(z_y - max_{j != y} z_j) / (z_1 - z_3)
 
     Args:
         log_pi: log probabilities (C,), nats, up to a constant.
@@ -48,6 +56,12 @@ def dlr(log_pi: Float[Array, " classes"], y: Int[ArrayLike, ""]) -> Float[Array,
 
     Returns:
         A scalar, in [-1, 1] for three or more classes; with two, the plain difference in nats.
+
+    Source: Croce & Hein, ICML 2020, equation 6.
+
+    Example:
+        >>> dlr(jnp.array([3.0, 2.0, 1.0]), 0).item(), dlr(jnp.array([3.0, 2.0, 1.0]), 1).item()
+        (-0.5, 0.5)
     """
     lead = log_pi[y] - jnp.max(_rivals(log_pi, y))
     if log_pi.size < 3:
@@ -59,7 +73,9 @@ def dlr(log_pi: Float[Array, " classes"], y: Int[ArrayLike, ""]) -> Float[Array,
 def targeted_dlr(
     log_pi: Float[Array, " classes"], y: Int[ArrayLike, ""], target: Int[ArrayLike, ""]
 ) -> Float[Array, ""]:
-    """The targeted ratio: positive where the target is more probable than y.
+    """Computes the targeted ratio, positive where the target is more probable than y.
+
+        targeted DLR = -(z_y - z_t) / (z_1 - (z_3 + z_4)/2)
 
     Args:
         log_pi: log probabilities (C,), nats, up to a constant.
@@ -68,6 +84,12 @@ def targeted_dlr(
 
     Returns:
         A scalar; with two classes, the plain difference in nats.
+
+    Source: Croce & Hein, ICML 2020, equation 7.
+
+    Example:
+        >>> targeted_dlr(jnp.array([3.0, 2.0, 1.0, 1.0]), 0, 2).item()
+        -1.0
     """
     lead = log_pi[y] - log_pi[target]
     if log_pi.size < 3:

@@ -40,7 +40,7 @@ Loss = Callable[[Array], Array]
 
 
 class AttackResult(NamedTuple):
-    """The worst point an attack found: an estimate of robustness from above, never a proof.
+    """The worst point that an attack found: an estimate of robustness from above, never a proof.
 
     Where the set is traced and empty (a negative radius, an x that is not finite or not in clip)
     there is no point, and nothing that looks as if an attack was withstood: x is NaN, predicted -1,
@@ -51,6 +51,13 @@ class AttackResult(NamedTuple):
         predicted: the class chosen there: y, or the best rival if `broken`.
         broken: whether y is not the strict winner there; ties and NaN count as broken.
         margin: log pi_y - max_{j != y} log pi_j there, in nats; -inf where it was NaN.
+
+    Example:
+        >>> from bnncert.attack import fgsm
+        >>> w = jnp.array([[[2.0, 0.0], [0.0, 1.0]]])  # S = 1: the logits are 2 x_0 and x_1
+        >>> found = fgsm(lambda w, x: w @ x, w, jnp.array([0.5, 0.5]), 0, 0.125)
+        >>> found.x.tolist(), bool(found.broken), found.margin.item()
+        ([0.375, 0.625], False, 0.125)
     """
 
     x: Float[Array, "..."]

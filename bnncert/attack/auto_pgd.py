@@ -73,7 +73,7 @@ def apgd(
     p: float | int = jnp.inf,
     batch_size: int | None = None,
 ) -> AttackResult:
-    """APGD on one example: the worst of all iterates and restarts.
+    """Runs APGD on one example, and keeps the worst of all iterates and restarts.
 
         z = P(x_k + eta g(x_k)),   x_{k+1} = P(x_k + alpha (z - x_k) + (1 - alpha)(x_k - x_{k-1}))
 
@@ -157,7 +157,7 @@ def targeted_apgd(
     p: float | int = jnp.inf,
     batch_size: int | None = None,
 ) -> AttackResult:
-    """APGD with the targeted DLR, once for each of the classes that x is most likely taken for.
+    """Runs APGD with the targeted DLR, once for each class that x is most likely taken for.
 
         maximise  -(z_y - z_t) / (z_1 - (z_3 + z_4)/2)    over the ball, for each target t
 
@@ -223,7 +223,7 @@ def targeted_apgd(
 
 
 class _Evaluated(NamedTuple):
-    """What the search needs of a point.
+    """What the search of APGD needs of a point.
 
     Attributes:
         log_probs: log pi (C,), up to a constant.
@@ -248,7 +248,7 @@ class _Point(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Where a search stands between two steps.
+    """Where the search of APGD stands between two steps.
 
     Attributes:
         here: the current iterate x_k.

@@ -53,7 +53,7 @@ def pgd(
     p: float | int = jnp.inf,
     batch_size: int | None = None,
 ) -> AttackResult:
-    """Projected gradient descent on one example: the worst of all iterates and restarts.
+    """Descends by projected gradients on one example: the worst of all iterates and restarts.
 
         minimise  log pi_y - max_{j != y} log pi_j    by    x <- P(x + step_size g(-grad log pi_y))
 
@@ -134,7 +134,7 @@ def fgsm(
     clip: tuple[float, float] | None = None,
     batch_size: int | None = None,
 ) -> AttackResult:
-    """The fast gradient sign method: one step to the edge of the ball, or none if that is worse.
+    """Takes one step along the gradient's sign to the edge of the ball, or none if that is worse.
 
         x' = P( x + eps sign(-grad log pi_y(x)) )
 
@@ -145,7 +145,7 @@ def fgsm(
         y: its true class.
         eps: radius in the units of x.
         outputs: as for `pgd`.
-        clip: as for `pgd`.
+        clip: `(low, high)`, the range of the input's values, in which x lies.
         batch_size: samples evaluated at once, as in `pgd`.
 
     Returns:

@@ -46,7 +46,7 @@ def square(
     clip: tuple[float, float] | None = None,
     batch_size: int | None = None,
 ) -> AttackResult:
-    """The Square attack on one example, in the l_inf ball: the worst of all queries and restarts.
+    """Runs Square on one example, in the l_inf ball: the worst of all queries and restarts.
 
         d' = d, but +-eps on a random window;    d <- d'  if  margin(x + d') < margin(x + d)
 

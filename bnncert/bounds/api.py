@@ -209,7 +209,7 @@ def linear_outputs(
     intervals, steps = method.relaxed_on(make_plan(graph, options))
     variants = [
         [_linear_output(graph, o, way, options.batch_size) for o in graph.outputs]
-        for way in steps.variants()
+        for way in steps.each()
     ]
     return [_output(o, intervals) for o in graph.outputs], variants
 

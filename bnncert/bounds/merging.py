@@ -65,11 +65,15 @@ class Merged(NamedTuple):
         runs: by node, its run. A node that is exact op by op has none.
         prefix: the nodes that are affine in the sets alone.
         exact: of these, those that intervals bound exactly.
+        sums: the first sums of balls, which have boxes of their own (`norms.first_sum`).
+        forward: multiply-adds of an evaluation.
     """
 
     runs: dict[int, Run]
     prefix: frozenset[int]
     exact: frozenset[int]
+    sums: frozenset[int]
+    forward: int
 
 
 def merged(graph: Graph, margins: bool = False) -> Merged:
@@ -79,10 +83,11 @@ def merged(graph: Graph, margins: bool = False) -> Merged:
         graph: the traced function.
         margins: whether its outputs are differences of a last layer's.
     """
-    runs, prefix, found = merged_runs(graph, margins), affine_prefix(graph), exactness(graph)
+    runs, prefix = merged_runs(graph, margins), affine_prefix(graph)
+    found, sums = exactness(graph), frozenset(first_sums(graph))
     whole = {i for i, run in runs.items() if run.whole}
     exact = frozenset(i for i in prefix if found[i][0] != LOOSE or i in whole)
-    return Merged(runs, frozenset(prefix), exact)
+    return Merged(runs, frozenset(prefix), exact, sums, _forward(graph))
 
 
 def merged_runs(graph: Graph, margins: bool = False) -> dict[int, Run]:
@@ -101,7 +106,7 @@ def merged_runs(graph: Graph, margins: bool = False) -> dict[int, Run]:
     places = (affine_prefix(graph) & graph.acted_on) | outputs
     loose = [i for i in sorted(places) if found[i][0] == LOOSE]
     runs: dict[int, Run] = {}
-    left = max(BUDGET * sum(products(graph, node) for node in graph.nodes), FEW)
+    left = max(BUDGET * _forward(graph), FEW)
     for index in sorted(loose, key=lambda i: i not in outputs):
         worth = [run for run, won in _suffixes(graph, index, depths) if won]
         for run in worth:
@@ -219,9 +224,14 @@ def _first_sums(graph: Graph, index: int) -> set[int]:
     }
 
 
+def ends_of(graph: Graph, run: Run) -> set[int]:
+    """The nodes that a run's rows end on."""
+    return {i for j in run.passed for i in graph.nodes[j].refs} - run.passed
+
+
 def cost(graph: Graph, index: int, run: Run) -> float:
     """Multiply-adds of all rows through a run, matrix products counted as `_GEMM`."""
-    ends = {i for j in run.passed for i in graph.nodes[j].refs} - run.passed
+    ends = ends_of(graph, run)
     passing = sum(
         products(graph, graph.nodes[i]) * (_GEMM if graph.nodes[i].op == "dot_general" else 1)
         for i in run.passed
@@ -229,6 +239,10 @@ def cost(graph: Graph, index: int, run: Run) -> float:
     # The bound over the sources is two more products of all rows: with centres and with radii.
     reading = 2 * _GEMM * sum(math.prod(graph.nodes[i].shape) for i in ends)
     return math.prod(graph.nodes[index].shape) * (passing + reading)
+
+
+def _forward(graph: Graph) -> int:
+    return sum(products(graph, node) for node in graph.nodes)
 
 
 def products(graph: Graph, node: Node) -> int:

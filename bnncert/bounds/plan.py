@@ -37,6 +37,7 @@ class Plan(NamedTuple):
         batch_size: rows at once.
         outputs: the nodes that are outputs.
         relaxed: the nodes that are neither sets nor affine in what is bounded.
+        variants: of each relaxed one, how many default planes it has.
         acted_on: the nodes that a relaxed one acts on.
         merged: what is bounded as one affine map.
         regions: what a row that ends on a set is concretised over, by set.
@@ -48,6 +49,7 @@ class Plan(NamedTuple):
     batch_size: int
     outputs: tuple[int, ...]
     relaxed: frozenset[int]
+    variants: Mapping[int, int]
     acted_on: frozenset[int]
     merged: Merged
     regions: tuple[Set, ...]
@@ -57,14 +59,22 @@ class Plan(NamedTuple):
 def make_plan(graph: Graph, options: Options) -> Plan:
     """The plan of a traced function."""
     arithmetic = options.arithmetic
+    relaxed = frozenset(i for i, node in enumerate(graph.nodes) if node.is_relaxed)
     return Plan(
         graph,
         arithmetic,
         options.batch_size,
         graph.output_nodes,
-        frozenset(i for i, node in enumerate(graph.nodes) if node.is_relaxed),
+        relaxed,
+        {i: _variants(graph, i) for i in relaxed},
         graph.acted_on,
         merged(graph, options.margins),
         tuple(arithmetic.region(graph, region) for region in graph.inputs),
         cache(partial(affine_steps, graph)),
     )
+
+
+def _variants(graph: Graph, index: int) -> int:
+    node = graph.nodes[index]
+    variants = node.operation.relaxation.variants
+    return variants if isinstance(variants, int) else variants(graph, node)

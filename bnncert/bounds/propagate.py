@@ -10,9 +10,11 @@ random value. It has three verbs,
 and what `settle` is to remember from node to node goes through the loop as well.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph
 
@@ -57,3 +59,18 @@ def propagate(graph: Graph, domain: Domain[Value]) -> tuple[list[Value], Any]:
             values.append(domain.apply(index, values))
         values[index], memory = domain.settle(index, values, memory)
     return values, memory
+
+
+def values_at(graph: Graph, points: Sequence[Array]) -> list[Array]:
+    """The value of each node at one point of each set.
+
+    Args:
+        graph: the traced function.
+        points: one for each set.
+    """
+
+    def apply(index: int, values: list[Array]) -> Array:
+        node = graph.nodes[index]
+        return node.evaluate(*node.fill([values[i] for i in node.refs]))
+
+    return propagate(graph, Domain(lambda index: points[index], apply))[0]

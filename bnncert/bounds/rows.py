@@ -14,19 +14,22 @@ is concretised there by the dual norm. `lost` is what the row allows for roundin
 A bound from above is that from below of the negated row, turned back. The two are one as long as
 only affine nodes are passed: they part at the first nonlinearity. Rows are vmapped.
 
-Where a nonlinearity has two pairs of planes neither of which is always the better (variants), a row
-becomes two on its way: from there on all that it holds has a leading axis for them, and its bound
-is the better of the two.
+Where a nonlinearity has two pairs of planes neither of which is always the better (variants), or is
+relaxed over several boxes, a row becomes several on its way: from there on all that it holds has a
+leading axis for them, and its bound is the best of theirs.
 
 Source: Zhang et al., NeurIPS 2018 (CROWN); Xu et al., NeurIPS 2020 (on general graphs, auto_LiRPA).
 """
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array
 
 from bnncert._compiler.convolution import canonical
@@ -37,13 +40,16 @@ from bnncert.bounds.ops.lines import Lines
 from bnncert.bounds.ops.planes import Planes
 from bnncert.sets import Box, LpBall, Set, dual_norm
 
+Sets: TypeAlias = Sequence[Set] | Mapping[int, Set]
+"""By node, what a row that ends there is concretised over."""
+
 
 class Row(NamedTuple):
-    """A linear bound from below, or two.
+    """A linear bound from below, or several.
 
     Attributes:
-        coefficients: of the frontier, by node; the shapes of the values, after an axis of two where
-            the variants of a nonlinearity were passed.
+        coefficients: of the frontier, by node; the shapes of the values, after an axis over ways
+            where a nonlinearity was passed in several.
         offset: the constant term; likewise.
         lost: what the bound gives way by besides, never negative.
     """
@@ -67,57 +73,156 @@ class Passed(NamedTuple):
     lost: Array | float = 0.0
 
 
-class Step(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Transposed:
+    """An affine function of the operands of a node, as rows pass it.
+
+    Attributes:
+        pullback: its transpose, of `jax.vjp`; None of a constant.
+        at_zero: its value at 0.
+        axes: of the mesh, that rows vary over.
+        convolves: whether there is a convolution in it.
+    """
+
+    pullback: Any
+    at_zero: Array
+    axes: frozenset[str] = field(metadata={"static": True})
+    convolves: bool = field(metadata={"static": True})
+
+    def coefficients(self, row: Array) -> tuple[Array, ...]:
+        """Those of the operands, from those of the value."""
+        if self.pullback is None:
+            return ()
+        pullback = canonical(self.pullback) if self.convolves else self.pullback
+        return tuple(pullback(varying(row, self.axes)))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Step:
     """How a row passes one node.
 
     Attributes:
+        through: from the row's coefficients at the node, of the shape of its value; a pytree where
+            steps are stacked (`jax.tree_util.Partial`).
         rank: of the node's value.
         operands: nodes, one of which may come more than once.
-        through: from the row's coefficients at the node, of the shape of its value.
-        lines: where it is passed by two lines, what they are.
     """
 
-    rank: int
-    operands: tuple[int, ...]
     through: Callable[[Array], Passed]
-    lines: Lines | None = None
+    rank: int = field(metadata={"static": True})
+    operands: tuple[int, ...] = field(metadata={"static": True})
 
     def __call__(self, a: Array) -> Passed:
-        """Passes a row, or two."""
+        """Passes a row, or several."""
         return self.through(a) if a.ndim == self.rank else jax.vmap(self.through)(a)
 
 
-class TwoSteps(NamedTuple):
-    """How a row passes a nonlinearity of two variants: it becomes two.
+class Charged(NamedTuple):
+    """How a row passes a node whose value is off.
 
     Attributes:
-        steps: one for each variant.
-        lines: of both, stacked; None: not all are lines.
+        step: how it passes the node.
+        error: by how much the value may be off; with a leading axis where ways differ.
     """
 
-    steps: tuple[Step, Step]
-    lines: Lines | None
+    step: Step
+    error: Array
+
+    @property
+    def operands(self) -> tuple[int, ...]:
+        """Nodes."""
+        return self.step.operands
+
+    def __call__(self, a: Array) -> Passed:
+        """Passes a row, or several."""
+        passed = self.step(a)
+        return passed._replace(lost=passed.lost + charges(a, self.error, self.step.rank))
+
+
+class Ways(NamedTuple):
+    """How a row passes a nonlinearity in several ways at once: it becomes several rows.
+
+    Attributes:
+        steps: of the same operands; with a leading axis over the ways.
+        number: of them.
+    """
+
+    steps: Step
+    number: int
+
+    @property
+    def operands(self) -> tuple[int, ...]:
+        """Nodes."""
+        return self.steps.operands
+
+    def __call__(self, a: Array) -> Passed:
+        """Passes a row, or as many as there are ways, each its own."""
+        own = None if a.ndim == self.steps.rank else 0
+        return jax.vmap(lambda step, a: step(a), (0, own))(self.steps, a)
+
+    def only(self, way: int) -> Step:
+        """One of them."""
+        return jax.tree.map(lambda leaf: leaf[way], self.steps)
+
+    def last(self, number: int) -> "Step | Ways":
+        """The last of them."""
+        if number == 1:
+            return self.only(-1)
+        return Ways(jax.tree.map(lambda leaf: leaf[-number:], self.steps), number)
+
+    def spread(self, own: tuple[int, int], shape: tuple[int, int]) -> "Ways":
+        """Repeated along either axis of the ways, of which there are two, where its own has one."""
+
+        def leaf(v: Array) -> Array:
+            grid = v.reshape(*own, *v.shape[1:])
+            return jnp.broadcast_to(grid, (*shape, *v.shape[1:])).reshape(-1, *v.shape[1:])
+
+        return self if own == shape else Ways(jax.tree.map(leaf, self.steps), math.prod(shape))
+
+
+class Apart(NamedTuple):
+    """As `Ways`, by steps that are not stacked: they share what is too large to be repeated.
+
+    Attributes:
+        steps: one for each way.
+    """
+
+    steps: tuple[Step, ...]
 
     @property
     def operands(self) -> tuple[int, ...]:
         """Nodes."""
         return self.steps[0].operands
 
+    @property
+    def number(self) -> int:
+        """How many ways there are."""
+        return len(self.steps)
+
     def __call__(self, a: Array) -> Passed:
-        """Passes a row, or two of them, by a step each."""
+        """Passes a row, or as many as there are ways, each its own."""
         single = a.ndim == self.steps[0].rank
-        if self.lines is not None:
-            return jax.vmap(_past_lines, (None if single else 0, 0))(a, self.lines)
-        found = (step.through(a if single else a[i]) for i, step in enumerate(self.steps))
+        found = (step(a if single else a[i]) for i, step in enumerate(self.steps))
         return jax.tree.map(lambda *v: jnp.stack(v), *found)
 
+    def only(self, way: int) -> Step:
+        """One of them."""
+        return self.steps[way]
 
-def two_steps(first: Step, second: Step) -> TwoSteps:
-    """Both steps at once; those of planes that are functions of several nodes, of the same ones."""
-    if first.lines is None or second.lines is None:
-        return TwoSteps((first, second), None)
-    lines = jax.tree.map(lambda *v: jnp.stack(jnp.broadcast_arrays(*v)), first.lines, second.lines)
-    return TwoSteps((first, second), lines)
+    def last(self, number: int) -> "Step | Apart":
+        """The last of them."""
+        return self.only(-1) if number == 1 else Apart(self.steps[-number:])
+
+    def spread(self, own: tuple[int, int], shape: tuple[int, int]) -> "Apart":
+        """As `Ways.spread`."""
+        grid = np.broadcast_to(np.arange(self.number).reshape(own), shape)
+        return Apart(tuple(self.steps[way] for way in grid.reshape(-1)))
+
+
+AnyStep: TypeAlias = Step | Charged | Ways | Apart
+"""Of one node, in one way or in several."""
 
 
 class Steps(NamedTuple):
@@ -125,30 +230,33 @@ class Steps(NamedTuple):
 
     Attributes:
         affine: the nodes that rows of both signs pass alike.
-        relaxed: the nonlinearities.
+        relaxed: the nonlinearities; all of those that are passed in several ways, in as many.
         slack: what a row allows for at the node where it begins (`rounding.Errors.carried`).
         floors: what it allows for at every node it comes to: scalars.
+
+    What is allowed for has a leading axis where it differs from way to way.
     """
 
-    affine: Mapping[int, Step]
-    relaxed: Mapping[int, Step | TwoSteps] = {}
+    affine: Mapping[int, AnyStep]
+    relaxed: Mapping[int, AnyStep] = {}
     slack: Mapping[int, Array] = {}
     floors: Mapping[int, Array] = {}
 
-    def and_relaxed(self, more: Mapping[int, Step | TwoSteps]) -> "Steps":
+    def and_relaxed(self, more: Mapping[int, AnyStep]) -> "Steps":
         """With steps for more nonlinearities."""
         return self._replace(relaxed={**self.relaxed, **more})
 
-    def variants(self) -> "list[Steps]":
-        """The ways by one pair of planes each: by the first of every node, and by the second."""
-        if not any(isinstance(step, TwoSteps) for step in self.relaxed.values()):
-            return [self]
+    def each(self) -> "list[Steps]":
+        """One way at a time."""
+        counts = {step.number for step in self.relaxed.values() if isinstance(step, Ways | Apart)}
 
-        def one(step: Step | TwoSteps, variant: int) -> Step:
-            return step.steps[variant] if isinstance(step, TwoSteps) else step
+        def only(step: AnyStep, way: int) -> AnyStep:
+            return step.only(way) if isinstance(step, Ways | Apart) else step
 
-        ways = ({i: one(step, v) for i, step in self.relaxed.items()} for v in (0, 1))
-        return [self._replace(relaxed=relaxed) for relaxed in ways]
+        return [
+            self._replace(relaxed={i: only(step, way) for i, step in self.relaxed.items()})
+            for way in range(max(counts, default=1))
+        ]
 
 
 def pull_back(row: Row, steps: Steps, until: Collection[int] = ()) -> Row:
@@ -179,7 +287,7 @@ def pull_back(row: Row, steps: Steps, until: Collection[int] = ()) -> Row:
         for operand, more in zip(step.operands, passed, strict=True):
             waiting[operand] = waiting[operand] + more if operand in waiting else more
     if floors:  # the same for all rows: one sum
-        lost = lost + jnp.sum(jnp.stack(floors))
+        lost = lost + jnp.stack(jnp.broadcast_arrays(*floors)).sum(0)
     return Row({**ended, **waiting}, offset, lost)
 
 
@@ -192,7 +300,8 @@ def start(target: int, row: Array, steps: Steps) -> Row:
         steps: how to pass each node.
     """
     zero = jnp.zeros((), row.dtype)
-    lost = charge(row, steps.slack[target]) if target in steps.slack else zero
+    slack = steps.slack.get(target)
+    lost = zero if slack is None else charges(row, slack, row.ndim)
     return Row({target: row}, zero, lost)
 
 
@@ -207,7 +316,7 @@ def negative(row: Row) -> Row:
     return Row({i: -a for i, a in row.coefficients.items()}, -row.offset, row.lost)
 
 
-def row_box(target: int, row: Array, steps: Steps, sets: Sequence[Set], at_once: bool) -> Box:
+def row_box(target: int, row: Array, steps: Steps, sets: Sets, at_once: bool) -> Box:
     """Bounds on `<row, value of target>`.
 
     Args:
@@ -241,7 +350,7 @@ def row_bounds(
     graph: Graph,
     target: int,
     steps: Steps,
-    sets: Sequence[Set],
+    sets: Sets,
     batch_size: int,
     at_once: bool = False,
 ) -> Box:
@@ -298,7 +407,7 @@ def unit_row(node: Node, i: Array) -> Array:
     return (jnp.arange(size) == i).astype(node.dtype).reshape(node.shape)
 
 
-def least(row: Row, sets: Sequence[Set]) -> Array:
+def least(row: Row, sets: Sets) -> Array:
     """The least value of a linear bound over the sets it ends on: `a.c - |a|.r`, or the dual norm.
 
     Of two bounds the better. NaN of an overflow in a plane.
@@ -316,18 +425,22 @@ def least(row: Row, sets: Sequence[Set]) -> Array:
     return jnp.max(jnp.where(value < jnp.inf, value, -jnp.inf))
 
 
-def concretize(lower: Row, upper: Row, sets: Sequence[Set]) -> Box:
+def concretize(lower: Row, upper: Row, sets: Sets) -> Box:
     """The extremes of two linear bounds, the second of the negated value, both from below."""
     return drop_nan(Box(least(lower, sets), -least(upper, sets)))
 
 
-def _extremes_of(row: Row, sets: Sequence[Set]) -> Box:
+def _extremes_of(row: Row, sets: Sets) -> Box:
     """Both ends of a row that is exact."""
     lower, upper = row.offset - row.lost, row.offset + row.lost
     for index, a in row.coefficients.items():
         low, high = _extremes(a, sets[index])
         lower, upper = lower + low, upper + high
-    return drop_nan(Box(lower, upper))
+    box = Box(lower, upper)
+    if lower.ndim == 0:
+        return box
+    box = drop_nan(box)
+    return Box(box.lower.max(), box.upper.min())
 
 
 def affine_steps(graph: Graph) -> dict[int, Step]:
@@ -335,40 +448,33 @@ def affine_steps(graph: Graph) -> dict[int, Step]:
     return {i: _affine_step(graph, node) for i, node in enumerate(graph.nodes) if node.affine}
 
 
-def charged_step(step: Step, error: Array) -> Step:
-    """Passes a node whose value is off by up to `error`."""
-
-    def charged(a: Array) -> Passed:
-        passed = step.through(a)
-        return passed._replace(lost=passed.lost + charge(a, error))
-
-    return step._replace(through=charged)
-
-
-def charge(row: Array, error: Array) -> Array:
-    """`<|row|, error>`."""
-    return _dot(jnp.abs(row), error)
+def charges(row: Array, error: Array, rank: int) -> Array:
+    """`<|row|, error>`, of values of this rank; either with a leading axis where ways differ."""
+    axes = tuple(0 if v.ndim > rank else None for v in (row, error))
+    product = dot if axes == (None, None) else jax.vmap(dot, axes)
+    return product(jnp.abs(row), error)
 
 
 def planes_step(graph: Graph, index: int, planes: Planes) -> Step:
     """Passes a relaxed node: positive coefficients by the plane below, others by that above."""
-    rank, lines = len(graph.nodes[index].shape), planes.lines
-    if lines is not None:
-        return Step(rank, planes.operands, lambda a: _past_lines(a, lines), lines)
+    rank = len(graph.nodes[index].shape)
+    if planes.lines is not None:
+        return Step(Partial(_past_lines, planes.lines), rank, planes.operands)
     zeros = _zeros(graph, planes.operands)
-    at_zero, transpose = _transposed(planes.lower, zeros)
-    other_at_zero, other_transpose = _transposed(planes.upper, zeros)
-
-    def through(a: Array) -> Passed:
-        parts = zip(transpose(jnp.maximum(a, 0)), other_transpose(jnp.minimum(a, 0)), strict=True)
-        return Passed(tuple(p + n for p, n in parts), _weighed(a, at_zero, other_at_zero))
-
-    return Step(rank, planes.operands, through)
+    convolves = _convolves(graph.nodes[index])
+    below, above = (_transposed(f, zeros, convolves) for f in (planes.lower, planes.upper))
+    return Step(Partial(_past_planes, below, above), rank, planes.operands)
 
 
-def _past_lines(a: Array, lines: Lines) -> Passed:
+def _past_lines(lines: Lines, a: Array) -> Passed:
     slopes = jnp.maximum(a, 0) * lines.lower_slope + jnp.minimum(a, 0) * lines.upper_slope
     return Passed((slopes,), _weighed(a, lines.lower_offset, lines.upper_offset))
+
+
+def _past_planes(below: Transposed, above: Transposed, a: Array) -> Passed:
+    low, high = below.coefficients(jnp.maximum(a, 0)), above.coefficients(jnp.minimum(a, 0))
+    passed = tuple(p + n for p, n in zip(low, high, strict=True))
+    return Passed(passed, _weighed(a, below.at_zero, above.at_zero))
 
 
 def _weighed(a: Array, positive: Array, negative: Array) -> Array:
@@ -381,14 +487,21 @@ def _weighed(a: Array, positive: Array, negative: Array) -> Array:
 
 def _affine_step(graph: Graph, node: Node) -> Step:
     """Passes an affine node: coefficients by its transpose, the offset by its value at 0."""
-    at_zero, transpose = _transposed(
-        lambda *values: node.evaluate(*node.fill(values)), _zeros(graph, node.refs)
+    transposed = _transposed(
+        lambda *values: node.evaluate(*node.fill(values)),
+        _zeros(graph, node.refs),
+        _convolves(node),
     )
 
     def through(a: Array) -> Passed:
-        return Passed(transpose(a), _dot(a, at_zero) if node.has_constant else 0.0)
+        offset = dot(a, transposed.at_zero) if node.has_constant else 0.0
+        return Passed(transposed.coefficients(a), offset)
 
-    return Step(len(node.shape), node.refs, through)
+    return Step(through, len(node.shape), node.refs)
+
+
+def _convolves(node: Node) -> bool:
+    return node.op == "conv_general_dilated"
 
 
 def _zeros(graph: Graph, operands: Sequence[int]) -> list[Array]:
@@ -396,26 +509,24 @@ def _zeros(graph: Graph, operands: Sequence[int]) -> list[Array]:
     return varying(zeros, axes_of(graph.inputs))
 
 
-def _transposed(
-    f: Callable[..., Array], zeros: Sequence[Array]
-) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
+def _transposed(f: Callable[..., Array], zeros: Sequence[Array], convolves: bool) -> Transposed:
     """An affine function's value at 0, and its transpose."""
     if not zeros:
-        return f(), lambda row: ()
+        return Transposed(None, f(), frozenset(), False)
     axes = axes_of(zeros)
     at_zero, pullback = jax.vjp(lambda *values: varying(f(*values), axes), *zeros)
-    transpose = canonical(pullback)
-    return at_zero, lambda row: transpose(varying(row, axes))
+    return Transposed(pullback, at_zero, axes, convolves)
 
 
 def _extremes(a: Array, region: Set) -> tuple[Array, Array]:
     """The smallest and the largest value of `<a, x>` over a set."""
     if isinstance(region, LpBall):
-        middle, reach = _dot(a, region.center), region.eps * dual_norm(a, region.p)
+        middle, reach = dot(a, region.center), region.eps * dual_norm(a, region.p)
     else:
-        middle, reach = _dot(a, region.center), _dot(jnp.abs(a), region.radius)
+        middle, reach = dot(a, region.center), dot(jnp.abs(a), region.radius)
     return middle - reach, middle + reach
 
 
-def _dot(a: Array, b: Array) -> Array:
+def dot(a: Array, b: Array) -> Array:
+    """`<a, b>`, in full precision whatever a backend's default is."""
     return jnp.vdot(a, b, precision=jax.lax.Precision.HIGHEST)

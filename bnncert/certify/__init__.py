@@ -15,13 +15,11 @@ from bnncert.certify.exact.cascade import Cascade, cascade
 from bnncert.certify.exact.decision import Decision, decision, predictive
 from bnncert.certify.exact.joint import joint_decision
 from bnncert.certify.exact.uncertainty import Moments, Uncertainty, mean_and_variance, uncertainty
-from bnncert.certify.formal.claims import Constraints
+from bnncert.certify.formal.claims import Constraints, class_stays, outputs_within
 from bnncert.certify.formal.expectation import Expectation, expectation
 from bnncert.certify.formal.safety import (
     Safety,
     WeightBoxes,
-    class_stays,
-    outputs_within,
     safety,
 )
 from bnncert.certify.radii import (

@@ -27,6 +27,10 @@ def num_samples(samples: Stacked) -> int:
     Raises:
         TypeError: a posterior in their place.
         ValueError: there are none, or the leaves disagree.
+
+    Example:
+        >>> num_samples({"w": jnp.zeros((4, 2)), "b": jnp.zeros(4)})
+        4
     """
     check_stacked(samples)
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(samples)}
@@ -45,8 +49,16 @@ def nominal_input(x: Array | None, x_set: Set) -> tuple[Array, Set]:
         x: None for the set's center.
         x_set: the set.
 
+    Returns:
+        `(x, x_set)`; where x is traced and outside, the set is empty.
+
     Raises:
         ValueError: x has another shape, or is known to lie outside.
+
+    Example:
+        >>> from bnncert.sets import Box
+        >>> nominal_input(None, Box(jnp.zeros(1), jnp.ones(1)))[0].tolist()
+        [0.5]
     """
     if x is None:
         return x_set.center, x_set
@@ -64,7 +76,15 @@ def nominal_input(x: Array | None, x_set: Set) -> tuple[Array, Set]:
 
 
 def check_region(x_set: Set) -> None:
-    """Raises TypeError unless it is a set, ValueError if it is known to be empty."""
+    """Checks that inputs are a set, and none that is known to be empty.
+
+    Args:
+        x_set: what was given as one.
+
+    Raises:
+        TypeError: it is no set.
+        ValueError: it is known to be empty; as `bnncert.sets.check_set`.
+    """
     if not is_set(x_set):
         raise TypeError(
             f"x_set is a {type(x_set).__name__}: give a bnncert.Box or a bnncert.LpBall (for an "

@@ -45,6 +45,12 @@ class CertifiedRadius(NamedTuple):
         radius: no point of the closed ball of this radius changes it; 0 if none was certified.
         robust: whether any radius was.
         confidence: 1.0 (a proof about deployed samples, by "nearest" up to rounding), or 1 - delta.
+
+    Example:
+        >>> apply, w = lambda w, x: w * x, jnp.array([[1.0, -1.0]])     # logits (x, -x)
+        >>> found = radius(apply, w, jnp.array([0.5]), largest=1.0, steps=2)
+        >>> found.radius.item(), bool(found.robust)
+        (0.25, True)
     """
 
     predicted: Int[Array, ""]
@@ -60,6 +66,13 @@ class AttackedRadius(NamedTuple):
         radius: its distance from the input; inf if none was found.
         x: the point; the input itself if none was found.
         broken: whether one was found.
+
+    Example:
+        >>> apply, w = lambda w, x: w * x, jnp.array([[1.0, -1.0]])     # logits (x, -x)
+        >>> key, x = jax.random.key(0), jnp.array([0.5])
+        >>> found = attacked_radius(key, apply, w, x, 0, largest=1.0, steps=2)
+        >>> found.radius.item(), bool(found.broken)
+        (0.5, True)
     """
 
     radius: Float[Array, ""]

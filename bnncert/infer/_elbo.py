@@ -24,11 +24,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from bnncert import prior as priors
 from bnncert.infer._minibatch import log_likelihoods
-from bnncert.types import Batch, Key, LogLikelihood, Params, Posterior, Prepare, Threat
+from bnncert.types import Batch, Key, LogLikelihood, Params, Posterior, Prepare, Prior, Threat
 
 
 class ELBO(NamedTuple):
@@ -38,6 +38,12 @@ class ELBO(NamedTuple):
         value: `log_likelihood - kl_weight * kl`.
         log_likelihood: E_q[log p(D | w)], estimated from the minibatch and the draws.
         kl: KL(q || p), unweighted, exact.
+
+    Source: Blundell et al., ICML 2015, equations 1 and 2.
+
+    Example:
+        >>> ELBO(value=-3.5, log_likelihood=-3.0, kl=0.5).kl
+        0.5
     """
 
     value: Float[Array, ""]
@@ -60,7 +66,7 @@ def one_draw(key: Key, q: Posterior) -> Params:
 
 def elbo(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     key: Key,
     q: Posterior,
     batch: Batch,
@@ -133,7 +139,7 @@ def elbo(
 
 
 def site_keys(key: Key, num: int) -> list[Key]:
-    """Keys one after the other, as NumPyro's `seed` gives them to the sites of a program.
+    """Splits off one key after another, as NumPyro's `seed` gives them to the sites of a program.
 
     Args:
         key: a PRNG key.

@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from bnncert import prior as priors
-from bnncert.types import Batch, Key, LogLikelihood, Params, Prepare, Threat
+from bnncert.types import Batch, Key, LogLikelihood, Params, Prepare, Prior, Threat
 
 Schedule = Callable[[Array], Array]
 """Step number -> value, as Optax's schedules."""
@@ -71,7 +71,7 @@ def log_likelihoods(
 
 
 def check_settings(
-    prior: PyTree, num_data: int, kl_weight: float | Schedule, initial_scale: float = 0.1
+    prior: Prior, num_data: int, kl_weight: float | Schedule, initial_scale: float = 0.1
 ) -> None:
     """Raises unless these can drive a method with a posterior over weights.
 
@@ -92,7 +92,7 @@ def check_settings(
         raise ValueError("the prior has no random leaf: use bnncert.infer.map.")
 
 
-def check_support(prior: PyTree) -> None:
+def check_support(prior: Prior) -> None:
     """Raises unless a sampler's steps stay inside the support of every distribution.
 
     Raises:
@@ -109,7 +109,7 @@ def check_support(prior: PyTree) -> None:
             )
 
 
-def initial_scales(prior: PyTree, params: Params, relative: float) -> dict[str, Array]:
+def initial_scales(prior: Prior, params: Params, relative: float) -> dict[str, Array]:
     """Chooses standard deviations to start from, by name, each of its leaf's shape.
 
     Args:

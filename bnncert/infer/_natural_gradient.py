@@ -28,19 +28,19 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from bnncert import prior as priors
 from bnncert.infer._minibatch import Schedule, check_settings, each_datum, initial_scales
 from bnncert.posterior import MeanField
-from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Threat
+from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Prior, Threat
 
 Leaves = dict[str, Array]
 """Arrays by the name of a leaf of the params."""
 
 
 class NaturalGradientState(NamedTuple):
-    """What the next step needs.
+    """The state of a natural-gradient method: what its next step needs.
 
     Attributes:
         loc: means of the random leaves, and the deterministic leaves, by name.
@@ -60,7 +60,7 @@ class NaturalGradientState(NamedTuple):
 
 
 class NaturalGradientInfo(NamedTuple):
-    """What one update saw, before its step.
+    """What one update of a natural-gradient method saw, before its step.
 
     Attributes:
         loss: the negative ELBO, nats summed over the data.
@@ -126,7 +126,7 @@ def build(
     estimate: Estimate,
     smooth: Smooth,
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     optimizer: optax.GradientTransformation,
@@ -137,7 +137,7 @@ def build(
     deterministic: optax.GradientTransformation | None = None,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """A natural-gradient method as an `Algorithm`; `vogn`, `noisy_adam` and `ivon` call it.
+    """Makes a natural-gradient method as an `Algorithm`; `vogn`, `noisy_adam` and `ivon` call it.
 
         loc <- loc - a (g + d (loc - mu)) / (h + d),    scale^2 = kl_weight / (N (h + d))
 
@@ -204,7 +204,7 @@ def check_decay(name: str, value: float) -> None:
 
 class _Settings(NamedTuple):
     log_likelihood: LogLikelihood
-    prior: PyTree
+    prior: Prior
     num_data: int
     kl_weight: Schedule
     ema: optax.GradientTransformation

@@ -9,16 +9,16 @@ is given the same key at every evaluation of a run.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from bnncert import prior as priors
 from bnncert.infer._minibatch import log_likelihoods
-from bnncert.types import Batch, Key, LogLikelihood, Params, Prepare, Threat
+from bnncert.types import Batch, Key, LogLikelihood, Params, Prepare, Prior, Threat
 
 
 def potential(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     key: Key,
     params: Params,
     data: Batch,

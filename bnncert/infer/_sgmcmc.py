@@ -37,7 +37,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from bnncert import prior as priors
 from bnncert.infer._minibatch import (
@@ -48,13 +48,13 @@ from bnncert.infer._minibatch import (
 )
 from bnncert.posterior import Samples
 from bnncert.sets import is_concrete
-from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Threat
+from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Prior, Threat
 
 Leaves = dict[str, Array]
 
 
 class SGMCMCState(NamedTuple):
-    """Where the chain is, and what it has collected.
+    """The state of SGLD or SGHMC: where the chain is, and what it has collected.
 
     Attributes:
         params: the current weights.
@@ -75,7 +75,7 @@ class SGMCMCState(NamedTuple):
 
 
 class SGMCMCInfo(NamedTuple):
-    """What one update saw, before its step.
+    """What one update of SGLD or SGHMC saw, before its step.
 
     Attributes:
         loss: kl_weight U(w) = -log p(D | w) - kl_weight log p(w), nats summed over the data.
@@ -94,7 +94,7 @@ class SGMCMCInfo(NamedTuple):
 
 class _Settings(NamedTuple):
     log_likelihood: LogLikelihood
-    prior: PyTree
+    prior: Prior
     num_data: int
     step_size: Schedule
     friction: float
@@ -110,7 +110,7 @@ class _Settings(NamedTuple):
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     step_size: float | Schedule,
@@ -124,7 +124,7 @@ def build(
     deterministic: optax.GradientTransformation | None = None,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """SGLD or SGHMC as an `Algorithm`; each by itself is `bnncert.infer.sgld` or `sghmc`.
+    """Makes SGLD or SGHMC as an `Algorithm`; alone they are `bnncert.infer.sgld` or `sghmc`.
 
         v <- (1 - a) v - (h / 2) grad U(w) + sqrt(a h) xi,    w <- w + v
 
@@ -162,6 +162,13 @@ def build(
     Cost: one gradient of a minibatch a step. Memory: 2 + num_samples networks.
 
     Source: Welling & Teh, ICML 2011, equation 4; Chen et al., ICML 2014, equation 15.
+
+    Example:
+        >>> from bnncert import likelihood
+        >>> fit, w = likelihood.clean_categorical(lambda w, x: w @ x), jnp.zeros((2, 3))
+        >>> method = build(fit, priors.normal(w), num_data=4, step_size=0.01, num_samples=5)
+        >>> method.init(jax.random.key(0), w).samples.shape
+        (5, 2, 3)
     """
     check_settings(prior, num_data, kl_weight)
     check_support(prior)
@@ -206,7 +213,7 @@ def build(
 
 def potential(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     num_data: int,
     kl_weight: float,
     prepare: Prepare | None,
@@ -215,7 +222,24 @@ def potential(
     batch: Batch,
     threat: Threat,
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""]]]:
-    """Estimates U(w) from a minibatch, in nats, with log p(D | w) and log p(w)."""
+    """Estimates U(w) from a minibatch, in nats, with log p(D | w) and log p(w).
+
+        U(w) ~ -(N/B) sum_{i in batch} log p(y_i | x_i, w) / kl_weight - log p(w)
+
+    Args:
+        log_likelihood: of one datum.
+        prior: as for `build`.
+        num_data: N.
+        kl_weight: of the prior.
+        prepare: as for `build`.
+        params: the weights w.
+        key: for what the likelihood draws.
+        batch: a minibatch of B data.
+        threat: the error model.
+
+    Returns:
+        U, and the pair (log p(D | w), log p(w)).
+    """
     terms = log_likelihoods(log_likelihood, prepare, key, params, batch, threat)
     log_lik = num_data * terms.sum() / batch.mask.sum()
     log_prior = priors.log_prob(prior, params)
@@ -329,7 +353,7 @@ def _posterior(settings: _Settings, state: SGMCMCState) -> Samples:
     return Samples(jax.tree.map(lambda ring: ring[order], state.samples))
 
 
-def _parts(prior: PyTree, params: Params) -> tuple[Leaves, Leaves]:
+def _parts(prior: Prior, params: Params) -> tuple[Leaves, Leaves]:
     """Parts the leaves, by name: the random ones, and the deterministic ones that hold floats."""
     leaves, random = priors.named(params), priors.sites(prior)
     trained = {

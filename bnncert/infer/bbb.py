@@ -18,7 +18,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
 
 from bnncert import posterior as posteriors
 from bnncert import prior as priors
@@ -26,24 +25,34 @@ from bnncert.infer import _variational
 from bnncert.infer._elbo import site_keys
 from bnncert.infer._minibatch import Schedule, initial_scales
 from bnncert.infer._variational import Values, by_leaf, log_scale
-from bnncert.types import Algorithm, Key, LogLikelihood, Params, Prepare
+from bnncert.types import Algorithm, Key, LogLikelihood, Params, Prepare, Prior
 
 
 @dataclasses.dataclass(frozen=True)
 class MeanField:
     """The guide of independent normals, with scales by their logarithm.
 
-    The posterior that it makes is a `bnncert.posterior.MeanField`.
+        q(w) = prod_i N(w_i; loc_i, scale_i^2)
+
+    The posterior that it makes is a `bnncert.posterior.MeanField`. It has no options.
+
+    Cost: 2 P numbers for P random weights.
+
+    Source: Blundell et al., ICML 2015, section 3.2.
 
     Example:
         >>> MeanField()
         MeanField()
     """
 
-    def check(self, prior: PyTree) -> None:
-        """Accepts any prior: what NumPyro knows the KL to is seen at the first step."""
+    def check(self, prior: Prior) -> None:
+        """Accepts any prior: what NumPyro knows the KL to is seen at the first step.
 
-    def start(self, key: Key, prior: PyTree, params: Params, scale: float) -> Values:
+        Args:
+            prior: any.
+        """
+
+    def start(self, key: Key, prior: Prior, params: Params, scale: float) -> Values:
         """Gives the values at the network's weights.
 
         Args:
@@ -59,7 +68,7 @@ class MeanField:
         scales = initial_scales(prior, params, scale)
         return priors.named(params) | {log_scale(n): jnp.log(v) for n, v in scales.items()}
 
-    def posterior(self, prior: PyTree, values: Values) -> posteriors.MeanField:
+    def posterior(self, prior: Prior, values: Values) -> posteriors.MeanField:
         """Makes the posterior of the values.
 
         Args:
@@ -93,7 +102,7 @@ class MeanField:
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     optimizer: optax.GradientTransformation,
@@ -102,7 +111,7 @@ def build(
     num_particles: int = 1,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """Bayes by Backprop as an `Algorithm`.
+    """Makes Bayes by Backprop as an `Algorithm`.
 
         q(w) = prod_i N(w_i; loc_i, scale_i^2)
         maximise   E_q[ log p(D | w) ] - kl_weight KL(q || p)

@@ -18,12 +18,17 @@ from bnncert.types import Apply, Params
 
 
 class Diagnostics(NamedTuple):
-    """What chains say of one or many scalars; every field has their shape.
+    """What Markov chains say of one or many scalars; every field has their shape.
 
     Attributes:
         r_hat: split R-hat: variance over all halves of chains against that within them, as a
             ratio of deviations. 1 where they agree; NaN where all draws are equal.
         ess: how many independent draws would estimate the mean as well.
+
+    Example:
+        >>> apart = np.stack([np.arange(8.0), 100 + np.arange(8.0)])    # two chains, far apart
+        >>> bool(of_values(apart).r_hat > 2)
+        True
     """
 
     r_hat: Float[np.ndarray, "..."]

@@ -23,7 +23,7 @@ from bnncert.types import Algorithm, Batch, Key, Params, Threat
 
 
 def build(algorithm: Algorithm, num_members: int, *, vectorize: bool = True) -> Algorithm:
-    """K members of an algorithm as an `Algorithm`: its state is theirs, stacked.
+    """Makes an `Algorithm` of K members of an algorithm: its state is theirs, stacked.
 
         q(w) = (1/K) sum_k q_k(w)
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 from numpyro.infer import SVI, TraceMeanField_ELBO
 from numpyro.infer.initialization import init_to_sample, init_to_value
 from numpyro.infer.svi import SVIState
@@ -33,7 +33,17 @@ from bnncert.infer._minibatch import Schedule, check_settings, log_likelihoods
 from bnncert.infer._variational import SVIInfo, Values
 from bnncert.posterior import Samples
 from bnncert.posterior.leaves import draw_keys
-from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Posterior, Prepare, Threat
+from bnncert.types import (
+    Algorithm,
+    Batch,
+    Key,
+    LogLikelihood,
+    Params,
+    Posterior,
+    Prepare,
+    Prior,
+    Threat,
+)
 
 MakeGuide = Callable[..., Callable[[], Any]]
 """`(model, init_loc_fn=...) -> guide`: the classes of `numpyro.infer.autoguide` are such."""
@@ -41,7 +51,7 @@ MakeGuide = Callable[..., Callable[[], Any]]
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     make: MakeGuide,
     *,
     num_data: int,
@@ -52,7 +62,7 @@ def build(
     num_particles: int = 1,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """Variational inference over a guide of your own as an `Algorithm`.
+    """Makes variational inference over a guide of your own as an `Algorithm`.
 
         maximise   E_q[ log p(D | w) ] - kl_weight KL(q || p),    q what the guide samples
 
@@ -134,11 +144,17 @@ def site(name: str) -> str:
     return f"{name}/weight"
 
 
-def prior_program(prior: PyTree) -> None:
+def prior_program(prior: Prior) -> None:
     """Samples the random leaves from the prior, as a NumPyro program: what a guide is made for.
 
     Args:
         prior: pytree of NumPyro distributions, None for deterministic leaves.
+
+    Example:
+        >>> from numpyro.handlers import seed, trace
+        >>> prior = {"w": dist.Normal(0.0, 1.0), "b": None}
+        >>> list(trace(seed(prior_program, 0)).get_trace(prior))
+        ['w/weight']
     """
     for name, leaf in priors.sites(prior).items():
         numpyro.sample(site(name), leaf)
@@ -161,7 +177,7 @@ class _Guide(NamedTuple):
 
 
 def _program(
-    prior: PyTree,
+    prior: Prior,
     make: MakeGuide,
     posterior: Callable[[Values], Posterior] | None,
     num_draws: int,
@@ -208,7 +224,7 @@ def _program(
 
 
 def _init(
-    svi: SVI, guide: _Guide, prior: PyTree, weight: Callable[[Any], Any], key: Key, params: Params
+    svi: SVI, guide: _Guide, prior: Prior, weight: Callable[[Any], Any], key: Key, params: Params
 ) -> SVIState:
     priors.check(prior, params)
     guide.check(jax.random.fold_in(key, 1), params)
@@ -218,7 +234,7 @@ def _init(
 def _update(
     svi: SVI,
     guide: _Guide,
-    prior: PyTree,
+    prior: Prior,
     weight: Callable[[Any], Any],
     key: Key,
     state: SVIState,
@@ -242,7 +258,7 @@ def _posterior(svi: SVI, guide: _Guide, state: SVIState) -> Posterior:
 
 def _model(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     num_data: int,
     prepare: Prepare | None,
     *,
@@ -306,7 +322,7 @@ def _transforms(program: Callable[[], None]) -> dict[str, Any]:
     return found
 
 
-def _check_sites(prior: PyTree, trace: Mapping[str, Any]) -> None:
+def _check_sites(prior: Prior, trace: Mapping[str, Any]) -> None:
     """Raises ValueError unless a guide samples every random leaf, in its shape."""
     sampled = {name: here["value"] for name, here in trace.items() if here["type"] == "sample"}
     for name, leaf in priors.sites(prior).items():

@@ -11,15 +11,15 @@ choose is the length: too short a trajectory is a random walk, too long a one co
 Source: Neal, "MCMC Using Hamiltonian Dynamics", 2011; the chains are those of `bnncert.infer.mcmc`.
 """
 
-from jaxtyping import PyTree
+from typing import Any
 
 from bnncert.infer import mcmc
-from bnncert.types import LogLikelihood, Prepare
+from bnncert.types import LogLikelihood, Prepare, Prior
 
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_warmup: int,
     num_samples: int,
@@ -31,13 +31,13 @@ def build(
     step_size: float = 0.1,
     dense_mass: bool = False,
     adapt_mass: bool = True,
-    scales: PyTree = None,
+    scales: Any = None,
     thinning: int = 1,
     batch_size: int = 1024,
     progress_bar: bool = False,
     prepare: Prepare | None = None,
 ) -> mcmc.Sampler:
-    """Hamiltonian Monte Carlo as a `Sampler`.
+    """Makes Hamiltonian Monte Carlo as a `Sampler`.
 
         U(w) = -log p(w) - (1 / kl_weight) log p(D | w)
         dw/dt = M^-1 r,    dr/dt = -grad U(w)

@@ -28,17 +28,17 @@ Bayesian Learning Rule", ICML 2020.
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from bnncert.infer import _natural_gradient
 from bnncert.infer._minibatch import Schedule
 from bnncert.infer._natural_gradient import Draw, Leaves, Smooth
-from bnncert.types import Algorithm, LogLikelihood, Prepare
+from bnncert.types import Algorithm, LogLikelihood, Prepare, Prior
 
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     optimizer: optax.GradientTransformation,
@@ -50,7 +50,7 @@ def build(
     deterministic: optax.GradientTransformation | None = None,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """IVON as an `Algorithm`.
+    """Makes IVON as an `Algorithm`.
 
         h <- beta2 h + (1 - beta2) e + (1 - beta2)^2 (h - e)^2 / (2 (h + d)),    e = g noise/scale
         loc <- loc - a (g + d (loc - mu)) / (h + d),    scale^2 = kl_weight / (N (h + d))
@@ -123,6 +123,10 @@ def price(draw: Draw) -> Leaves:
 
     Returns:
         The estimate, by name of the random leaf.
+
+    Cost: O(P) for P random weights.
+
+    Source: Price's theorem; Shen et al., ICML 2024, algorithm 1.
     """
     return {
         name: gradient * draw.offset[name] / jnp.square(draw.scale[name])
@@ -133,6 +137,8 @@ def price(draw: Draw) -> Leaves:
 def riemannian(beta2: float) -> Smooth:
     """Makes the running mean of the curvature that stays above -d.
 
+        h <- beta2 h + (1 - beta2) e + (1 - beta2)^2 (h - e)^2 / (2 (h + d))
+
     Args:
         beta2: decay, in [0, 1).
 
@@ -141,6 +147,14 @@ def riemannian(beta2: float) -> Smooth:
 
     Raises:
         ValueError: a decay out of its range.
+
+    Source: Lin et al., ICML 2020.
+
+    Example:
+        >>> smooth = riemannian(beta2=0.5)
+        >>> h, e, d = jnp.array([1.0, -3.0, 1.0])                       # e alone would be below -d
+        >>> smooth(h, e, d).item() > -1.0
+        True
     """
     _natural_gradient.check_decay("beta2", beta2)
     rate = 1 - beta2

@@ -37,17 +37,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from bnncert import prior as priors
 from bnncert.infer._minibatch import check_settings, log_likelihoods
 from bnncert.posterior import Gaussian, MeanField
 from bnncert.posterior.leaves import flatten, unflatten
-from bnncert.types import Batch, Key, LogLikelihood, Params, Prepare, Threat
+from bnncert.types import Batch, Key, LogLikelihood, Params, Prepare, Prior, Threat
 
 
 class LaplaceInfo(NamedTuple):
-    """What was found at the weights.
+    """What a Laplace approximation found at the weights.
 
     Attributes:
         log_likelihood: log p(D | w*), nats summed over the data (those seen, times N over their
@@ -71,6 +71,9 @@ class Laplace(NamedTuple):
     `data` is one `Batch`, cut into chunks of `batch_size`, or an iterable of batches, which are
     taken as they come (a progress bar wraps around it); padding adds nothing. Data that are fewer
     than N stand for all of them. A `prepare` sees chunk by chunk.
+
+    Attributes:
+        fit: fits the Gaussian at the weights given.
     """
 
     fit: Callable[
@@ -89,7 +92,7 @@ class _Sums(NamedTuple):
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     kl_weight: float = 1.0,
@@ -99,7 +102,7 @@ def build(
     num_products: int = 32,
     prepare: Prepare | None = None,
 ) -> Laplace:
-    """A Laplace approximation, to be fitted at trained weights.
+    """Makes a Laplace approximation, to be fitted at trained weights.
 
         q(w) = N(w; w*, (H / kappa + S^-2)^-1),    H = sum_i -d^2 log p(y_i | x_i, w*) / dw^2
 
@@ -164,7 +167,7 @@ def build(
 
 
 def _fit(
-    prior: PyTree,
+    prior: Prior,
     num_data: int,
     kl_weight: float,
     batch_size: int,
@@ -206,10 +209,12 @@ def _full(
     curvature: Array, width: Array, kl_weight: float, score: Array
 ) -> tuple[Array, Array, Array]:
     """Finds a Cholesky factor of the covariance, eigenvalues of S H S, the score in units of q."""
+    # 1. The eigenvectors of S H S; a negative eigenvalue counts as 0.
     whitened = width[:, None] * curvature * width
     eigenvalues, vectors = jnp.linalg.eigh((whitened + whitened.T) / 2)
     shrink = jax.lax.rsqrt(1 + jnp.maximum(eigenvalues, 0.0) / kl_weight)
-    root = width[:, None] * vectors * shrink  # covariance = root root^T = (Q R)^T (Q R)
+    # 2. A root of the covariance, and by QR its triangular one: root root^T = (Q R)^T (Q R).
+    root = width[:, None] * vectors * shrink
     upper = jnp.linalg.qr(root.T, mode="r")
     sign = jnp.where(jnp.diagonal(upper) < 0, -1.0, 1.0).astype(upper.dtype)
     return (sign[:, None] * upper).T, eigenvalues, score @ root

@@ -16,7 +16,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
 
 from bnncert import posterior as posteriors
 from bnncert import prior as priors
@@ -24,7 +23,7 @@ from bnncert.infer import _variational
 from bnncert.infer._elbo import one_draw, site_keys
 from bnncert.infer._minibatch import Schedule, initial_scales
 from bnncert.infer._variational import Values, by_leaf, log_scale
-from bnncert.types import Algorithm, Key, LogLikelihood, Params, Prepare
+from bnncert.types import Algorithm, Key, LogLikelihood, Params, Prepare, Prior
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,7 @@ class LowRank:
         if self.rank < 1:
             raise ValueError(f'rank = {self.rank}: take 1 or more factors, or guide="mean-field".')
 
-    def check(self, prior: PyTree) -> None:
+    def check(self, prior: Prior) -> None:
         """Refuses a prior that is not normal.
 
         Args:
@@ -63,7 +62,7 @@ class LowRank:
         """
         priors.normal_parameters(prior)
 
-    def start(self, key: Key, prior: PyTree, params: Params, scale: float) -> Values:
+    def start(self, key: Key, prior: Prior, params: Params, scale: float) -> Values:
         """Gives the values at the network's weights: half of the variance in either part.
 
         The factors start at random: at zero they have no gradient but noise.
@@ -87,7 +86,7 @@ class LowRank:
             values[_deviations(name)] = v * normal / (2 * self.rank) ** 0.5
         return values
 
-    def posterior(self, prior: PyTree, values: Values) -> posteriors.LowRank:
+    def posterior(self, prior: Prior, values: Values) -> posteriors.LowRank:
         """Makes the posterior of the values.
 
         Args:
@@ -118,7 +117,7 @@ class LowRank:
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     optimizer: optax.GradientTransformation,
@@ -128,7 +127,7 @@ def build(
     num_particles: int = 1,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """Low-rank variational inference as an `Algorithm`.
+    """Makes low-rank variational inference as an `Algorithm`.
 
         q(w) = N(w; loc, diag(scale^2) + D D^T)
         maximise   E_q[ log p(D | w) ] - kl_weight KL(q || p)

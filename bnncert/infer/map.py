@@ -15,16 +15,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from bnncert import prior as priors
 from bnncert.infer._minibatch import Schedule, log_likelihoods
 from bnncert.posterior import Samples
-from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Threat
+from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Prior, Threat
 
 
 class MAPState(NamedTuple):
-    """Where the optimisation is.
+    """The state of MAP: where the optimisation is.
 
     Attributes:
         params: the weights.
@@ -38,7 +38,7 @@ class MAPState(NamedTuple):
 
 
 class MAPInfo(NamedTuple):
-    """What one update saw, before its step.
+    """What one update of MAP saw, before its step.
 
     Attributes:
         loss: the negative objective, nats summed over the data.
@@ -53,14 +53,14 @@ class MAPInfo(NamedTuple):
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     optimizer: optax.GradientTransformation,
     prior_weight: float | Schedule = 1.0,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """Maximum a posteriori as an `Algorithm`.
+    """Makes maximum a posteriori as an `Algorithm`.
 
         maximise   log p(D | w) + prior_weight log p(w)
           ~        (N/B) sum_{i in batch} log p(y_i | x_i, w) + prior_weight log p(w)
@@ -122,7 +122,7 @@ def build(
 
 def objective(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     num_data: int,
     prior_weight: float | Float[Array, ""],
     prepare: Prepare | None,
@@ -131,7 +131,33 @@ def objective(
     batch: Batch,
     threat: Threat,
 ) -> tuple[Float[Array, ""], MAPInfo]:
-    """Estimates the negative log joint from a minibatch, in nats summed over the data."""
+    """Estimates the negative log joint from a minibatch, in nats summed over the data.
+
+        -(N/B) sum_{i in batch} log p(y_i | x_i, w) - prior_weight log p(w)
+
+    Args:
+        log_likelihood: of one datum.
+        prior: as for `build`.
+        num_data: N.
+        prior_weight: of log p(w).
+        prepare: as for `build`.
+        params: the weights w.
+        key: for what the likelihood draws.
+        batch: a minibatch of B data.
+        threat: the error model.
+
+    Returns:
+        The loss, and a `MAPInfo` with its parts.
+
+    Example:
+        >>> from bnncert import likelihood
+        >>> fit, w = likelihood.clean_categorical(lambda w, x: w @ x), jnp.zeros((2, 3))
+        >>> data = Batch(jnp.ones((4, 3)), jnp.zeros(4, int), jnp.ones(4))
+        >>> rest = jax.random.key(0), data, Threat(0.0)
+        >>> loss, info = objective(fit, priors.normal(w), 4, 0.0, None, w, *rest)
+        >>> print(f"{loss:.4f}")                                        # 4 log 2
+        2.7726
+    """
     terms = log_likelihoods(log_likelihood, prepare, key, params, batch, threat)
     log_lik = num_data * terms.sum() / batch.mask.sum()
     log_prior = priors.log_prob(prior, params)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 from numpyro.infer import HMC, MCMC, NUTS
 
 from bnncert import prior as priors
@@ -36,14 +36,14 @@ from bnncert.infer._potential import pad, potential
 from bnncert.infer._progress import follow
 from bnncert.posterior import Samples
 from bnncert.sets import is_concrete
-from bnncert.types import Batch, Key, LogLikelihood, Params, Posterior, Prepare, Threat
+from bnncert.types import Batch, Key, LogLikelihood, Params, Posterior, Prepare, Prior, Threat
 
 
 class Sampler(NamedTuple):
     """A method that needs all the data at once.
 
     Attributes:
-        sample: `(key, params, data, threat) -> (Samples, MCMCInfo)`.
+        sample: `(key, params, data, threat) -> (Samples, MCMCInfo)`, as `build` describes.
     """
 
     sample: Callable[[Key, Any, Batch, Threat], tuple[Samples, "MCMCInfo"]]
@@ -69,7 +69,7 @@ class MCMCInfo(NamedTuple):
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_warmup: int,
     num_samples: int,
@@ -83,13 +83,13 @@ def build(
     step_size: float = 0.1,
     dense_mass: bool = False,
     adapt_mass: bool = True,
-    scales: PyTree = None,
+    scales: Any = None,
     thinning: int = 1,
     batch_size: int = 1024,
     progress_bar: bool = False,
     prepare: Prepare | None = None,
 ) -> Sampler:
-    """HMC or NUTS as a `Sampler`; each by itself is `bnncert.infer.hmc` or `bnncert.infer.nuts`.
+    """Makes HMC or NUTS as a `Sampler`; alone they are `bnncert.infer.hmc` and `nuts`.
 
         U(w) = -log p(w) - (1 / kl_weight) log p(D | w)
         dw/dt = M^-1 r,    dr/dt = -grad U(w),    r ~ N(0, M)
@@ -199,7 +199,7 @@ def build(
     return Sampler(partial(_sample, prior, num_chains, batch_size, run))
 
 
-def kinetic_energy(inverse_mass: Array, momentum: PyTree) -> Float[Array, ""]:
+def kinetic_energy(inverse_mass: Array, momentum: Params) -> Float[Array, ""]:
     """Computes the energy of the momentum r, r' M^-1 r / 2, in nats.
 
     NumPyro's ends in a dot product, off by whole nats over 10^5 weights in float32, and not
@@ -225,7 +225,7 @@ def kinetic_energy(inverse_mass: Array, momentum: PyTree) -> Float[Array, ""]:
 
 
 def _sample(
-    prior: PyTree,
+    prior: Prior,
     num_chains: int,
     batch_size: int,
     run: Callable[..., tuple[Params, MCMCInfo]],
@@ -243,7 +243,7 @@ def _sample(
 
 
 def _starts(
-    prior: PyTree, num_chains: int, key: Key, params: Any
+    prior: Prior, num_chains: int, key: Key, params: Any
 ) -> tuple[dict[str, Array], Params]:
     """Stacks the random leaves of every chain; gives one network with the deterministic ones."""
     if isinstance(params, Posterior):
@@ -277,7 +277,7 @@ def _starts(
 
 
 def _run(
-    prior: PyTree,
+    prior: Prior,
     energy: Callable[..., Array],
     make: Callable[..., HMC],
     num_chains: int,
@@ -326,7 +326,7 @@ def _run(
     return priors.replace(repeated, {n: v.astype(types[n]) for n, v in draws.items()}), info
 
 
-def _variances(prior: PyTree, scales: PyTree, dense: bool) -> Array:
+def _variances(prior: Prior, scales: Any, dense: bool) -> Array:
     """Lays out the inverse of M in the order of NumPyro's flat vectors."""
     priors.check(prior, scales)
     leaves = priors.named(scales)
@@ -341,7 +341,7 @@ def _variances(prior: PyTree, scales: PyTree, dense: bool) -> Array:
 
 
 def _check(
-    prior: PyTree,
+    prior: Prior,
     kernel: str,
     kl_weight: float,
     num_steps: int | None,

@@ -21,17 +21,16 @@ square root of the curvature, in contrast to Adam).
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
 
 from bnncert.infer import _natural_gradient
 from bnncert.infer._minibatch import Schedule
 from bnncert.infer._natural_gradient import Draw, Leaves
-from bnncert.types import Algorithm, LogLikelihood, Prepare
+from bnncert.types import Algorithm, LogLikelihood, Prepare, Prior
 
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     optimizer: optax.GradientTransformation,
@@ -43,7 +42,7 @@ def build(
     deterministic: optax.GradientTransformation | None = None,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """Noisy Adam as an `Algorithm`.
+    """Makes noisy Adam as an `Algorithm`.
 
         h <- beta2 h + (1 - beta2) B (minibatch mean of grad -log p(y | x, w))^2,    w ~ q
         loc <- loc - a (g + d (loc - mu)) / (h + d),    scale^2 = kl_weight / (N (h + d))

@@ -11,15 +11,15 @@ Source: Hoffman and Gelman, "The No-U-Turn Sampler", JMLR 2014; the chains are t
 `bnncert.infer.mcmc`.
 """
 
-from jaxtyping import PyTree
+from typing import Any
 
 from bnncert.infer import mcmc
-from bnncert.types import LogLikelihood, Prepare
+from bnncert.types import LogLikelihood, Prepare, Prior
 
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_warmup: int,
     num_samples: int,
@@ -30,13 +30,13 @@ def build(
     step_size: float = 0.1,
     dense_mass: bool = False,
     adapt_mass: bool = True,
-    scales: PyTree = None,
+    scales: Any = None,
     thinning: int = 1,
     batch_size: int = 1024,
     progress_bar: bool = False,
     prepare: Prepare | None = None,
 ) -> mcmc.Sampler:
-    """The No-U-Turn Sampler as a `Sampler`.
+    """Makes the No-U-Turn Sampler as a `Sampler`.
 
         U(w) = -log p(w) - (1 / kl_weight) log p(D | w)
         stop when (w+ - w-)' r- < 0 or (w+ - w-)' r+ < 0

@@ -15,16 +15,15 @@ al., "Cyclical Stochastic Gradient MCMC for Bayesian Deep Learning", ICLR 2020.
 """
 
 import optax
-from jaxtyping import PyTree
 
 from bnncert.infer import _sgmcmc
 from bnncert.infer._minibatch import Schedule
-from bnncert.types import Algorithm, LogLikelihood, Prepare
+from bnncert.types import Algorithm, LogLikelihood, Prepare, Prior
 
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     step_size: float | Schedule,
@@ -38,7 +37,7 @@ def build(
     deterministic: optax.GradientTransformation | None = None,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """Stochastic-gradient Hamiltonian Monte Carlo as an `Algorithm`.
+    """Makes stochastic-gradient Hamiltonian Monte Carlo as an `Algorithm`.
 
         v <- (1 - a) v - (h / 2) grad U(w) + sqrt(a h) xi,    w <- w + v
 

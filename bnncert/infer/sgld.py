@@ -12,16 +12,15 @@ Zhang et al., "Cyclical Stochastic Gradient MCMC for Bayesian Deep Learning", IC
 """
 
 import optax
-from jaxtyping import PyTree
 
 from bnncert.infer import _sgmcmc
 from bnncert.infer._minibatch import Schedule
-from bnncert.types import Algorithm, LogLikelihood, Prepare
+from bnncert.types import Algorithm, LogLikelihood, Prepare, Prior
 
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     step_size: float | Schedule,
@@ -34,7 +33,7 @@ def build(
     deterministic: optax.GradientTransformation | None = None,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """Stochastic-gradient Langevin dynamics as an `Algorithm`.
+    """Makes stochastic-gradient Langevin dynamics as an `Algorithm`.
 
         w <- w - (h / 2) grad U(w) + sqrt(h) xi,    U(w) = -log p(w) - (1/kl_weight) log p(D | w)
 

@@ -16,7 +16,7 @@ Source: Blundell et al., "Weight Uncertainty in Neural Networks", ICML 2015; Tom
 from collections.abc import Callable
 
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from bnncert.infer import _variational
 from bnncert.infer import guide as guides
@@ -25,14 +25,14 @@ from bnncert.infer._variational import Family, SVIInfo, VIState
 from bnncert.infer.bbb import MeanField
 from bnncert.infer.guide import MakeGuide
 from bnncert.infer.low_rank import LowRank
-from bnncert.types import Algorithm, LogLikelihood, Posterior, Prepare
+from bnncert.types import Algorithm, LogLikelihood, Posterior, Prepare, Prior
 
 __all__ = ["Family", "LowRank", "MeanField", "SVIInfo", "Schedule", "VIState", "build"]
 
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     optimizer: optax.GradientTransformation,
@@ -45,7 +45,7 @@ def build(
     num_particles: int = 1,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """Variational inference as an `Algorithm`.
+    """Makes variational inference as an `Algorithm`.
 
         maximise   E_q[ log p(D | w) ] - kl_weight KL(q || p)    over the q of a guide
 

@@ -32,20 +32,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from bnncert import prior as priors
 from bnncert.infer import map as maximum
 from bnncert.infer._minibatch import Schedule, check_settings
 from bnncert.posterior import LowRank, MeanField
-from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Threat
+from bnncert.types import Algorithm, Batch, Key, LogLikelihood, Params, Prepare, Prior, Threat
 
 TINY = 1e-30
 """Least variance, in the weights' unit squared, as in the authors' code: densities divide by it."""
 
 
 class SWAGState(NamedTuple):
-    """The optimiser's state, and what was collected.
+    """The state of SWAG: that of the optimiser, and what was collected of its iterates.
 
     Attributes:
         map: weights and optimiser, as for MAP.
@@ -65,7 +65,7 @@ class SWAGState(NamedTuple):
 
 
 class SWAGInfo(NamedTuple):
-    """What one update saw, before its step, and how much is collected after it.
+    """What one update of SWAG saw, before its step, and how much is collected after it.
 
     Attributes:
         loss: the negative objective of MAP, nats summed over the data.
@@ -82,7 +82,7 @@ class SWAGInfo(NamedTuple):
 
 def build(
     log_likelihood: LogLikelihood,
-    prior: PyTree,
+    prior: Prior,
     *,
     num_data: int,
     optimizer: optax.GradientTransformation,
@@ -93,7 +93,7 @@ def build(
     scale: float = 1.0,
     prepare: Prepare | None = None,
 ) -> Algorithm:
-    """SWA-Gaussian as an `Algorithm`.
+    """Makes SWA-Gaussian as an `Algorithm`.
 
         q(w) = N(w; m1, 1/2 diag(m2 - m1^2) + 1/(2 (K - 1)) sum_{last K} D_i D_i^T)
         m1 = mean_i w_i,    m2 = mean_i w_i^2,    D_i = w_i - mean_{j <= i} w_j
@@ -165,7 +165,7 @@ def build(
     )
 
 
-def _init(inner: Algorithm, prior: PyTree, rank: int, key: Key, params: Params) -> SWAGState:
+def _init(inner: Algorithm, prior: Prior, rank: int, key: Key, params: Params) -> SWAGState:
     state = inner.init(key, params)
     leaves, random = priors.named(params), priors.sites(prior)
 

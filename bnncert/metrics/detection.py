@@ -23,7 +23,9 @@ from jaxtyping import Array, Float
 def auroc(
     positive: Float[Array, " positives"], negative: Float[Array, " negatives"]
 ) -> Float[Array, ""]:
-    """Area under the receiver operating characteristic: how often a positive scores higher.
+    """Computes the area under the receiver operating characteristic (ROC).
+
+        AUROC = P(s+ > s-) + P(s+ = s-) / 2
 
     Args:
         positive: scores of the inputs that are to be found.
@@ -36,6 +38,8 @@ def auroc(
         ValueError: if either is empty or has more than one axis.
 
     Cost: a sort; memory of the scores.
+
+    Source: Hendrycks & Gimpel, ICLR 2017.
 
     Example:
         >>> print(auroc(jnp.array([0.9, 0.8, 0.4]), jnp.array([0.5, 0.3])))
@@ -51,7 +55,9 @@ def auroc(
 def fpr_at_tpr(
     positive: Float[Array, " positives"], negative: Float[Array, " negatives"], tpr: float = 0.95
 ) -> Float[Array, ""]:
-    """False positive rate where at least this fraction of positives is found: FPR95.
+    """Computes the false positive rate where at least this fraction of positives is found: FPR95.
+
+        FPR = P(s- >= t),   t the largest threshold with P(s+ >= t) >= tpr
 
     Args:
         positive: scores of the inputs that are to be found.
@@ -65,6 +71,8 @@ def fpr_at_tpr(
         ValueError: if either is empty or has more than one axis, or for a tpr out of range.
 
     Cost: a sort; memory of the scores.
+
+    Source: Liang et al., ICLR 2018.
 
     Example:
         >>> print(fpr_at_tpr(jnp.array([0.9, 0.8, 0.4]), jnp.array([0.5, 0.3]), tpr=0.6))
@@ -82,7 +90,7 @@ def fpr_at_tpr(
 def likelihood_ratio(
     inside: Float[Array, "inside classes"], outside: Float[Array, "outside classes"]
 ) -> Float[Array, ""]:
-    """How much likelier the predicted class is held in distribution than out of it.
+    """Computes how much likelier the predicted class is held in distribution than out of it.
 
     The ratio of the mean confidence on the two sets, mean max_c pi(c | x in) / mean max_c
     pi(c | x out); its log is the difference of the logs of the means.
@@ -96,6 +104,8 @@ def likelihood_ratio(
 
     Raises:
         ValueError: if either is empty or no matrix, or they differ in classes.
+
+    Source: after Wicker et al., AISTATS 2021; of the classes predicted.
 
     Example:
         >>> print(likelihood_ratio(jnp.array([[0.9, 0.1]]), jnp.array([[0.4, 0.6]])))

@@ -20,7 +20,9 @@ from bnncert.sets import is_concrete
 def accuracy(
     probs: Float[Array, "batch classes"], labels: Int[Array, " batch"]
 ) -> Float[Array, ""]:
-    """Fraction of data whose most probable class is the label; of equal ones the first counts.
+    """Computes the fraction of data whose most probable class is the label.
+
+    Of equally probable classes the first counts.
 
     Args:
         probs: the predictive, or any scores that rank the classes as it does.
@@ -43,7 +45,9 @@ def accuracy(
 def nll(
     probs: Float[Array, "batch classes"], labels: Int[Array, " batch"], *, from_log: bool = False
 ) -> Float[Array, ""]:
-    """Negative log-likelihood of the labels, the mean over data, in nats.
+    """Computes the negative log-likelihood of the labels, the mean over data, in nats.
+
+        NLL = -mean_n log pi_n(y_n)
 
     A probability that underflowed to 0 counts as the smallest normal number (87 nats in float32),
     so one such datum cannot hide all others. Log-probabilities know no such floor.
@@ -71,7 +75,9 @@ def nll(
 
 
 def brier(probs: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -> Float[Array, ""]:
-    """Brier score: squared distance from the one-hot label, summed over classes, mean over data.
+    """Computes the Brier score: the squared distance from the one-hot label, mean over data.
+
+        Brier = mean_n sum_c (pi_n(c) - [c = y_n])^2
 
     Args:
         probs: the predictive.
@@ -83,6 +89,8 @@ def brier(probs: Float[Array, "batch classes"], labels: Int[Array, " batch"]) ->
     Raises:
         ValueError: if the shapes disagree or a (concrete) label names no class.
 
+    Source: Brier, Monthly Weather Review 1950.
+
     Example:
         >>> print(brier(jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([0, 1])))
         1.0
@@ -93,7 +101,18 @@ def brier(probs: Float[Array, "batch classes"], labels: Int[Array, " batch"]) ->
 
 
 def check_labels(probs: Array, labels: Array) -> None:
-    """Raises ValueError: shapes always; values where they are known (not under a trace)."""
+    """Checks probabilities and labels: shapes always, values where they are known (not traced).
+
+    Args:
+        probs: (N, C), or any scores of the classes.
+        labels: class indices, (N,).
+
+    Raises:
+        ValueError: if the shapes disagree or a known label names no class.
+
+    Example:
+        >>> check_labels(jnp.ones((2, 3)) / 3, jnp.array([0, 2]))
+    """
     if probs.ndim != 2 or labels.shape != probs.shape[:1]:
         raise ValueError(
             f"probs must be (batch, classes) and labels (batch,), got {probs.shape} and "

@@ -18,13 +18,15 @@ from jaxtyping import Array, Float
 def predictive_entropy(
     sample_probs: Float[Array, "samples batch classes"],
 ) -> Float[Array, " batch"]:
-    """Entropy of the predictive, H[mean_s p_s]: all of the uncertainty.
+    """Computes the entropy of the predictive, H[mean_s p_s]: all of the uncertainty.
 
     Args:
         sample_probs: probabilities under each weight sample.
 
     Returns:
         Nats, between 0 and log C, one for each datum.
+
+    Source: Depeweg et al., ICML 2018.
 
     Example:
         >>> print(f"{float(predictive_entropy(jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]]))[0]):.4f}")
@@ -36,13 +38,15 @@ def predictive_entropy(
 def expected_entropy(
     sample_probs: Float[Array, "samples batch classes"],
 ) -> Float[Array, " batch"]:
-    """Mean entropy of the samples, mean_s H[p_s]: the part more data would not remove.
+    """Computes the samples' mean entropy, mean_s H[p_s]: the part more data would not remove.
 
     Args:
         sample_probs: probabilities under each weight sample.
 
     Returns:
         Nats, between 0 and log C, one for each datum.
+
+    Source: Depeweg et al., ICML 2018.
 
     Example:
         >>> print(f"{float(expected_entropy(jnp.array([[[0.5, 0.5]], [[0.0, 1.0]]]))[0]):.4f}")
@@ -54,7 +58,9 @@ def expected_entropy(
 def mutual_information(
     sample_probs: Float[Array, "samples batch classes"],
 ) -> Float[Array, " batch"]:
-    """Information between weights and label, mean_s KL(p_s || mean_s p_s): the disagreement.
+    """Computes the information between weights and label, mean_s KL(p_s || mean_s p_s).
+
+    It is how far the samples disagree.
 
     Equal to `predictive_entropy - expected_entropy`, but summed from terms that are not negative,
     so that a small disagreement is not lost in the difference of two entropies.
@@ -64,6 +70,8 @@ def mutual_information(
 
     Returns:
         Nats, >= 0, one for each datum.
+
+    Source: Depeweg et al., ICML 2018.
 
     Example:
         >>> print(f"{float(mutual_information(jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]]))[0]):.4f}")

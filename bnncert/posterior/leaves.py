@@ -19,7 +19,19 @@ from bnncert.types import Key, Params, Posterior
 
 
 def flatten(params: Params, names: Sequence[str]) -> Float[Array, " size"]:
-    """The named leaves as one vector, in the order of the names, row by row within each."""
+    """Flattens the named leaves to one vector, in the order of the names, row by row within each.
+
+    Args:
+        params: any params.
+        names: of leaves, as `bnncert.prior.names` gives them.
+
+    Returns:
+        A vector of all their weights.
+
+    Example:
+        >>> flatten({"w": jnp.ones((2, 2)), "b": jnp.zeros(1)}, ["w"]).tolist()
+        [1.0, 1.0, 1.0, 1.0]
+    """
     leaves = priors.named(params)
     return jnp.concatenate([jnp.ravel(leaves[name]) for name in names] or [jnp.zeros(0)])
 
@@ -27,7 +39,21 @@ def flatten(params: Params, names: Sequence[str]) -> Float[Array, " size"]:
 def unflatten(
     vector: Float[Array, " size"], params: Params, names: Sequence[str]
 ) -> dict[str, Array]:
-    """The named leaves by name, from a vector: the inverse of `flatten`; shapes are of `params`."""
+    """Cuts a vector into the named leaves: the inverse of `flatten`.
+
+    Args:
+        vector: all their weights.
+        params: gives shapes and dtypes.
+        names: of the leaves, in the vector's order.
+
+    Returns:
+        The leaves by name.
+
+    Example:
+        >>> params = {"w": jnp.zeros(2), "b": jnp.zeros(1)}
+        >>> unflatten(jnp.arange(3.0), params, ["b", "w"])["w"].tolist()
+        [1.0, 2.0]
+    """
     leaves = priors.named(params)
     found, start = {}, 0
     for name in names:
@@ -39,15 +65,37 @@ def unflatten(
 
 
 def draw_keys(key: Key, n: int) -> Array:
-    """One key a draw; the first m of n are the m of the same key, unlike those of a split."""
+    """Makes one key a draw; the first m of n are the m of the same key, unlike those of a split.
+
+    Args:
+        key: a PRNG key.
+        n: number of keys.
+
+    Returns:
+        Keys, shape (n,).
+
+    Example:
+        >>> key = jax.random.key(0)
+        >>> bool((draw_keys(key, 3)[:2] == draw_keys(key, 2)).all())
+        True
+    """
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
 
 
 def check_stacked(samples: Any) -> None:
-    """Raise if a posterior stands where stacked weights are wanted.
+    """Refuses a posterior that stands where stacked weights are wanted.
+
+    Args:
+        samples: what was given as stacked weights.
 
     Raises:
         TypeError: naming it, and how to get weights from it.
+
+    Example:
+        >>> from bnncert.posterior import Samples
+        >>> check_stacked(Samples({"w": jnp.zeros((4, 2))}))
+        Traceback (most recent call last):
+        TypeError: ...give its members: samples.params.
     """
     if isinstance(samples, Posterior):
         name = type(samples).__name__
@@ -60,13 +108,29 @@ def check_stacked(samples: Any) -> None:
 
 
 def check_count(n: int) -> None:
-    """Raise unless n draws can be made."""
+    """Refuses a number of draws below 1.
+
+    Args:
+        n: number of draws.
+
+    Raises:
+        ValueError: if it is below 1.
+    """
     if n < 1:
         raise ValueError(f"the number of draws must be at least 1, got {n}")
 
 
 def check_structure(loc: Params, other: Any, what: str) -> None:
-    """Raise unless `other` has the leaves of `loc`, None among them."""
+    """Refuses a tree that has not the leaves of `loc`, None among them.
+
+    Args:
+        loc: params.
+        other: a tree for the same leaves.
+        what: its name in the error.
+
+    Raises:
+        ValueError: naming the leaves that only one of the two has.
+    """
     differ = priors.named(loc).keys() ^ priors.named(other).keys()
     if differ:
         raise ValueError(
@@ -76,7 +140,15 @@ def check_structure(loc: Params, other: Any, what: str) -> None:
 
 
 def check_random(names: Sequence[str], prior: priors.Prior) -> None:
-    """Raise unless the prior's random leaves are the named ones of the posterior."""
+    """Refuses a prior whose random leaves are not the posterior's.
+
+    Args:
+        names: of the posterior's random leaves.
+        prior: any.
+
+    Raises:
+        ValueError: naming the leaves that are random in one of the two alone.
+    """
     ours, theirs = set(names), set(priors.names(prior))
     if ours != theirs:
         raise ValueError(
@@ -90,13 +162,18 @@ def check_random(names: Sequence[str], prior: priors.Prior) -> None:
 def kl_from_entropy(
     entropy: Float[Array, ""], loc: Params, scale: Params, prior: priors.Prior
 ) -> Float[Array, ""]:
-    """KL(q || prior) of a Gaussian q of this entropy and these means and standard deviations.
+    """Computes KL(q || prior) of a Gaussian q of this entropy, means and standard deviations.
+
+        KL(q || p) = -H[q] - log p(loc) + sum_i var_i / (2 s_i^2)
 
     Args:
         entropy: of q, over its random leaves, in nats.
         loc: means, all leaves.
         scale: standard deviations of single weights; None for the deterministic leaves.
         prior: independent normals, None for the deterministic leaves.
+
+    Returns:
+        Nats, summed over weights.
 
     Raises:
         ValueError: if prior and posterior disagree on structure, shapes or which leaves are random.

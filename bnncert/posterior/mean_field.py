@@ -24,9 +24,15 @@ from bnncert.types import Key, Params
 class MeanField:
     """Independent normals; leaves whose scale is None are deterministic and stay at `loc`.
 
+        q(w) = prod_i N(w_i; loc_i, scale_i^2)
+
     Attributes:
         loc: params, the means.
         scale: standard deviations, > 0: the structure of `loc`, None for deterministic leaves.
+
+    Cost: draws, densities and KLs are O(P) for P weights.
+
+    Source: Graves, NeurIPS 2011, section 4; Blundell et al., ICML 2015.
 
     Example:
         >>> loc = {"w": jnp.zeros(3), "b": jnp.ones(2)}
@@ -39,7 +45,7 @@ class MeanField:
     scale: Params
 
     def sample(self, key: Key, n: int) -> Params:
-        """Draw n independent members; deterministic leaves are repeated.
+        """Draws n independent members; deterministic leaves are repeated.
 
         The first m of n draws are the m draws of the same key: more samples refine, not replace.
 
@@ -60,7 +66,7 @@ class MeanField:
         return jax.vmap(lambda k: priors.sample(k, normals, self.loc))(draw_keys(key, n))
 
     def log_prob(self, params: Params) -> Float[Array, ""]:
-        """Log density over the random leaves: nats, summed over weights.
+        """Computes the log density over the random leaves: nats, summed over weights.
 
         Args:
             params: one member, not stacked. Its deterministic leaves are not compared.
@@ -71,7 +77,7 @@ class MeanField:
         return priors.log_prob(self._normals(), params)
 
     def kl(self, prior: priors.Prior) -> Float[Array, ""]:
-        """KL(self || prior) in closed form: nats, summed over weights.
+        """Computes KL(self || prior) in closed form: nats, summed over weights.
 
         Args:
             prior: distributions for the random leaves, None for the deterministic ones.
@@ -96,11 +102,16 @@ class MeanField:
         return sum(terms, jnp.zeros(()))
 
     def moments(self) -> tuple[Params, Params]:
-        """Mean and standard deviation of every weight; None for deterministic leaves' deviation."""
+        """Gives the mean and the standard deviation of every weight.
+
+        Returns:
+            `(mean, deviation)`, of the structure of `loc`; None for the deviation of a
+            deterministic leaf.
+        """
         return self.loc, self.scale
 
     def _normals(self) -> priors.Prior:
-        """The same density in the form of a prior, whose functions then serve both."""
+        """Gives the same density in the form of a prior, whose functions then serve both."""
         check_structure(self.loc, self.scale, "scale")
         loc, scale = priors.named(self.loc), priors.named(self.scale)
         normals = [

@@ -27,9 +27,15 @@ from bnncert.types import Key, Params
 class Mixture:
     """K posteriors of one kind, stacked, of weight 1/K each.
 
+        q(w) = (1/K) sum_k q_k(w)
+
     Attributes:
         members: a posterior as a pytree with a leading axis K on every leaf, e.g.
             `jax.tree.map(lambda *leaves: jnp.stack(leaves), *posteriors)`.
+
+    Cost: K times that of a member.
+
+    Source: Wilson and Izmailov, NeurIPS 2020, section 3.
 
     Example:
         >>> from bnncert.posterior import MeanField
@@ -42,11 +48,11 @@ class Mixture:
 
     @property
     def num_members(self) -> int:
-        """Number K of members."""
+        """The number K of members."""
         return jax.tree.leaves(self.members)[0].shape[0]
 
     def sample(self, key: Key, n: int) -> Params:
-        """Draw n weights evenly from the members: floor(n/K) or ceil(n/K) from each.
+        """Draws n networks evenly from the members: floor(n/K) or ceil(n/K) from each.
 
         They come in rounds, one from each member, in an order that the key shuffles: where K does
         not divide n, the n mod K members drawn once more are a uniform choice. So each draw is one
@@ -81,7 +87,7 @@ class Mixture:
         return jax.tree.map(interleave, draws)
 
     def log_prob(self, params: Params) -> Float[Array, ""]:
-        """Log density over the random leaves: nats, by log-sum-exp over the members.
+        """Computes the log density over the random leaves in nats, by log-sum-exp over the members.
 
         Args:
             params: one draw, not stacked. Deterministic leaves are not compared, even where members
@@ -94,7 +100,10 @@ class Mixture:
         return jax.nn.logsumexp(terms) - jnp.log(self.num_members)
 
     def kl(self, prior: priors.Prior) -> Float[Array, ""]:
-        """There is no closed form of KL(self || prior).
+        """Refuses: there is no closed form of KL(self || prior).
+
+        Args:
+            prior: of any kind.
 
         Raises:
             NotImplementedError: always. A Monte Carlo estimate is another thing than a KL, so it
@@ -107,7 +116,12 @@ class Mixture:
         )
 
     def moments(self) -> tuple[Params, Params]:
-        """Mean and standard deviation of every weight under the mixture."""
+        """Gives the mean and the standard deviation of every weight under the mixture.
+
+        Returns:
+            `(mean, deviation)`: Var w = mean_k v_k + mean_k (m_k - E w)^2, K times the cost of a
+            member's.
+        """
         locs, scales = jax.vmap(lambda member: member.moments())(self.members)
         mean = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), locs)
         within = priors.named(scales)

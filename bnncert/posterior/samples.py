@@ -22,8 +22,14 @@ from bnncert.types import Key, Params
 class Samples:
     """The discrete measure with mass 1/S on each of S members.
 
+        q(w) = (1/S) sum_s [w = w_s]
+
+    Certificates and attacks take its `params`.
+
     Attributes:
         params: stacked params, every leaf (S, ...).
+
+    Cost: S times one network's params.
 
     Example:
         >>> q = Samples(stack([{"w": jnp.zeros(2)}, {"w": jnp.ones(2)}]))
@@ -35,11 +41,11 @@ class Samples:
 
     @property
     def num_samples(self) -> int:
-        """Number S of members."""
+        """The number S of members."""
         return jax.tree.leaves(self.params)[0].shape[0]
 
     def sample(self, key: Key, n: int) -> Params:
-        """Choose n different members, uniformly, in stored order: n = S gives them all as they are.
+        """Chooses n different members, uniformly, in stored order: n = S gives them all as stored.
 
         Without replacement, so that no member is paid for twice by whoever sweeps them. Draws are
         therefore not independent.
@@ -64,7 +70,7 @@ class Samples:
         return jax.tree.map(lambda leaf: leaf[chosen], self.params)
 
     def log_prob(self, params: Params) -> Float[Array, ""]:
-        """Log of the fraction of members equal to `params` in every leaf; -inf if there is none.
+        """Computes the log of the fraction of members equal to `params` in every leaf, or -inf.
 
         Args:
             params: one member, not stacked.
@@ -80,7 +86,7 @@ class Samples:
         return jnp.log(jnp.mean(jnp.stack(jax.tree.leaves(equal)).all(axis=0)))
 
     def kl(self, prior: priors.Prior) -> Float[Array, ""]:
-        """KL(self || prior), infinite for a prior with a density: it gives the members no mass.
+        """Gives KL(self || prior), infinite for a prior with a density: it gives members no mass.
 
         Args:
             prior: continuous distributions for the random leaves, None for deterministic ones.
@@ -95,14 +101,24 @@ class Samples:
         return jnp.asarray(jnp.inf if priors.sites(prior) else 0.0)
 
     def moments(self) -> tuple[Params, Params]:
-        """Mean and standard deviation (unbiased variance) of every weight over the members."""
+        """Gives the mean and the standard deviation of every weight over the members.
+
+        Returns:
+            `(mean, deviation)`, of one network's structure; the variance is the unbiased one.
+        """
         ddof = 1 if self.num_samples > 1 else 0
         mean = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), self.params)
         return mean, jax.tree.map(lambda leaf: jnp.std(leaf, axis=0, ddof=ddof), self.params)
 
 
 def stack(members: Sequence[Params]) -> Params:
-    """Stacked params from a list of params: every leaf gains a leading axis.
+    """Stacks a list of params: every leaf gains a leading axis.
+
+    Args:
+        members: params of one structure, shapes and dtypes.
+
+    Returns:
+        Stacked params, every leaf (S, ...).
 
     Raises:
         ValueError: if the list is empty.

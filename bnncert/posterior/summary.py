@@ -17,7 +17,9 @@ from bnncert.posterior.samples import Samples
 
 
 def spread(posterior: MeanField | LowRank | Gaussian | Samples | Mixture) -> Float[Array, ""]:
-    """Median standard deviation over median |mean|, across the weights of the random leaves.
+    """Computes a posterior's median standard deviation over its median |mean|.
+
+        spread(q) = median_i sd_q(w_i) / median_i |E_q w_i|     over the random leaves' weights
 
     For `Samples` mean and deviation are those of the members (unbiased variance), for `Mixture`
     those of the mixture; a leaf in which all members agree is deterministic.
@@ -27,6 +29,8 @@ def spread(posterior: MeanField | LowRank | Gaussian | Samples | Mixture) -> Flo
 
     Returns:
         A scalar >= 0; 0 if nothing is random, inf if most means are 0.
+
+    Cost: two medians of all random weights.
 
     Example:
         >>> print(spread(MeanField({"w": jnp.full(3, 2.0)}, {"w": jnp.ones(3)})))

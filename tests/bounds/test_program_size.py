@@ -14,9 +14,9 @@ from tests.bounds.architectures import Plan, build
 
 VECTOR, IMAGE = (4,), (4, 3, 2)
 LIMITS = {
-    "relu": (VECTOR, ("dense", "relu", "dense", "relu"), 1070, 2190),
-    "attention": (VECTOR, ("dense", "attention", "arctan"), 3330, 7240),
-    "gate": (IMAGE, ("conv", "silu", "squeeze_excite"), 3180, 6950),
+    "relu": (VECTOR, ("dense", "relu", "dense", "relu"), 930, 1260),
+    "attention": (VECTOR, ("dense", "attention", "arctan"), 2420, 3750),
+    "gate": (IMAGE, ("conv", "silu", "squeeze_excite"), 1920, 3020),
 }
 """By name: the shape of the input, layers, and the most equations by CROWN-IBP and by CROWN."""
 

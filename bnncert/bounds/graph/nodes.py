@@ -83,6 +83,8 @@ class Graph(NamedTuple):
         set_leaves: positions of the sets among the leaves of the arguments.
         out_tree: structure of the outputs.
         users: for each node, the nodes that act on it, once for each of their operands it is.
+        output_nodes: the nodes that are outputs.
+        acted_on: the nodes that a nonlinearity acts on.
         histories: for each node, what a compiler may make of it and what it is computed from; empty
             in real arithmetic.
     """
@@ -95,17 +97,9 @@ class Graph(NamedTuple):
     set_leaves: tuple[int, ...]
     out_tree: Any
     users: tuple[tuple[int, ...], ...]
+    output_nodes: tuple[int, ...]
+    acted_on: frozenset[int]
     histories: tuple[Any, ...] = ()
-
-    @property
-    def output_nodes(self) -> tuple[int, ...]:
-        """Nodes that are outputs."""
-        return tuple(sorted({o.index for o in self.outputs if isinstance(o, Ref)}))
-
-    @property
-    def acted_on(self) -> frozenset[int]:
-        """Nodes that a nonlinearity acts on."""
-        return frozenset(i for node in self.nodes if node.is_relaxed for i in node.refs)
 
 
 def unsupported(node: Node, supported: Sequence[str], hint: str = "") -> UnsupportedPrimitiveError:
@@ -129,8 +123,31 @@ def unknown_constant(constant: Rounded, where: str) -> UnsupportedPrimitiveError
     )
 
 
-def users(nodes: Sequence[Node]) -> tuple[tuple[int, ...], ...]:
-    """For each node, the nodes that act on it."""
+def graph_of(
+    nodes: tuple[Node, ...],
+    inputs: tuple[Set, ...],
+    valid: Array | None,
+    outputs: tuple[Any, ...],
+    in_tree: Any = None,
+    set_leaves: tuple[int, ...] = (),
+    out_tree: Any = None,
+) -> Graph:
+    """The graph of these nodes, its own facts found; arguments as the attributes of `Graph`."""
+    return Graph(
+        nodes,
+        inputs,
+        valid,
+        outputs,
+        in_tree,
+        set_leaves,
+        out_tree,
+        _users(nodes),
+        tuple(sorted({o.index for o in outputs if isinstance(o, Ref)})),
+        frozenset(i for node in nodes if node.is_relaxed for i in node.refs),
+    )
+
+
+def _users(nodes: Sequence[Node]) -> tuple[tuple[int, ...], ...]:
     found: list[list[int]] = [[] for _ in nodes]
     for index, node in enumerate(nodes):
         for i in node.refs:

@@ -25,11 +25,10 @@ from bnncert._varying import axes_of, varying
 from bnncert.bounds.graph.facts import ancestors
 from bnncert.bounds.methods.crown import CROWN
 from bnncert.bounds.methods.ibp import intervals
-from bnncert.bounds.methods.steps import Passage, relaxed_step, steps_of
+from bnncert.bounds.methods.steps import Passage, View, relaxed_step, steps_of
 from bnncert.bounds.ops import Choice, check_lower_slope
 from bnncert.bounds.ops.boxes import drop_nan, intersect
 from bnncert.bounds.plan import Plan
-from bnncert.bounds.rounding import Errors
 from bnncert.bounds.rows import (
     Row,
     Step,
@@ -189,7 +188,7 @@ def fraction_bounds(
         fixed = dict(known.relaxed)
         for i in ancestors(graph, index):
             if i not in fixed and i not in fractions[index] and i in plan.relaxed:
-                fixed[i] = relaxed_step(plan, i, tighter, errors, default)
+                fixed[i] = relaxed_step(plan, i, View(tighter, errors), default)
         known = Passage(errors, fixed)
         unfree = steps_of(plan, known)
 
@@ -197,7 +196,7 @@ def fraction_bounds(
             exact = pull_back(start(index, row, unfree), unfree, {*fixed, *free})
 
             def lower(row: Row, free: dict[int, Free]) -> Array:
-                steps = unfree.and_relaxed(_free_steps(plan, tighter, errors, default, free))
+                steps = unfree.and_relaxed(_free_steps(plan, View(tighter, errors), default, free))
                 return least(pull_back(row, steps), plan.regions)
 
             low, high = jax.vmap(lower)(both_signs(exact), free)
@@ -220,16 +219,10 @@ def fraction_bounds(
 
 
 def _free_steps(
-    plan: Plan,
-    boxes: Sequence[Box],
-    errors: Errors,
-    default: Choice,
-    free: Mapping[int, Free],
+    plan: Plan, view: View, default: Choice, free: Mapping[int, Free]
 ) -> dict[int, Step]:
     return {
-        i: relaxed_step(
-            plan, i, boxes, errors, default._replace(lower=each.below, upper=each.above)
-        )
+        i: relaxed_step(plan, i, view, default._replace(lower=each.below, upper=each.above))
         for i, each in free.items()
     }
 

@@ -20,13 +20,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert.bounds.graph import Graph
 from bnncert.bounds.methods.ibp import interval_bounds, intervals
-from bnncert.bounds.methods.steps import Passage, further, steps_of, steps_over
+from bnncert.bounds.methods.steps import (
+    Passage,
+    View,
+    further,
+    steps_of,
+    steps_of_both,
+    steps_over,
+    view_of,
+)
 from bnncert.bounds.ops import Choice, check_lower_slope
 from bnncert.bounds.ops.boxes import drop_nan, intersect
 from bnncert.bounds.plan import Plan
-from bnncert.bounds.propagate import Domain, propagate
+from bnncert.bounds.propagate import values_at
 from bnncert.bounds.rows import Steps, row_bounds, row_box, unit_row
 from bnncert.sets import Box
 
@@ -110,13 +117,14 @@ class CROWN:
 
     def boxes(self, plan: Plan) -> list[Box]:
         """A box for each node of a function."""
-        outer = output_bounds(plan, *over_intervals(plan, self.lower_slope))
-        return output_bounds(plan, *intermediate_bounds(plan, outer, self))
+        wider = view_of(plan, interval_bounds(plan))
+        boxes, known = intermediate_bounds(plan, wider.boxes, self, wider)
+        return output_bounds(plan, boxes, steps_of_both(plan, known, wider, swept(plan)))
 
     def relaxed_on(self, plan: Plan) -> tuple[list[Box], Steps]:
         """The intervals of all nodes, and how rows pass every node over them."""
         boxes = interval_bounds(plan)
-        return boxes, intermediate_bounds(plan, boxes, self)[1]
+        return boxes, steps_of(plan, intermediate_bounds(plan, boxes, self)[1])
 
 
 def over_intervals(plan: Plan, lower_slope: str) -> tuple[list[Box], Steps]:
@@ -125,56 +133,75 @@ def over_intervals(plan: Plan, lower_slope: str) -> tuple[list[Box], Steps]:
     return boxes, steps_over(plan, boxes, Choice(lower_slope=lower_slope))
 
 
-def intermediate_bounds(plan: Plan, boxes: Sequence[Box], method: CROWN) -> tuple[list[Box], Steps]:
+def intermediate_bounds(
+    plan: Plan, boxes: Sequence[Box], method: CROWN, wider: View | None = None
+) -> tuple[list[Box], Passage]:
     """The boxes, those that a nonlinearity acts on swept first to last over those found so far.
+
+    Args:
+        plan: of the function.
+        boxes: of all nodes.
+        method: its options.
+        wider: a view over which nodes are relaxed as well.
 
     Returns:
         The boxes, and how rows pass every node over them.
     """
-    choice = Choice(lower_slope=method.lower_slope)
+    choice, changed = Choice(lower_slope=method.lower_slope), swept(plan)
 
-    def swept(index: int, tighter: list[Box], known: Passage) -> tuple[Box, Passage]:
+    def sweep(index: int, tighter: list[Box], known: Passage) -> tuple[Box, Passage]:
         found = boxes[index]
-        if index in plan.merged.exact or index not in plan.acted_on:
+        if not _is_swept(plan, index):
             return found, known
-        known = further(plan, tighter, known, choice)
+        known = further(plan, tighter, known, choice, wider, changed)
         rows = _rows(plan, index, steps_of(plan, known), found, method.unstable_only)
         return intersect(found, rows), known
 
-    found, known = intervals(plan, swept, Passage())
-    return found, steps_of(plan, further(plan, found, known, choice))
+    unchanged = {i: box for i, box in enumerate(boxes) if i not in changed}
+    found, known = intervals(plan, sweep, Passage(), unchanged)
+    return found, further(plan, found, known, choice, wider, changed)
+
+
+def swept(plan: Plan) -> frozenset[int]:
+    """The nodes that are bounded by rows before the outputs are, and all that depend on them."""
+    found: set[int] = set()
+    for i, node in enumerate(plan.graph.nodes):
+        if _is_swept(plan, i) or not found.isdisjoint(node.refs):
+            found.add(i)
+    return frozenset(found)
+
+
+def _is_swept(plan: Plan, index: int) -> bool:
+    return index in plan.acted_on and index not in plan.merged.exact
 
 
 def output_bounds(plan: Plan, boxes: Sequence[Box], steps: Steps) -> list[Box]:
     """The boxes, those of the outputs intersected with linear bounds over the others.
 
-    Neither end is computed from the other, so that XLA drops the end that nobody asks for, and half
-    of the cost. Both enclose the value at the centres of the sets, which keeps them in order.
+    Where they cost much, neither end is computed from the other, so that XLA drops the end that
+    nobody asks for, and half of the cost; of few products both are computed as one. Both enclose
+    the value at the centres of the sets, which keeps them in order.
 
     Args:
         plan: of the function.
         boxes: of all nodes.
         steps: how rows pass every node over these boxes.
     """
-    found, values = list(boxes), _at_centers(plan.graph)
+    graph = plan.graph
+    found, values = list(boxes), values_at(graph, [region.center for region in graph.inputs])
     for index in plan.outputs:
-        swept = row_bounds(plan.graph, index, steps, plan.regions, plan.batch_size)
-        lower = jnp.maximum(found[index].lower, swept.lower)
-        upper = jnp.minimum(found[index].upper, swept.upper)
+        few = math.prod(graph.nodes[index].shape) * plan.merged.forward <= _FEW
+        rows = row_bounds(graph, index, steps, plan.regions, plan.batch_size, at_once=few)
+        lower = jnp.maximum(found[index].lower, rows.lower)
+        upper = jnp.minimum(found[index].upper, rows.upper)
         value = values[index]
         # Where f has no value there (NaN), fmin and fmax let it be.
         found[index] = Box(jnp.fmin(lower, value), jnp.fmax(upper, value))
     return found
 
 
-def _at_centers(graph: Graph) -> list[Array]:
-    """The value of each node at the centres of the sets."""
-
-    def apply(index: int, values: list[Array]) -> Array:
-        node = graph.nodes[index]
-        return node.evaluate(*node.fill([values[i] for i in node.refs]))
-
-    return propagate(graph, Domain(lambda index: graph.inputs[index].center, apply))[0]
+_FEW = 2**18
+"""Multiply-adds that are dearer to compile than to run."""
 
 
 def _rows(plan: Plan, index: int, steps: Steps, known: Box, unstable_only: bool) -> Box:

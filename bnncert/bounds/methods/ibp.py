@@ -11,12 +11,13 @@ Source: Gowal et al., "On the Effectiveness of Interval Bound Propagation for Tr
 Robust Models", 2018.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
+from bnncert.bounds.merging import ends_of
 from bnncert.bounds.methods.steps import Passage, steps_of
-from bnncert.bounds.norms import first_sum, first_sums
+from bnncert.bounds.norms import first_sum
 from bnncert.bounds.ops.boxes import drop_nan, hull, intersect
 from bnncert.bounds.plan import Plan
 from bnncert.bounds.propagate import Domain, propagate
@@ -56,7 +57,7 @@ class IBP:
 def interval_bounds(plan: Plan) -> list[Box]:
     """IBP: a box for each node, affine runs merged where that is sharper and within the budget."""
     graph, arithmetic, runs = plan.graph, plan.arithmetic, plan.merged.runs
-    sums = first_sums(graph)
+    sums = plan.merged.sums
 
     def merged(index: int, boxes: list[Box], errors: Errors) -> tuple[Box | None, Errors]:
         if index in sums:
@@ -66,14 +67,20 @@ def interval_bounds(plan: Plan) -> list[Box]:
         errors = arithmetic.errors(graph, boxes, errors)
         steps = steps_of(plan, Passage(errors))
         steps = steps._replace(affine={i: steps.affine[i] for i in runs[index].passed})
-        ends = [*plan.regions, *(arithmetic.region(graph, b) for b in boxes[len(plan.regions) :])]
+        ends = dict(enumerate(plan.regions))
+        for i in ends_of(graph, runs[index]) - set(ends):
+            ends[i] = arithmetic.region(graph, boxes[i])
         return row_bounds(graph, index, steps, ends, plan.batch_size), errors
 
-    return intervals(plan, merged, EXACT, sums.union(runs))[0]
+    return intervals(plan, merged, EXACT, also=sums.union(runs))[0]
 
 
 def intervals(
-    plan: Plan, look: Look, memory: Any, also: Collection[int] = ()
+    plan: Plan,
+    look: Look,
+    memory: Any,
+    known: Mapping[int, Box] = {},
+    also: Collection[int] = (),
 ) -> tuple[list[Box], Any]:
     """Intervals operation by operation, those that matter intersected with another bound.
 
@@ -81,6 +88,7 @@ def intervals(
         plan: of the function.
         look: the other bound, of a node that matters: an output, or acted on by a nonlinearity.
         memory: what `look` is given at first.
+        known: nodes whose boxes are settled.
         also: more nodes that matter.
 
     Returns:
@@ -93,11 +101,13 @@ def intervals(
     graph, matter = plan.graph, {*plan.acted_on, *plan.outputs, *also}
 
     def apply(index: int, boxes: list[Box]) -> Box:
+        if index in known:
+            return known[index]
         node = graph.nodes[index]
         return plan.arithmetic.interval(graph, node, [boxes[i] for i in node.refs])
 
     def settle(index: int, boxes: list[Box], memory: Any) -> tuple[Box, Any]:
-        if index not in matter:
+        if index not in matter or index in known:
             return boxes[index], memory
         box = drop_nan(boxes[index])  # on from here, comparisons would hide it
         second, memory = look(index, [*boxes[:index], box], memory)

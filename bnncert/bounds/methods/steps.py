@@ -2,21 +2,37 @@
 
 A nonlinearity is relaxed once, when all that it acts on is bounded; what affine nodes are off by is
 found once as well. A `Passage` is what is known of both, and grows from node to node.
+
+It is relaxed in several *ways*: by each of its default planes (variants), and, where rows are to be
+bounded as well over the wider boxes that came first, over both (views). All are found by one
+program that is mapped over them, and passed by one.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert.bounds.ops import Choice, Lines, Planes
-from bnncert.bounds.ops.planes import from_lines
+from bnncert.bounds.ops import Choice
 from bnncert.bounds.plan import Plan
 from bnncert.bounds.rounding import EXACT, Errors
-from bnncert.bounds.rows import Step, Steps, TwoSteps, charged_step, planes_step, two_steps
+from bnncert.bounds.rows import AnyStep, Apart, Charged, Step, Steps, Ways, planes_step
 from bnncert.sets import Box
+
+
+class View(NamedTuple):
+    """What is known of a function's values.
+
+    Attributes:
+        boxes: of its first nodes.
+        errors: what affine ones are off by.
+    """
+
+    boxes: Sequence[Box]
+    errors: Errors
 
 
 class Passage(NamedTuple):
@@ -25,13 +41,27 @@ class Passage(NamedTuple):
     Attributes:
         errors: what affine ones are off by.
         relaxed: how the others are passed.
+        both: likewise, over the wider boxes as well: (wider, these) where they differ.
     """
 
     errors: Errors = EXACT
-    relaxed: Mapping[int, Step | TwoSteps] = {}
+    relaxed: Mapping[int, AnyStep] = {}
+    both: Mapping[int, AnyStep] = {}
 
 
-def further(plan: Plan, boxes: Sequence[Box], known: Passage, choice: Choice) -> Passage:
+def view_of(plan: Plan, boxes: Sequence[Box], known: Errors = EXACT) -> View:
+    """What is known where the first nodes have boxes; `known` of fewer of them."""
+    return View(boxes, plan.arithmetic.errors(plan.graph, boxes, known))
+
+
+def further(
+    plan: Plan,
+    boxes: Sequence[Box],
+    known: Passage,
+    choice: Choice,
+    wider: View | None = None,
+    changed: frozenset[int] = frozenset(),
+) -> Passage:
     """The passage of all nodes that have boxes.
 
     Args:
@@ -39,20 +69,58 @@ def further(plan: Plan, boxes: Sequence[Box], known: Passage, choice: Choice) ->
         boxes: of its first nodes.
         known: of fewer nodes, over the same boxes.
         choice: of the default planes: all variants are taken.
+        wider: another view, over which they are relaxed as well.
+        changed: the nodes of which it knows other boxes.
     """
-    errors = plan.arithmetic.errors(plan.graph, boxes, known.errors)
-    relaxed = dict(known.relaxed)
+    own = view_of(plan, boxes, known.errors)
+    relaxed, both = dict(known.relaxed), dict(known.both)
     for i in sorted(plan.relaxed):
-        if i < len(boxes) and i not in relaxed:
-            relaxed[i] = default_step(plan, i, boxes, errors, choice)
-    return Passage(errors, relaxed)
+        if i >= len(boxes) or i in relaxed:
+            continue
+        differ = wider is not None and not changed.isdisjoint(plan.graph.nodes[i].refs)
+        views = [wider, own] if wider is not None and differ else [own]
+        both[i] = step = default_step(plan, i, views, choice)
+        if isinstance(step, Ways | Apart) and differ:
+            step = step.last(step.number // 2)
+        relaxed[i] = step
+    return Passage(own.errors, relaxed, both)
 
 
 def steps_of(plan: Plan, known: Passage) -> Steps:
     """How to pass the nodes of a passage."""
-    steps, errors = plan.affine(), known.errors
-    charged = {i: charged_step(steps[i], error) for i, error in errors.charged.items()}
-    return Steps({**steps, **charged}, known.relaxed, errors.carried, errors.floors)
+    errors = known.errors
+    return Steps(_affine(plan, errors.charged), known.relaxed, errors.carried, errors.floors)
+
+
+def steps_of_both(plan: Plan, known: Passage, wider: View, changed: frozenset[int]) -> Steps:
+    """How to pass the nodes of a passage over the wider boxes as well, in as many ways each."""
+    shapes = {
+        i: (1 if changed.isdisjoint(plan.graph.nodes[i].refs) else 2, plan.variants[i])
+        for i in known.both
+    }
+    views, variants = (max(axis) for axis in zip(*shapes.values(), (1, 1), strict=True))
+
+    def ways(index: int) -> AnyStep:
+        step = known.both[index]
+        if not isinstance(step, Ways | Apart):
+            return step
+        return step.spread(shapes[index], (views, variants))
+
+    def errors(of_wider: Mapping[int, Array], of_own: Mapping[int, Array]) -> dict[int, Array]:
+        return {
+            i: jnp.repeat(jnp.stack([of_wider[i], error]), variants, 0)
+            if views > 1 and i in changed
+            else error
+            for i, error in of_own.items()
+        }
+
+    own, other = known.errors, wider.errors
+    return Steps(
+        _affine(plan, errors(other.charged, own.charged)),
+        {i: ways(i) for i in shapes},
+        errors(other.carried, own.carried),
+        errors(other.floors, own.floors),
+    )
 
 
 def steps_over(plan: Plan, boxes: Sequence[Box], choice: Choice) -> Steps:
@@ -60,45 +128,65 @@ def steps_over(plan: Plan, boxes: Sequence[Box], choice: Choice) -> Steps:
     return steps_of(plan, further(plan, boxes, Passage(), choice))
 
 
-def default_step(
-    plan: Plan, index: int, boxes: Sequence[Box], errors: Errors, choice: Choice
-) -> Step | TwoSteps:
-    """Passes a relaxed node by its default planes, all that it has."""
-    node = plan.graph.nodes[index]
-    count = node.operation.relaxation.variants(plan.graph, node)
-    if count > 1 and node.operation.lines is not None:
-        return _both_lines(plan, index, boxes, errors, choice)
-    ways = [choice._replace(variant=variant) for variant in range(count)]
-    steps = [relaxed_step(plan, index, boxes, errors, way) for way in ways]
-    return steps[0] if count == 1 else two_steps(*steps)
+def default_step(plan: Plan, index: int, views: Sequence[View], choice: Choice) -> AnyStep:
+    """Passes a relaxed node by its default planes, all that it has, over each view."""
+    variants = plan.variants[index]
+    ways = list(product(range(len(views)), range(variants)))
+    if len(ways) == 1:
+        return relaxed_step(plan, index, views[0], choice)
+    if _keeps_weights(plan, index):
+        return Apart(
+            tuple(
+                relaxed_step(plan, index, views[view], choice._replace(variant=variant))
+                for view, variant in ways
+            )
+        )
+    node, (last, *_) = plan.graph.nodes[index], views[::-1]
+    places = sorted({*node.refs, index})
+
+    def stacked(values: Sequence[Array]) -> Array:
+        return jnp.stack([values[view] for view, _ in ways])
+
+    def one(boxes: Sequence[Box], carried: Mapping[int, Array], variant: Array | int) -> Step:
+        found = list(last.boxes)
+        for place, box in zip(places, boxes, strict=True):
+            found[place] = box
+        errors = last.errors._replace(carried={**last.errors.carried, **carried})
+        return relaxed_step(plan, index, View(found, errors), choice._replace(variant=variant))
+
+    variant = jnp.array([variant for _, variant in ways]) if variants > 1 else 0
+    if len(views) == 1:
+        own = [last.boxes[i] for i in places]
+        steps = jax.vmap(lambda variant: one(own, {}, variant))(variant)
+        return Ways(steps, len(ways))
+    boxes = [
+        Box(*map(stacked, zip(*(vars(view.boxes[i]).values() for view in views), strict=True)))
+        for i in places
+    ]
+    carried = {
+        i: stacked([view.errors.carried[i] for view in views])
+        for i in node.refs
+        if i in last.errors.carried
+    }
+    axes = (0, 0, 0 if variants > 1 else None)
+    return Ways(jax.vmap(one, axes)(boxes, carried, variant), len(ways))
 
 
-def _both_lines(
-    plan: Plan, index: int, boxes: Sequence[Box], errors: Errors, choice: Choice
-) -> TwoSteps:
-    """Mapped over both variants: what these share is computed once."""
-
-    def one(variant: Array) -> Lines | None:
-        return _planes(plan, index, boxes, errors, choice._replace(variant=variant)).lines
-
-    graph, lines = plan.graph, jax.vmap(one)(jnp.arange(2))
-    (operand,) = graph.nodes[index].refs
-    first, second = (
-        planes_step(graph, index, from_lines(operand, jax.tree.map(lambda f, i=i: f[i], lines)))
-        for i in (0, 1)
-    )
-    return TwoSteps((first, second), lines)
-
-
-def relaxed_step(
-    plan: Plan, index: int, boxes: Sequence[Box], errors: Errors, choice: Choice
-) -> Step:
+def relaxed_step(plan: Plan, index: int, view: View, choice: Choice) -> Step:
     """Passes a relaxed node by the planes of one choice."""
-    return planes_step(plan.graph, index, _planes(plan, index, boxes, errors, choice))
-
-
-def _planes(plan: Plan, index: int, boxes: Sequence[Box], errors: Errors, choice: Choice) -> Planes:
-    graph = plan.graph
+    graph, (boxes, errors) = plan.graph, view
     free = choice.lower is not None or choice.upper is not None
     planes = graph.nodes[index].operation.relaxation.planes(graph, index, boxes, choice)
-    return plan.arithmetic.planes(graph, index, planes, boxes, errors.carried, free)
+    planes = plan.arithmetic.planes(graph, index, planes, boxes, errors.carried, free)
+    return planes_step(graph, index, planes)
+
+
+def _affine(plan: Plan, charged: Mapping[int, Array]) -> dict[int, AnyStep]:
+    """How to pass affine nodes that are off by so much."""
+    steps = plan.affine()
+    return {**steps, **{i: Charged(steps[i], error) for i, error in charged.items()}}
+
+
+def _keeps_weights(plan: Plan, index: int) -> bool:
+    """Whether the planes hold a weight's box, the same in every way, and as large as the weight."""
+    return plan.graph.nodes[index].operation.family == "product" and plan.variants[index] == 1

@@ -34,7 +34,7 @@ from bnncert.bounds.ops.affine import AFFINE, AFFINE_OPERATIONS
 from bnncert.bounds.ops.elementwise import enclosing_lines
 from bnncert.bounds.ops.hinges import HINGES
 from bnncert.bounds.ops.lines import LOWER_SLOPES, Choice, Lines, check_lower_slope
-from bnncert.bounds.ops.operation import Operation, Rounding, anything
+from bnncert.bounds.ops.operation import Operation, Rounding
 from bnncert.bounds.ops.pairs import PAIRS
 from bnncert.bounds.ops.piecewise import PIECEWISE
 from bnncert.bounds.ops.planes import Planes
@@ -97,7 +97,7 @@ def operation_of(node: Node) -> Operation:
     """What is known of an operation on what is bounded of its operands, or a refusal."""
     if node.operation is not None:
         return node.operation
-    found = (o for o in OPERATIONS.get(node.op, ()) if o.applies(node))
+    found = (o for o in OPERATIONS.get(node.op, ()) if o.applies is None or o.applies(node))
     return next(found, _unknown(node.op))
 
 
@@ -121,7 +121,7 @@ def _unknown(name: str) -> Operation:
     def refuse(node: Node, *boxes: Any) -> Any:
         raise _unsupported(node)
 
-    return Operation(name, "elementwise", refuse, anything, rounding=Rounding(errors=refuse))
+    return Operation(name, "elementwise", refuse, None, rounding=Rounding(errors=refuse))
 
 
 def _unsupported(node: Node) -> UnsupportedPrimitiveError:

@@ -24,7 +24,7 @@ from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph, Node, Ref
 from bnncert.bounds.graph.operands import Operand
-from bnncert.bounds.ops.operation import Affine, Operation, Roundings, anything, one_bounded
+from bnncert.bounds.ops.operation import Affine, Operation, Roundings, one_bounded
 from bnncert.sets import Box
 
 MIXING = ("dot_general", "conv_general_dilated")
@@ -192,7 +192,7 @@ _MOVES, _ONCE, _SCALED = _always(0, 0), _always(1, 0), _always(3, 3)
 def _record(
     name: str,
     interval: Any,
-    applies: Callable[[Node], bool],
+    applies: Callable[[Node], bool] | None,
     affine: Affine,
     roundings: Callable[[Graph, Node], Roundings],
 ) -> Operation:
@@ -201,7 +201,7 @@ def _record(
 
 def _moves(
     names: str,
-    applies: Callable[[Node], bool] = anything,
+    applies: Callable[[Node], bool] | None = None,
     spreads: Any = "places",
     has_offset: bool = False,
     roundings: Callable[[Graph, Node], Roundings] = _MOVES,
@@ -230,8 +230,8 @@ AFFINE_OPERATIONS: tuple[Operation, ...] = (
     # The constant: what `mode="fill"` puts where an index lies outside.
     *_moves("gather", _bounded_only(0), "repeats", True, _gathers),
     *_moves("add add_any", spreads="adds", has_offset=True, roundings=_ONCE),
-    _record("sub", _subtract, anything, _SUM._replace(negates=True), _ONCE),
-    _record("neg", _negate, anything, Affine("places", negates=True), _MOVES),
+    _record("sub", _subtract, None, _SUM._replace(negates=True), _ONCE),
+    _record("neg", _negate, None, Affine("places", negates=True), _MOVES),
     _record("mul", _scale, one_bounded, _SCALE, _SCALED),
     _record("div", _scale, _bounded_only(0), _SCALE, _SCALED),
     *_moves("reduce_sum", spreads="mixes", roundings=_sums_up),

@@ -94,20 +94,23 @@ def _is_searched(curve: Curve) -> bool:
 
 def _both_sides(curve: Curve, l: Array, u: Array) -> tuple[Curve, Array, Array]:
     """A curve and its negative as one, on a leading axis, and the interval for each."""
-    other = negative(curve, l, u)
-    sign = jnp.array([1, -1], l.dtype).reshape(2, *[1] * l.ndim)
+    other, ones = negative(curve, l, u), [1] * l.ndim
+    sign = jnp.array([1, -1], l.dtype).reshape(2, *ones)
 
-    def stacked(a: End, b: End) -> Array:
+    def both(a: End, b: End) -> Array:
+        if isinstance(a, float) and isinstance(b, float):
+            return jnp.array([a, b], l.dtype).reshape(2, *ones)
         return jnp.stack([jnp.broadcast_to(jnp.asarray(end, l.dtype), l.shape) for end in (a, b)])
 
-    both = Curve(
+    sides = Curve(
         lambda x: sign * curve.value(x),
         lambda x: sign * curve.slope(x),
-        stacked(curve.start, other.start),
-        stacked(curve.end, other.end),
+        both(curve.start, other.start),
+        both(curve.end, other.end),
         edge=curve.edge,
     )
-    return both, stacked(l, l), stacked(u, u)
+    wide = (2, *l.shape)
+    return sides, jnp.broadcast_to(l, wide), jnp.broadcast_to(u, wide)
 
 
 def below(
@@ -216,32 +219,34 @@ def _touching_points(
 
     On [a, b], where the curve is convex; seen from l the safe end is b, from u it is a.
     """
-    sides = [*([(l, b, a)] if from_l else []), *([(u, a, b)] if from_u else [])]
+    ends = [*([(l, b, a)] if from_l else []), *([(u, a, b)] if from_u else [])]
+    sides = jax.lax.stop_gradient([(x, curve.value(x), *rest) for x, *rest in ends])
     if len(sides) < 2:
-        found = [_touching_point(curve, jax.lax.stop_gradient(x), *rest) for x, *rest in sides]
+        found = [_touching_point(curve, *side) for side in sides]
         return [point for point, _ in found], [touches for _, touches in found]
-    x, safe, unsafe = (jnp.stack(jnp.broadcast_arrays(*ends)) for ends in zip(*sides, strict=True))
-    points, touches = _touching_point(curve, jax.lax.stop_gradient(x), safe, unsafe)
+    both = (jnp.stack(jnp.broadcast_arrays(*each)) for each in zip(*sides, strict=True))
+    points, touches = _touching_point(curve, *both)
     return list(points), list(touches)
 
 
-def _touching_point(curve: Curve, x: Array, safe: Array, unsafe: Array) -> tuple[Array, Array]:
-    """The point whose tangent passes through (x, h(x)), or one next to it that passes below.
+def _touching_point(
+    curve: Curve, x: Array, target: Array, safe: Array, unsafe: Array
+) -> tuple[Array, Array]:
+    """The point whose tangent passes through (x, target), or one next to it that passes below.
 
     Between `safe`, farther from x, and `unsafe`: on a convex part, the tangent's height at x rises
     as its point comes closer to x. Also, whether the tangent at `safe` passes below.
     """
     h, dh = curve.value, curve.slope
-    target = h(x)
 
-    def passesbelow(point: Array) -> Array:
+    def passes_below(point: Array) -> Array:
         return h(point) + dh(point) * (x - point) <= target
 
     def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         safe, unsafe = ends
         middle = 0.5 * (safe + unsafe)
-        below = passesbelow(middle)
+        below = passes_below(middle)
         return jnp.where(below, middle, safe), jnp.where(below, unsafe, middle)
 
     found = jax.lax.fori_loop(0, _BISECTIONS, halve, (safe, unsafe))[0]
-    return jax.lax.stop_gradient((found, passesbelow(safe)))
+    return jax.lax.stop_gradient((found, passes_below(safe)))

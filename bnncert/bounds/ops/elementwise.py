@@ -105,7 +105,7 @@ def relaxed_by_lines(operation: Operation) -> Operation:
         initial = operation.initial
         return None if initial is None else initial(*ends, *_constants(operation, node))
 
-    relaxation = Relaxation(planes, start, lambda graph, node: operation.variants)
+    relaxation = Relaxation(planes, start, operation.variants)
     return operation._replace(relaxation=relaxation)
 
 

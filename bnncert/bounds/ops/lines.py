@@ -54,6 +54,13 @@ class Choice(NamedTuple):
 DEFAULT = Choice()
 
 
+def by_variant(variant: int | Array, first: Array, second: Array) -> Array:
+    """The first of two values, or the second for variant 1."""
+    if isinstance(variant, int):
+        return second if variant else first
+    return jnp.where(variant == 1, second, first)
+
+
 def with_finite_gradients(l: Array, u: Array) -> tuple[Array, Array]:
     """The ends of an interval, as constants where they are so close that quotients overflow.
 

@@ -118,13 +118,13 @@ class Relaxation(NamedTuple):
         planes: `(graph, index, boxes, choice) -> Planes`.
         start: `(graph, index, boxes) -> Choice`: where an optimisation of the fractions may start;
             None of a node that has but one choice.
-        variants: `(graph, node) -> ` how many defaults it has, none of which is always the better:
-            1 or 2.
+        variants: how many defaults it has, none of which is always the better: 1 or 2; or
+            `(graph, node) -> ` that.
     """
 
     planes: Callable[[Graph, int, Sequence[Box], Choice], Planes]
     start: Callable[[Graph, int, Sequence[Box]], Choice | None]
-    variants: Callable[[Graph, Node], int]
+    variants: int | Callable[[Graph, Node], int]
 
 
 def _interval_planes(graph: Graph, index: int, boxes: Sequence[Box], choice: Choice) -> Planes:
@@ -133,7 +133,7 @@ def _interval_planes(graph: Graph, index: int, boxes: Sequence[Box], choice: Cho
     return Planes((), lambda: values.lower, lambda: values.upper)
 
 
-BY_INTERVAL = Relaxation(_interval_planes, lambda *_: None, lambda *_: 1)
+BY_INTERVAL = Relaxation(_interval_planes, lambda *_: None, 1)
 """Two constants: the ends of the interval."""
 
 
@@ -158,7 +158,8 @@ class Operation(NamedTuple):
         name: of the primitive, or of the function that is recognised.
         family: what it acts on.
         interval: the box of its value.
-        applies: whether the record holds for a node, given which of its operands are bounded.
+        applies: whether the record holds for a node, given which of its operands are bounded;
+            None: it does whatever is bounded.
         affine: where it is affine in what is bounded; None: it is relaxed.
         lines: of a function of one value.
         initial: `(l, u, *constants) -> Choice` of fractions that give the default lines, or nearly.
@@ -177,7 +178,7 @@ class Operation(NamedTuple):
     name: str
     family: Family
     interval: IntervalRule
-    applies: Callable[[Node], bool]
+    applies: Callable[[Node], bool] | None
     affine: Affine | None = None
     lines: LinesRule | None = None
     initial: Callable[..., Choice] | None = None
@@ -191,11 +192,6 @@ class Operation(NamedTuple):
     parameter: Parameter | None = None
     increasing: bool = False
     curve: Callable[..., Any] | None = None
-
-
-def anything(node: Node) -> bool:
-    """A record that holds whatever is bounded."""
-    return True
 
 
 def one_bounded(node: Node) -> bool:

@@ -18,7 +18,7 @@ from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.ops.boxes import intersect
 from bnncert.bounds.ops.elementwise import guarded, increasing
 from bnncert.bounds.ops.lines import Choice, with_finite_gradients
-from bnncert.bounds.ops.operation import EXACT, Operation, Relaxation, Rounding, anything
+from bnncert.bounds.ops.operation import EXACT, Operation, Relaxation, Rounding
 from bnncert.bounds.ops.piecewise import PIECEWISE
 from bnncert.bounds.ops.planes import Planes
 from bnncert.bounds.ops.smooth import SMOOTH
@@ -65,8 +65,8 @@ def _record(name: str, half: _Half, rounding: Rounding) -> Operation:
         name,
         "pair",
         guarded(increasing, rounding),
-        anything,
-        relaxation=Relaxation(planes, start, lambda graph, node: 1),
+        None,
+        relaxation=Relaxation(planes, start, 1),
         rounding=rounding,
         increasing=True,
     )

@@ -36,7 +36,7 @@ from bnncert.bounds.graph import Graph, Node, unsupported
 from bnncert.bounds.graph.facts import input_sets
 from bnncert.bounds.ops.affine import convolution_roundings, dot_roundings
 from bnncert.bounds.ops.extremes import off_overflow
-from bnncert.bounds.ops.lines import Choice, with_finite_gradients
+from bnncert.bounds.ops.lines import Choice, by_variant, with_finite_gradients
 from bnncert.bounds.ops.operation import (
     IntervalRule,
     Operation,
@@ -107,7 +107,8 @@ def mccormick(
 
     def plane(t: Array | None, near: Array, far: Array) -> Callable[[Array, Array], Array]:
         if t is None:
-            a, b = (x.lower, near) if choice.variant == 0 else (x.upper, far)
+            a = by_variant(choice.variant, x.lower, x.upper)
+            b = by_variant(choice.variant, near, far)
             return lambda v, w: product(a, w) + product(v - a, b)
         corner = t * x.lower + (1 - t) * x.upper
 

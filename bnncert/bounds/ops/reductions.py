@@ -43,7 +43,7 @@ from bnncert.bounds.graph import Graph, Node
 from bnncert.bounds.ops import curves
 from bnncert.bounds.ops.elementwise import guarded, increasing
 from bnncert.bounds.ops.extremes import off_subnormal, off_underflow
-from bnncert.bounds.ops.lines import DEFAULT, Choice, with_finite_gradients
+from bnncert.bounds.ops.lines import DEFAULT, Choice, by_variant, with_finite_gradients
 from bnncert.bounds.ops.operation import (
     BY_INTERVAL,
     EXACT,
@@ -77,7 +77,8 @@ def maximum(x: Box, choice: Choice, repeats: Array | None = None) -> Pair:
     def each(end: Array) -> Array:
         return end if repeats is None else jnp.where(repeats, -jnp.inf, end)
 
-    largest = _one_hot(each(x.lower if choice.variant else x.center), size)
+    variant = choice.variant
+    largest = _one_hot(each(by_variant(variant, x.center, x.lower)), size)
     top_u = _one_hot(each(x.upper), size)
     others = jnp.max(jnp.where(top_u > 0, -jnp.inf, each(x.upper)), -1)
     l, u = (jnp.sum(jnp.where(top_u > 0, end, 0), -1) for end in (x.lower, x.upper))
@@ -85,9 +86,9 @@ def maximum(x: Box, choice: Choice, repeats: Array | None = None) -> Pair:
         others = jnp.where(jnp.sum(~repeats, -1) == 1, l, others)
     lines = relu(*with_finite_gradients(l - others, u - others))
     above, offset = lines.upper_slope, lines.upper_offset + (1 - lines.upper_slope) * others
-    if choice.variant:
-        certain = l >= others
-        above, offset = certain.astype(u.dtype), jnp.where(certain, 0, u)
+    certain = l >= others
+    above = by_variant(variant, above, certain.astype(u.dtype))
+    offset = by_variant(variant, offset, jnp.where(certain, 0, u))
 
     def lower(v: Array) -> Array:
         return jnp.sum(largest * v, -1)
@@ -101,7 +102,10 @@ def maximum(x: Box, choice: Choice, repeats: Array | None = None) -> Pair:
 def logsumexp(x: Box, choice: Choice) -> Pair:
     """The log-sum-exp of the last axis; variant 1: above it the first of the two planes."""
     every = jnp.ones(x.lower.shape[-1:], bool)
-    above = _chords(x, every) if choice.variant else _above(x, every, every.size)
+    above = _above(x, every, every.size)
+    if not isinstance(choice.variant, int) or choice.variant:
+        other = _chords(x, every)
+        above = jax.tree.map(partial(by_variant, choice.variant), above, other)
     return _function(_tangent(x, every), x), _function(above, x)
 
 
@@ -124,15 +128,15 @@ def softmax(x: Box, choice: Choice) -> Pair:
     logistic = CURVES["logistic"]()
     lines = curves.lines(logistic, odds.lower, odds.upper, choice._replace(variant=0))
 
-    def through(slope: Array, offset: Array, rest: Plane) -> Callable[[Array], Array]:
+    def through(slope: Array, offset: Array, rest: Plane) -> Plane:
         turned = slope[..., None] * (jnp.eye(size, dtype=slope.dtype) - rest.slope)
-        return _function(Plane(turned, slope * (x.center - rest.value) + offset), x)
+        return Plane(turned, slope * (x.center - rest.value) + offset)
 
+    lower = through(lines.lower_slope, lines.lower_offset, _above(rows, others, size - 1))
+    if not isinstance(choice.variant, int) or choice.variant:
+        lower = jax.tree.map(partial(by_variant, choice.variant), lower, _by_reciprocal(x))
     upper = through(lines.upper_slope, lines.upper_offset, _tangent(rows, others))
-    if choice.variant:
-        return _by_reciprocal(x), upper
-    rest = _above(rows, others, size - 1)
-    return through(lines.lower_slope, lines.lower_offset, rest), upper
+    return _function(lower, x), _function(upper, x)
 
 
 def log_odds(x: Box) -> Box:
@@ -207,7 +211,7 @@ def _chords(x: Box, among: Array) -> Plane:
     return Plane(slope / total[..., None], jnp.log(total) + shift[..., 0])
 
 
-def _by_reciprocal(x: Box) -> Callable[[Array], Array]:
+def _by_reciprocal(x: Box) -> Plane:
     """Below the softmax: the second of the module's planes."""
     identity = jnp.eye(x.lower.shape[-1], dtype=bool)
     # Entry [..., i, j] is x_j - x_i.
@@ -222,11 +226,9 @@ def _by_reciprocal(x: Box) -> Callable[[Array], Array]:
     flatness = jnp.where(usable, 1 / total**2, 0)
     below = jnp.where(usable, 1 / total, least)
 
-    def lower(v: Array) -> Array:
-        difference = v[..., None, :] - v[..., :, None]
-        return below - flatness * jnp.sum(slope * (difference - center), -1)
-
-    return lower
+    slope = -flatness[..., None] * slope
+    diagonal = jnp.sum(jnp.where(identity, 0, slope), -1, keepdims=True)
+    return Plane(jnp.where(identity, -diagonal, slope), below)
 
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -356,7 +358,7 @@ def _record(
     rounding: Rounding,
     start: Callable[[Graph, int, Sequence[Box]], Choice | None] = lambda graph, index, boxes: None,
 ) -> Operation:
-    own = Relaxation(_planes, start, lambda graph, node: 2)
+    own = Relaxation(_planes, start, 2)
     relaxation = own if name in PLANES else BY_INTERVAL
 
     def rule(node: Node, box: Box) -> Box:

@@ -41,9 +41,9 @@ from bnncert.bounds.graph.nodes import (
     Graph,
     Node,
     UnsupportedPrimitiveError,
+    graph_of,
     prune,
     unknown_constant,
-    users,
 )
 from bnncert.bounds.graph.operands import Operand, Ref
 from bnncert.bounds.graph.primitives import own_name
@@ -164,7 +164,7 @@ def trace(
     live, outputs = _known(*prune(fused(nodes), outputs, len(inputs)))
     out_tree = jax.tree.structure(out_shape)
     inputs, valid = varying((inputs, valid), _axes(inputs, live))
-    graph = Graph(live, inputs, valid, outputs, in_tree, tuple(where), out_tree, users(live))
+    graph = graph_of(live, inputs, valid, outputs, in_tree, tuple(where), out_tree)
     if tracking is None:
         return graph
     return graph._replace(histories=tracking.histories(graph, [None] * len(inputs)))
@@ -316,7 +316,7 @@ def _enclosed(
         results = _step(eqn, filled, nodes, here)
         live, outputs = _known(*prune(fused(nodes), results, len(inputs)))
         inputs = varying(inputs, _axes(inputs, live))
-        graph = Graph(live, inputs, None, outputs, None, (), None, users(live))
+        graph = graph_of(live, inputs, None, outputs)
         graph = graph._replace(histories=tracking.histories(graph, starts))
         boxes = tracking.boxes(graph)
     except UnsupportedPrimitiveError:

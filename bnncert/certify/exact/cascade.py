@@ -34,6 +34,12 @@ class Cascade(NamedTuple):
     Attributes:
         decision: a `Decision` whose leaves have a leading axis N.
         stage: for each point the place of the last method that saw it.
+
+    Example:
+        >>> sets = Box(jnp.array([[0.5], [0.6]]), jnp.array([[0.6], [0.7]]))
+        >>> found = cascade(lambda w, x: w * x, jnp.array([[1.0, -1.0]]), sets, methods=("ibp",))
+        >>> found.decision.margins.shape, found.stage.tolist()
+        ((2, 2), [0, 0])
     """
 
     decision: Decision
@@ -168,6 +174,8 @@ def stage_of(
 
     Returns:
         The certificate, to be jitted and vmapped.
+
+    Cost: a call costs one `bnncert.certify.decision`, or one `joint_decision`.
     """
 
     def certify(samples: Any, x_set: Set, x: Array) -> Decision:

@@ -67,6 +67,12 @@ class Decision:
             its matrix products are rounded to that (`bnncert.bounds.graph.precision`); in
             "unit roundoff u", where that was given; in "real" arithmetic, up to the rounding of the
             bounds themselves, by "nearest".
+
+    Example:
+        >>> around = Box(jnp.array(0.6), jnp.array(0.9))
+        >>> proved = Decision(jnp.array(0), jnp.array(True), jnp.array([0.0, 0.2]), around, 1.0)
+        >>> bool(proved.robust), proved.arithmetic
+        (True, 'real')
     """
 
     # Any, as in `Box`: a batch axis under `vmap`, and transformations put other things here.
@@ -90,6 +96,11 @@ def decision(
     batch_size: int | None = None,
 ) -> Decision:
     """Certifies the decision of the posterior predictive over a set of inputs.
+
+        pi_c(x') = 1/S sum_s softmax_c f(w_s, x')
+        min_{x' in T} pi_c - pi_j  >=  1/S sum_s  min_{x' in T} ( softmax_c - softmax_j ) f(w_s, x')
+
+    for the class c that pi chooses at the nominal input, and each j.
 
     Args:
         apply: `(params, x) -> logits (C,)` for one example; one logit for two classes.
@@ -119,6 +130,8 @@ def decision(
 
     Cost: S evaluations and S bounds of the C margins. Memory: `batch_size` times one bound (under
     `vmap` times its batch), and S C numbers.
+
+    Source: Wicker et al., AISTATS 2021, section 6, for differences of probabilities.
 
     Example:
         >>> import jax.numpy as jnp
@@ -160,7 +173,9 @@ def predictive(
     rounding: Rounding = "outward",
     batch_size: int | None = None,
 ) -> Box:
-    """Bounds on every class's posterior predictive probability over a set of inputs.
+    """Bounds every class's posterior predictive probability over a set of inputs.
+
+        1/S sum_s min_{x'} softmax_c f(w_s, x')  <=  pi_c(x')       and the same from above
 
     Args:
         apply: `(params, x) -> logits (C,)` for one example.
@@ -179,6 +194,8 @@ def predictive(
         TypeError, ValueError: as `decision`.
 
     Cost: S bounds of C (C - 1) / 2 margins; `decision` bounds C. Of probabilities: S bounds of C.
+
+    Source: Wicker et al., AISTATS 2021, section 6.
 
     Example:
         >>> import jax.numpy as jnp
@@ -207,7 +224,7 @@ def predictive(
 def class_bounds(
     network: Apply, outputs: str, method: str | Method, rounding: Rounding
 ) -> Callable[[Params, Set, Array], tuple[Float[Array, " classes"], Box]]:
-    """Bounds on what one network says of a class over a set.
+    """Makes bounds on what one network says of a class over a set.
 
     Args:
         network: as `bnncert.outputs.classifier` returns it.
@@ -218,6 +235,14 @@ def class_bounds(
     Returns:
         `(params, x_set, c) -> (least p_c - p_j for each j, a Box around p_c)`, inside [-1, 1] and
         [0, 1].
+
+    Cost: a call bounds C margins, or C + 1 rows of probabilities.
+
+    Example:
+        >>> bounded = class_bounds(lambda w, x: w * x, "logits", "ibp", "nearest")
+        >>> least, _ = bounded(jnp.array([1.0, -1.0]), Box(jnp.ones(1), jnp.ones(1)), jnp.array(0))
+        >>> [f"{float(v):.3f}" for v in least]
+        ['0.000', '0.762']
     """
     if outputs == "logits":
         margins = margin_bounds(network, method, rounding=rounding)
@@ -250,15 +275,25 @@ def class_bounds(
 
 
 def rounding_slack(rounding: Rounding, probabilities: Array, count: int) -> float:
-    """What a difference of two averaged probabilities gives way by, as the module derives.
+    """Computes what a difference of two averaged probabilities gives way by in rounding.
+
+        (400 + 8 C + 4 S) u     as the module derives
 
     Args:
         rounding: as for `bnncert.bound`; 0 by "nearest".
         probabilities: an array of their dtype whose first axis counts the classes.
         count: networks averaged.
 
+    Returns:
+        The slack, a number below 1.
+
     Raises:
         ValueError: it would be 1 or more, which no difference of two probabilities exceeds.
+
+    Example:
+        >>> p = jnp.zeros(10)  # of C = 10 classes
+        >>> f"{rounding_slack('outward', p, 16):.1e}", rounding_slack("nearest", p, 16)
+        ('3.2e-05', 0.0)
     """
     own, classes = 0.5 * float(jnp.finfo(probabilities.dtype).eps), probabilities.shape[0]
 
@@ -282,7 +317,7 @@ def rounding_slack(rounding: Rounding, probabilities: Array, count: int) -> floa
 def arithmetic_name(
     rounding: Rounding, dtype: jnp.dtype, network: Apply, params: Any, x: Array
 ) -> str:
-    """In which arithmetic something is proved of a network: `Decision.arithmetic`.
+    """Names the arithmetic in which something is proved of a network: `Decision.arithmetic`.
 
     Args:
         rounding: as for `bnncert.bound`.
@@ -294,6 +329,13 @@ def arithmetic_name(
     Returns:
         "real"; the dtype; "tensorfloat32" or "bfloat16" where factors of matrix products are
         rounded to that; or the unit roundoff that was given.
+
+    Cost: one trace of the network; nothing is computed.
+
+    Example:
+        >>> one = jnp.ones(1)
+        >>> arithmetic_name("nearest", one.dtype, lambda w, x: w * x, one, one)
+        'real'
     """
 
     def rounded(name: str, precision: Precision) -> str:
@@ -317,7 +359,7 @@ def _sweep(one: Callable[[Params], Any], samples: Stacked, batch_size: int | Non
 
 
 def _mean(boxes: Box, slack: float, valid: Any) -> Box:
-    """Of probabilities over samples; none is negative, and nothing is known where not valid."""
+    """Averages bounds on probabilities; none is negative, and nothing is known where not valid."""
     lower, upper = boxes.lower.mean(0) - 0.5 * slack, boxes.upper.mean(0) + 0.5 * slack
     return Box(
         jnp.where(valid, jnp.maximum(lower, 0.0), -jnp.inf), jnp.where(valid, upper, jnp.inf)

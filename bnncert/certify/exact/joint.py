@@ -84,7 +84,7 @@ ANCHORS = (0.5, 1.0)
 
 
 class CornerTerms(NamedTuple):
-    """For each class a lower bound on softmax_c - softmax_j, linear in p_k = exp(m_k - shift_k).
+    """The terms of a lower bound on softmax_c - softmax_j, linear in p_k = exp(m_k - shift_k).
 
         a_j sum_k weight_k p_k + b_j (p_j - at_j) + value_j
 
@@ -117,6 +117,11 @@ def joint_decision(
 ) -> Decision:
     """Certifies the decision of the posterior predictive, jointly and separately.
 
+        d_s(x)  =  ( softmax_c - softmax_j ) f(w_s, x)
+        min_x mean_s d_s(x)  >=  max( min_x mean_s linear bound of d_s,  mean_s min_x d_s(x) )
+
+    One input is the worst for all samples, not one for each.
+
     Args:
         apply: `(params, x) -> logits (C,)` for one example.
         samples: the deployed weights, stacked: every leaf has a leading axis S.
@@ -137,6 +142,9 @@ def joint_decision(
 
     Cost: `decision`, and three times as much again. Memory: one sample's linear bounds, and S C
     numbers.
+
+    Source: Zhang et al., NeurIPS 2018 (CROWN), of an average of samples; the relaxation of the
+    softmax at a corner is this library's.
 
     Example:
         >>> apply = lambda w, x: w * jnp.concatenate([x, -x])
@@ -180,27 +188,40 @@ def joint_decision(
 
 
 def corner_terms(box: Box, anchor: float, rounding: Rounding = "nearest") -> CornerTerms:
-    """What bounds the differences p_c - p_j from below, for margins m in a box.
+    """Computes what bounds the differences p_c - p_j from below, for margins m in a box.
+
+        p_c - p_j = (e - z) / S  >=  h (2/t - S/t^2) + (zu - z) / Su     where h = e - zu > 0
 
     Args:
         box: of the margins f_k - f_c, shape (C,); entry c is 0.
         anchor: where 1/S is touched: t = Sl + anchor (Su - Sl).
         rounding: "outward" subtracts the module's charge.
+
+    Returns:
+        `CornerTerms`, which `corner_bound` reads.
+
+    Example:
+        >>> box = Box(jnp.array([0.0, -2.0]), jnp.array([0.0, -1.0]))   # class 0 leads by 1 to 2
+        >>> bound = corner_bound(corner_terms(box, 1.0), jnp.array([0.0, -1.0]))
+        >>> bool(jnp.allclose(bound, least_differences(box)))           # exact at the worst corner
+        True
     """
+    # 1. The exponentials of both ends, over that of M: none overflows.
     info = jnp.finfo(box.upper.dtype)
     unit, tiny, classes = 0.5 * float(info.eps), float(info.tiny), box.upper.shape[0]
     shift = jnp.where(jnp.isfinite(box.upper), jnp.maximum(jnp.floor(box.upper), 0.0), 0.0)
     top = jnp.max(shift)
     e, low, high = (jnp.exp(m - top) for m in (0.0, box.lower, box.upper))
     weight, at = jnp.exp(shift - top), jnp.exp(box.upper - shift)
+    # 2. What rounding is charged.
     deep = jnp.maximum(jnp.max(jnp.abs(box.lower - top)), jnp.max(jnp.abs(box.upper - top)))
     deep = jnp.where(deep < -math.log(tiny), deep, -math.log(tiny))  # beyond, it underflows to 0
     charge = (512 + 20 * deep + 8 * classes) * unit
-    # Below e at every corner: McCormick and the tangent of 1/S.
+    # 3. Below e at every corner: McCormick and the tangent of 1/S.
     least, most = low.sum(), high.sum()
     t, h = least + anchor * (most - least), e - high
     product = (-h / t**2, jnp.broadcast_to(-1 / most, h.shape), 2 * h / t)
-    # Else the tangent in z at zu, flattened to stay below the curve of Wu at zl < e as well.
+    # 4. Else the tangent in z at zu, flattened to stay below the curve of Wu at zl < e as well.
     others = ~jnp.eye(classes, dtype=bool)
     few, many = (jnp.where(others, ends, 0.0).sum(1) for ends in (low, high))
     value, start = h / (high + few), (e - low) / (e + many)
@@ -209,39 +230,59 @@ def corner_terms(box: Box, anchor: float, rounding: Rounding = "nearest") -> Cor
     slope = jnp.where(low < e, jnp.minimum(steepest, (start - value) / room), steepest)
     tangent = (jnp.zeros_like(h), -slope, value)
     a, b, value = (jnp.where(h > 0, p, q) for p, q in zip(product, tangent, strict=True))
-    # The constant where that overflowed, squares did not keep their digits, or more is charged
+    # 5. The constant where that overflowed, squares did not keep their digits, or more is charged
     # than the derivation allows.
     fits = jnp.all(jnp.isfinite(box.upper)) & (e * e >= 4 * tiny / unit)
     arithmetic = arithmetic_of(rounding)
     fits = arithmetic.allow(fits, lambda fits, _: fits & (charge < 0.5))
     value = jnp.where(fits, value, least_differences(box))
     value = arithmetic.allow(value, lambda value, _: value - charge)
-    # The predicted class against itself: 0.
+    # 6. The predicted class against itself: 0.
     itself = (box.lower == 0) & (box.upper == 0)
     a, b, at = (jnp.where(fits & ~itself, term, 0.0) for term in (a, b * weight, at))
     return CornerTerms(a, b, at, jnp.where(itself, 0.0, value), shift, weight)
 
 
 def corner_bound(terms: CornerTerms, margins: Array) -> Array:
-    """What `corner_terms` say of p_c - p_j at margins m, for each j."""
+    """Computes what `corner_terms` say of p_c - p_j at margins m, for each j.
+
+        a_j sum_k weight_k p_k + b_j (p_j - at_j) + value_j
+
+    Args:
+        terms: of a box.
+        margins: m in that box, shape (C,).
+
+    Returns:
+        No more than p_c - p_j, shape (C,).
+    """
     powers = jnp.exp(margins - terms.shift)
     total = (terms.weight * powers).sum()
     return terms.a * total + terms.b * (powers - terms.at) + terms.value
 
 
 def margins_of(apply: Apply) -> Callable[[Any, Array, Array], Array]:
-    """`(params, x, c) -> f_k - f_c`, one affine map with the last layer."""
+    """Makes `(params, x, c) -> f_k - f_c`, one affine map with the last layer.
+
+    Args:
+        apply: `(params, x) -> logits (C,)`.
+
+    Returns:
+        The margins, shape (C,), as a function.
+    """
     return lambda params, x, c: differences(apply(params, x), c)
 
 
 def difference_below(apply: Apply, member: Any, x: Array, c: Array) -> Array:
-    """At most softmax_c - softmax_j of one sample, for each j; what is relaxed and averaged.
+    """Computes at most softmax_c - softmax_j of one sample, for each j: it is relaxed and averaged.
 
     Args:
         apply: as for `joint_decision`.
         member: params, and their `corner_terms`.
         x: one input.
         c: the class.
+
+    Returns:
+        Shape (C,), as `corner_bound`.
     """
     params, terms = member
     return corner_bound(terms, margins_of(apply)(params, x, c))

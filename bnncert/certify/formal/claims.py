@@ -33,14 +33,76 @@ class Constraints(NamedTuple):
     Attributes:
         matrix: shape (rows, outputs).
         offset: shape (rows,).
+
+    Example:
+        >>> positive = Constraints(matrix=np.eye(2), offset=np.zeros(2))  # both outputs are
+        >>> bool((positive.matrix @ np.array([0.5, -0.1]) + positive.offset > 0).all())
+        False
     """
 
     matrix: Float[ArrayLike, "rows outputs"]
     offset: Float[ArrayLike, " rows"]
 
 
+def class_stays(label: int, num_classes: int) -> Constraints:
+    """Calls safe that the logit of a class is the strict largest, y_label - y_j > 0 for all j.
+
+    Args:
+        label: the class, in 0..num_classes - 1.
+        num_classes: C >= 2.
+
+    Returns:
+        `Constraints` of C - 1 rows, y_label - y_j.
+
+    Raises:
+        ValueError: no such class.
+
+    Source: Wicker et al., UAI 2020 (a set of safe outputs by linear constraints).
+
+    Example:
+        >>> class_stays(1, 3).matrix.tolist()
+        [[-1.0, 1.0, 0.0], [0.0, 1.0, -1.0]]
+    """
+    if not 0 <= label < num_classes or num_classes < 2:
+        raise ValueError(
+            f"label = {label} of num_classes = {num_classes}: give one of 0..C - 1, with C >= 2."
+        )
+    unit = np.eye(num_classes, dtype=np.float32)
+    return Constraints(
+        np.delete(unit[label] - unit, label, axis=0), np.zeros(num_classes - 1, np.float32)
+    )
+
+
+def outputs_within(lower: Float[ArrayLike, "..."], upper: Float[ArrayLike, "..."]) -> Constraints:
+    """Calls safe that every output lies strictly between two values.
+
+    Args:
+        lower: one for each output (a scalar for one output), finite.
+        upper: likewise, above `lower`.
+
+    Returns:
+        `Constraints` of two rows for each output.
+
+    Raises:
+        ValueError: nothing lies between.
+
+    Source: Wicker et al., UAI 2020 (a set of safe outputs by linear constraints).
+
+    Example:
+        >>> outputs_within(-1.0, 2.0).offset.tolist()
+        [1.0, 2.0]
+    """
+    low, high = (np.atleast_1d(np.asarray(end, np.float32)) for end in (lower, upper))
+    if not (np.isfinite([low, high]).all() and (low < high).all()):
+        raise ValueError(
+            f"lower = {lower} and upper = {upper}: give finite lower < upper, elementwise."
+        )
+    unit = np.eye(low.size, dtype=np.float32)
+    return Constraints(np.concatenate([unit, -unit]), np.concatenate([-low, high]))
+
+
 class Task(NamedTuple):
-    """What a compiled function depends on, and is compiled anew for.
+    """What a compiled bound on boxes of weights depends on, and is compiled anew for.
 
     Attributes:
         apply: `(params, x) -> outputs`.
@@ -56,7 +118,7 @@ class Task(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What a compiled function takes.
+    """What a compiled bound on boxes of weights takes.
 
     Attributes:
         params: gives the deterministic leaves, and all shapes.
@@ -80,8 +142,11 @@ def claim_at(key: Key, task: Task, data: Data, anchor: ndarray) -> Claim:
 
     Returns:
         The claim, with the input and the row of an unsafe one as its witness.
+
+    Cost: one attack of 20 steps and two restarts; the claim's value is one bound, its gradient
+    another with its backward pass. Each is compiled once for a `Task` and shapes.
     """
-    x, row, least = _attacked(key, task, data, anchor)
+    x, row, least = attacked(key, task, data, anchor)
     kind, rest, witness = _safe, (), ()
     if not float(least) > 0:
         kind, rest, witness = _unsafe, (x, row), (np.asarray(x), int(row))
@@ -146,7 +211,7 @@ def _gradient(
 
 
 @partial(jax.jit, static_argnums=1)
-def _attacked(key: Key, task: Task, data: Data, weights: Array) -> tuple[Array, Array, Array]:
+def attacked(key: Key, task: Task, data: Data, weights: Array) -> tuple[Array, Array, Array]:
     """Searches a point of the set where the least row is small; gives it, the row and its value."""
     params, region = _params(task, data, weights), data.x_set
     dtype = region.center.dtype

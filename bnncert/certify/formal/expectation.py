@@ -51,6 +51,12 @@ class Expectation(NamedTuple):
         outputs: a `Box` around E_w[f(w, x)], of the outputs' shape.
         deviation: upper bounds on the standard deviation of each output over w, of that shape.
         probabilities: a `Box` around E_w[softmax f(w, x)], of that shape (classes last and only).
+
+    Example:
+        >>> q = MeanField(jnp.array([1.0, -1.0]), jnp.array([0.1, 0.1]))
+        >>> found = expectation(lambda w, x: w * x, q, Box(jnp.ones(1), jnp.ones(1)))
+        >>> f"{float(found.deviation[0]):.2f}", bool(found.probabilities.lower[0] > 0.8)
+        ('0.10', True)
     """
 
     outputs: Box
@@ -267,10 +273,12 @@ def _probabilities(means: Array, variances: Array) -> Box:
     means = jnp.where(other, means, 0.0)
     variances = jnp.where(other, variances, 0.0)
     unit = unit_error(means, count)
+    # 1. From below: Jensen twice, or 1 less what the others have at most.
     exponent = jax.nn.logsumexp(means, axis=1) + 0.25 * variances.sum(1)
     by_jensen = (1 - unit) * jnp.exp(-(1 + unit) * exponent)
     each = jnp.where(other, _sigmoid_above(means, variances), 0.0)
     lower = jnp.clip(jnp.maximum(by_jensen, 1 - (1 + unit) * each.sum(1)), 0.0, 1.0)
+    # 2. From above: 1 less what the others have at least, or sigma of one difference.
     rest = 1 - (1 - unit) * jnp.where(other, lower[None], 0.0).sum(1) + unit
     # sigma(f_c - f_j) is at (j, c)
     pairs = jnp.where(other, each.T, 1.0).min(1)

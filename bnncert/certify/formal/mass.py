@@ -131,7 +131,17 @@ def factors(
     loc: Float[ArrayLike, "..."],
     scale: Float[ArrayLike, "..."],
 ) -> Float[ndarray, "..."]:
-    """Computes each weight's own log factor, off by no more than 4 u of it upwards."""
+    """Computes each weight's own log factor, off by no more than 4 u of it upwards.
+
+    Args:
+        lower: as for `log_mass`.
+        upper: as for `log_mass`.
+        loc: as for `log_mass`.
+        scale: as for `log_mass`.
+
+    Returns:
+        log P( l_i <= w_i <= u_i ), elementwise, float64.
+    """
     below, above = (
         (np.asarray(end, np.float64) - np.asarray(loc, np.float64)) / np.asarray(scale, np.float64)
         for end in (lower, upper)

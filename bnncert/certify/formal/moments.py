@@ -80,7 +80,7 @@ class Value(NamedTuple):
 
 
 def moments(graph: Graph, scales: Sequence[Array]) -> list[Value]:
-    """What is known of each node of a traced network.
+    """Computes what is known of each node of a traced network.
 
     Args:
         graph: of the network over `Box`es of one point, the means of its random leaves, and then
@@ -120,7 +120,7 @@ def _constant(box: Box) -> Value:
 
 
 def _step(node: Node, operands: list[Value]) -> Value:
-    """What is known of a node from what is known of its bounded operands."""
+    """Computes what is known of a node from what is known of its bounded operands."""
     if len(operands) == 2:
         a, b = operands
         if a.leaves & b.leaves:
@@ -146,19 +146,20 @@ def _step(node: Node, operands: list[Value]) -> Value:
 
 
 def _coarsens(node: Node, v: Value) -> bool:
-    """Whether a node casts values to a format that does not hold all of them."""
+    """Says whether a node casts values to a format that does not hold all of them."""
     own, new = jnp.finfo(v.own.dtype), jnp.finfo(node.dtype)
     return new.nmant < own.nmant or new.minexp > own.minexp or new.maxexp < own.maxexp
 
 
 def _product(node: Node, h: Value, w: Value, place: int) -> Value:
-    """A value times independent Gaussian weights, which are operand `place`."""
+    """Multiplies a value by independent Gaussian weights, which are operand `place`."""
     if node.op in MIXING and not w.independent:
         raise _no_rule(node, "One output meets a weight more than once.")
 
     def product(a: Array, b: Array) -> Array:
         return node.evaluate(*((a, b) if place else (b, a)))
 
+    # 1. Sizes of the factors: M about its center, h about its own.
     h = settled(h)
     m, variance = w.mean.center, w.own
     length, once = _uses(node, m, 1 - place)
@@ -167,9 +168,11 @@ def _product(node: Node, h: Value, w: Value, place: int) -> Value:
     size = jnp.abs(m) + w.mean.radius
     furthest = jnp.maximum(jnp.abs(h.mean.lower), jnp.abs(h.mean.upper))
     nearest = jnp.maximum(jnp.maximum(h.mean.lower, -h.mean.upper), 0.0)
+    # 2. The mean, M E h, and what it may be off by, rounding included.
     middle = product(center, m)
     reach = product(radius, size) + product(furthest, w.mean.radius)
     reach = reach + unit * (product(jnp.abs(center), size) + reach)
+    # 3. The deviations: E h^2 = (E h)^2 + second, and Minkowski for the past.
     second = h.own + jnp.square(h.shared)
     shared = jnp.sqrt(product(h.own, jnp.square(size))) + product(h.shared, size)
     return Value(
@@ -186,7 +189,7 @@ def _product(node: Node, h: Value, w: Value, place: int) -> Value:
 
 
 def _uses(node: Node, m: Array, side: int) -> tuple[int, bool]:
-    """How many weights one output sums over, and whether each weight is in one output alone."""
+    """Counts the weights that one output sums; says whether each weight is in one output alone."""
     if node.op == "mul":
         return 1, True
     if node.op == "dot_general":
@@ -197,7 +200,14 @@ def _uses(node: Node, m: Array, side: int) -> tuple[int, bool]:
 
 
 def settled(v: Value) -> Value:
-    """The same with nothing own, where coordinates are not independent given the past."""
+    """Counts all deviation as shared, where coordinates are not independent given the past.
+
+    Args:
+        v: what is known of a value.
+
+    Returns:
+        The same with nothing own there.
+    """
     if v.independent:
         return v
     unit = unit_error(v.own, 2)
@@ -206,7 +216,7 @@ def settled(v: Value) -> Value:
 
 
 def _sum(node: Node, a: Value, b: Value) -> Value:
-    """Sum or difference of independent values of one shape."""
+    """Adds or subtracts independent values of one shape."""
     mean = interval(node, a.mean, b.mean)
     unit = unit_error(mean.lower, 2)
     slack = unit * jnp.maximum(jnp.abs(mean.lower), jnp.abs(mean.upper))
@@ -224,7 +234,7 @@ def _sum(node: Node, a: Value, b: Value) -> Value:
 
 
 def _affine(node: Node, v: Value) -> Value:
-    """An operation that is affine in its one random operand, the others constant."""
+    """Applies an operation that is affine in its one random operand, the others constant."""
     rule: Any = node.affine
     mean = interval(node, v.mean)
     length = 2
@@ -263,7 +273,7 @@ def _affine(node: Node, v: Value) -> Value:
 
 
 def _rectified(z: Value) -> Value:
-    """max(z, 0)."""
+    """Computes what is known of max(z, 0), by the three inequalities of the module."""
     lower, upper = z.mean.lower, z.mean.upper
     unit = unit_error(lower, 2)
     spread = (1 + unit) * jnp.sqrt(z.own)
@@ -297,18 +307,26 @@ def _rectified(z: Value) -> Value:
 
 
 def _is_zero(node: Node) -> bool:
-    """Whether the other operand of a maximum is 0."""
+    """Says whether the other operand of a maximum is 0."""
     constants = [o for o in node.operands if not isinstance(o, Ref)]
     return all(is_concrete(c) and not np.any(np.asarray(c)) for c in constants)
 
 
 def unit_error(value: Array, terms: int) -> float:
-    """The relative error of a sum of so many products."""
+    """Computes the relative error of a sum of so many products.
+
+    Args:
+        value: of the sum's dtype.
+        terms: how many.
+
+    Returns:
+        (terms + 16) machine epsilons.
+    """
     return (terms + 16) * float(jnp.finfo(value.dtype).eps)
 
 
 def _less(unit: float) -> float:
-    """1 - unit, and not negative: in a coarse format a long sum is known to nothing."""
+    """Computes 1 - unit, or 0: in a coarse format a long sum is known to nothing."""
     return max(1.0 - unit, 0.0)
 
 

@@ -24,21 +24,29 @@ Source: Wicker et al., "Probabilistic safety for Bayesian neural networks", UAI 
 AISTATS 2024.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike, Float
+from jaxtyping import Float
 from numpy import ndarray
 
 from bnncert import prior as priors
-from bnncert.bounds.arithmetic import Rounding
+from bnncert.bounds.arithmetic import Real, Rounding
 from bnncert.bounds.methods import Method
 from bnncert.certify.exact.decision import arithmetic_name
+from bnncert.certify.formal import linear
 from bnncert.certify.formal import mass as masses
 from bnncert.certify.formal.boxes import Claim, Gaussian, Proof, search
-from bnncert.certify.formal.claims import Constraints, Data, Task, claim_at
+from bnncert.certify.formal.claims import (
+    Constraints,
+    Data,
+    Task,
+    attacked,
+    claim_at,
+)
 from bnncert.certify.inputs import check_region
 from bnncert.posterior import MeanField
 from bnncert.posterior.leaves import check_structure, flatten, unflatten
@@ -53,6 +61,12 @@ class WeightBoxes(NamedTuple):
         boxes: a `Box` for each random leaf (the array for a deterministic one), params' structure;
             ends are stacked along a leading axis K.
         masses: under q, each rounded down; shape (K,), float64.
+
+    Example:
+        >>> boxes = {"w": Box(jnp.array([[-1.0]]), jnp.array([[1.0]]))}  # K = 1
+        >>> found = WeightBoxes(boxes, np.array([masses.mass(-1.0, 1.0, 0.0, 1.0)]))
+        >>> found.masses.round(4).tolist()
+        [0.6827]
     """
 
     boxes: Params
@@ -71,6 +85,15 @@ class Safety(NamedTuple):
         rows: that row for each unsafe box.
         arithmetic: of the network: "float32" (or the weights' dtype) by `rounding="outward"`;
             "real", up to rounding, by "nearest".
+
+    Example:
+        >>> from bnncert.certify import outputs_within
+        >>> q = MeanField({"w": jnp.zeros(1)}, {"w": jnp.ones(1)})
+        >>> key, point = jax.random.key(0), Box(jnp.ones(1), jnp.ones(1))
+        >>> apply = lambda params, x: params["w"] * x
+        >>> found = safety(key, apply, q, point, outputs_within(-1.0, 1.0), num_boxes=1)
+        >>> 0.6 < found.lower < 0.6827 < found.upper, found.arithmetic
+        (True, 'float32')
     """
 
     lower: float
@@ -80,59 +103,6 @@ class Safety(NamedTuple):
     inputs: Float[ndarray, "boxes ..."]
     rows: ndarray
     arithmetic: str
-
-
-def class_stays(label: int, num_classes: int) -> Constraints:
-    """Calls safe that the logit of a class is the strict largest, y_label - y_j > 0 for all j.
-
-    Args:
-        label: the class, in 0..num_classes - 1.
-        num_classes: C >= 2.
-
-    Returns:
-        `Constraints` of C - 1 rows, y_label - y_j.
-
-    Raises:
-        ValueError: no such class.
-
-    Example:
-        >>> class_stays(1, 3).matrix.tolist()
-        [[-1.0, 1.0, 0.0], [0.0, 1.0, -1.0]]
-    """
-    if not 0 <= label < num_classes or num_classes < 2:
-        raise ValueError(
-            f"label = {label} of num_classes = {num_classes}: give one of 0..C - 1, with C >= 2."
-        )
-    unit = np.eye(num_classes, dtype=np.float32)
-    return Constraints(
-        np.delete(unit[label] - unit, label, axis=0), np.zeros(num_classes - 1, np.float32)
-    )
-
-
-def outputs_within(lower: Float[ArrayLike, "..."], upper: Float[ArrayLike, "..."]) -> Constraints:
-    """Calls safe that every output lies strictly between two values.
-
-    Args:
-        lower: one for each output (a scalar for one output), finite.
-        upper: likewise, above `lower`.
-
-    Returns:
-        `Constraints` of two rows for each output.
-
-    Raises:
-        ValueError: nothing lies between.
-
-    Example:
-        >>> outputs_within(-1.0, 2.0).offset.tolist()
-        [1.0, 2.0]
-    """
-    low, high = (np.atleast_1d(np.asarray(end, np.float32)) for end in (lower, upper))
-    if not (np.isfinite([low, high]).all() and (low < high).all()):
-        raise ValueError(
-            f"lower = {lower} and upper = {upper}: give finite lower < upper, elementwise."
-        )
-    unit = np.eye(low.size, dtype=np.float32)
-    return Constraints(np.concatenate([unit, -unit]), np.concatenate([-low, high]))
 
 
 def safety(
@@ -147,11 +117,21 @@ def safety(
     num_boxes: int = 16,
     rounds: int = 3,
     steps: int = 12,
+    delta: float = 1e-4,
 ) -> Safety:
     """Certifies lower and upper bounds on P_safe under a factorised Gaussian posterior.
 
+    By boxes of weights,
+
         P_safe >= sum of M(B) over boxes B with min over B x T of C f + d > 0 in every row
         P_safe <= 1 - sum of M(B) over boxes B with max over B of (C f(w, x*) + d)_k < 0
+
+    and with `method="linear"` by bounds on the rows that are linear in the weights, of means E_j
+    and Lipschitz constants L_j, which hold with probability 1 - delta together,
+
+        P_safe >= 1 - delta - sum_j exp(-E_j^2 / (2 L_j^2))
+
+    Boxes hold any function and answer for few weights; the others answer for many.
 
     Call it outside `jit`: masses are summed on the host. What it compiles is kept for the same
     `apply` and shapes, so define `apply` once.
@@ -163,27 +143,35 @@ def safety(
         x_set: the set T, a `Box` or an `LpBall` of inputs for one example.
         constraints: the set S of safe outputs: `class_stays`, `outputs_within`, or `Constraints`;
             its numbers are rounded to the weights' dtype first.
-        method: of the bounds, as for `bnncert.bound`.
-        rounding: as for `bnncert.bound`.
+        method: "linear": bounds linear in the weights, and no boxes; else of the bounds over
+            boxes, as for `bnncert.bound`.
+        rounding: as for `bnncert.bound`; "nearest" alone by "linear".
         num_boxes: parts of the space of weights that are examined, >= 1; with the same key, more
             never leave a wider gap between the bounds.
         rounds: of growing a box, with sides by the bound's derivatives after the first, >= 1.
         steps: of the bisection in each round, >= 1.
+        delta: by "linear", the probability that some hidden unit leaves the interval that it is
+            relaxed on, in (0, 1); what is proved is at most 1 - delta.
 
     Returns:
-        A `Safety`.
+        A `Safety`. By "linear" it holds no boxes, and `inputs` and `rows` what the upper bound is
+        of, where there is any below 1.
 
     Raises:
         TypeError: another posterior; x_set is not a set; leaves of different dtypes.
         ValueError: no random leaf, a scale that is not positive, bad counts; constraints that do
-            not fit the outputs; as `bnncert.bound`.
+            not fit the outputs; as `bnncert.bound`. By "linear" also a delta out of range.
+        UnsupportedPrimitiveError: as `bnncert.bound`; by "linear", a weight that is used twice.
 
-    Cost: num_boxes times an attack of 20 steps, rounds steps bounds and rounds of their gradients,
-    twice at worst. Memory: one bound with its gradient, and 4 num_boxes P numbers.
+    Cost: by "linear", an attack of 20 steps and a backward pass for each hidden unit, a few times;
+    convolutions keep an array of the size of their weights for each. By boxes, num_boxes times an
+    attack of 20 steps, rounds steps bounds and rounds of their gradients, twice at worst. Memory:
+    one bound with its gradient, and 4 num_boxes P numbers.
 
     Source: Wicker et al., UAI 2020; Batten et al., AISTATS 2024, section 4.
 
     Example:
+        >>> from bnncert.certify import outputs_within
         >>> q = MeanField({"w": jnp.zeros(1)}, {"w": jnp.ones(1)})
         >>> found = safety(
         ...     jax.random.key(0), lambda params, x: params["w"] * x, q,
@@ -205,6 +193,8 @@ def safety(
     _check_constraints(apply, posterior.loc, x_set, rows)
     task = Task(apply, names, method, rounding)
     data = Data(posterior.loc, x_set, rows)
+    if method == "linear":
+        return _by_linear_bounds(key, task, data, gaussian, posterior, delta)
     draws = iter(range(2 * num_boxes + 2))
 
     def claims(anchor: ndarray) -> Claim:
@@ -234,6 +224,37 @@ def safety(
         np.array([p.witness[1] for p in unsafe], int),
         arithmetic_name(rounding, dtype, apply, posterior.loc, x_set.center),
     )
+
+
+def _by_linear_bounds(
+    key: Key, task: Task, data: Data, gaussian: Gaussian, posterior: MeanField, delta: float
+) -> Safety:
+    """Of all rows over the set, and of the row that an attack on the mean network breaks."""
+    if task.rounding not in ("nearest", Real()):
+        raise ValueError(
+            f"rounding = {task.rounding!r}: bounds linear in the weights hold in real arithmetic. "
+            'Give rounding="nearest", or bound boxes of weights: method="crown-ibp".'
+        )
+    if not 0 < delta < 1:
+        raise ValueError(f"delta = {delta}: give a probability in (0, 1), e.g. 1e-4.")
+    scales = priors.named(posterior.scale)
+    spread = {name: jnp.asarray(scales[name]) for name in task.names}
+    # 1. The set is safe.
+    bounded = partial(linear.linear_margins, task.apply, delta, data.params, spread)
+    everywhere = bounded(data.x_set, data.constraints)
+    # 2. One row is violated at one point.
+    x, row, least = attacked(key, task, data, gaussian.loc)
+    upper = 1.0
+    if float(least) < 0:
+        matrix, offset = (-jnp.asarray(part)[row][None] for part in data.constraints)
+        there = bounded(Box(x, x), Constraints(matrix, offset))
+        upper = 1.0 - linear.mass(there, delta)
+    found = upper < 1
+    none = _weight_boxes([], posterior.loc, task.names, gaussian)
+    dtype = gaussian.loc.dtype
+    inputs = np.asarray(x)[None] if found else np.zeros((0, *np.shape(x)), dtype)
+    rows = np.array([int(row)] if found else [], int)
+    return Safety(linear.mass(everywhere, delta), upper, none, none, inputs, rows, "real")
 
 
 def _weight_boxes(

@@ -165,6 +165,17 @@ def statistical(
 
 
 def stated(delta: float) -> np.float32:
-    """Computes the confidence 1 - delta, rounded down."""
+    """Computes the confidence 1 - delta, rounded down.
+
+    Args:
+        delta: probability of an error.
+
+    Returns:
+        A float32, at most 1 - delta.
+
+    Example:
+        >>> float(stated(0.05)) <= 0.95
+        True
+    """
     nearest = np.float32(1 - delta)
     return np.nextafter(nearest, np.float32(0)) if float(nearest) > 1 - delta else nearest

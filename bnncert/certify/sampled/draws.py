@@ -30,6 +30,8 @@ def over_draws(
     Returns:
         What `one` returns, with a leading axis of draws.
 
+    Cost: one draw and one call of `one` a key; memory of `batch_size` of them.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from bnncert.posterior import MeanField
@@ -45,7 +47,20 @@ def over_draws(
 
 
 def check_posterior(posterior: Any) -> None:
-    """Raises TypeError unless independent draws of a continuous posterior can be made."""
+    """Checks that independent draws of a continuous posterior can be made.
+
+    Args:
+        posterior: what was given as one; of a `Mixture`, its members count.
+
+    Raises:
+        TypeError: `Samples`, or no posterior.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> check_posterior(Samples(jnp.zeros((4, 2))))
+        Traceback (most recent call last):
+        TypeError: posterior is Samples, a finite set of networks: ...
+    """
     if isinstance(posterior, Mixture):
         check_posterior(posterior.members)
         return

@@ -47,6 +47,8 @@ def hoeffding(count: int, delta: float, width: float = 1.0) -> float:
     Raises:
         ValueError: a count or a delta out of range.
 
+    Source: Hoeffding, JASA 1963, theorem 2.
+
     Example:
         >>> f"{hoeffding(32, 0.05 / 10_000, width=2.0):.3f}"
         '0.873'
@@ -58,7 +60,9 @@ def hoeffding(count: int, delta: float, width: float = 1.0) -> float:
 def bernstein(
     variance: Float[Array, "*shape"], count: int, delta: float, width: float = 1.0
 ) -> Float[Array, "*shape"]:
-    """Bounds the same from the draws' own variance, far less where they hardly vary.
+    """Bounds how far a mean may lie above its expectation by the draws' own variance.
+
+    That is far less than `hoeffding` where they hardly vary.
 
         sqrt( 2 V log(2/delta) / n ) + 7 b log(2/delta) / (3 (n - 1))
 
@@ -73,6 +77,8 @@ def bernstein(
 
     Raises:
         ValueError: a count or a delta out of range.
+
+    Source: Maurer and Pontil, COLT 2009, theorem 4.
 
     Example:
         >>> f"{float(bernstein(jnp.zeros(()), 1000, 0.05)):.4f}", f"{hoeffding(1000, 0.05):.4f}"
@@ -90,6 +96,16 @@ def sample_variance(draws: Float[Array, "draws *shape"]) -> Float[Array, "*shape
 
     Squares around any number but their mean only add up to more, so that only the summation can
     round down: by a relative (n + 8) eps at most.
+
+    Args:
+        draws: n >= 2 along the first axis.
+
+    Returns:
+        No less than their variance, elementwise.
+
+    Example:
+        >>> print(f"{sample_variance(jnp.array([1.0, 3.0])):.4f}")
+        2.0000
     """
     count = draws.shape[0]
     total = jnp.sum((draws - draws.mean(0)) ** 2, axis=0)
@@ -112,6 +128,12 @@ def slack(
 
     Raises:
         ValueError: an unknown inequality, a count or a delta out of range.
+
+    Source: Hoeffding, JASA 1963; Maurer and Pontil, COLT 2009.
+
+    Example:
+        >>> print(f"{slack(jnp.ones(1000), 0.05, 1.0):.4f}")            # draws that do not vary
+        0.0102
     """
     check_inequality(inequality)
     count, each = draws.shape[0], delta / 2 if inequality == "best" else delta
@@ -140,6 +162,8 @@ def clopper_pearson(successes: int, count: int, delta: float) -> float:
     Raises:
         ValueError: a count or a delta out of range.
 
+    Source: Clopper and Pearson, Biometrika 1934.
+
     Example:
         >>> f"{clopper_pearson(1000, 1000, 0.05):.5f}", clopper_pearson(0, 1000, 0.05)
         ('0.99701', 0.0)
@@ -153,7 +177,16 @@ def clopper_pearson(successes: int, count: int, delta: float) -> float:
 
 
 def check(count: int, delta: float, *, least: int) -> None:
-    """Raises ValueError unless there are `least` draws, and delta is a probability."""
+    """Checks that there are enough draws, and that delta is a probability.
+
+    Args:
+        count: number of draws.
+        delta: probability of an error.
+        least: draws that are needed.
+
+    Raises:
+        ValueError: fewer, or a delta outside of (0, 1).
+    """
     if count < least:
         raise ValueError(f"{count} draws: at least {least} are needed, and 1,000 say more.")
     if not 0 < delta < 1:
@@ -163,6 +196,13 @@ def check(count: int, delta: float, *, least: int) -> None:
 
 
 def check_inequality(inequality: str) -> None:
-    """Raises ValueError unless it is one of `INEQUALITIES`."""
+    """Checks that an inequality is one of `INEQUALITIES`.
+
+    Args:
+        inequality: its name.
+
+    Raises:
+        ValueError: it is none of them.
+    """
     if inequality not in INEQUALITIES:
         raise ValueError(f"inequality = {inequality!r}: choose one of {', '.join(INEQUALITIES)}.")

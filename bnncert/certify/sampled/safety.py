@@ -47,6 +47,14 @@ class SampledSafety(NamedTuple):
         broken: how many were broken.
         num_samples: draws.
         confidence: of both bounds together.
+
+    Example:
+        >>> from bnncert.posterior import MeanField
+        >>> q = MeanField(jnp.zeros(()), jnp.ones(()))
+        >>> key, count = jax.random.key(0), 100
+        >>> found = sampled_safety(key, q, num_samples=count, proved=lambda w: w < 1.0)
+        >>> found.lower < found.proved / count < found.upper == 1.0
+        True
     """
 
     lower: float
@@ -172,6 +180,8 @@ def proves_class(
 
     Cost: a call bounds C margins.
 
+    Source: as the method's, e.g. Zhang et al., NeurIPS 2018 (CROWN).
+
     Example:
         >>> safe = proves_class(lambda w, x: w * x, Box(jnp.array([0.5]), jnp.array([1.0])), 0)
         >>> bool(safe(jnp.array([1.0, -1.0]))), bool(safe(jnp.array([-1.0, 1.0])))
@@ -215,6 +225,8 @@ def proves_outputs(
         TypeError: x_set is not a set. The predicate: as `bnncert.bound`.
 
     Cost: a call bounds the outputs.
+
+    Source: as the method's, e.g. Zhang et al., NeurIPS 2018 (CROWN).
 
     Example:
         >>> inputs, within = Box(jnp.zeros(1), jnp.ones(1)), Box(-jnp.ones(1), jnp.ones(1))

@@ -1,0 +1,329 @@
+"""P_safe by bounds linear in the weights: against draws of these, and where it is exact."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import ndtr
+
+import bnncert as bc
+from bnncert.bounds.graph import UnsupportedPrimitiveError
+from bnncert.certify import Constraints, class_stays, outputs_within, safety
+from bnncert.certify.formal.layers import Margin
+from bnncert.certify.formal.linear import linear_margins, mass
+from bnncert.sets import Box, LpBall
+
+KEY = jax.random.key(0)
+DELTA = 1e-9
+DRAWS = 40_000
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.fold_in(KEY, seed), shape)
+
+
+def dense(p, x):
+    return p["c"] @ jax.nn.relu(p["b"] @ jax.nn.relu(p["a"] @ x + p["u"])) + p["v"]
+
+
+def curved(p, x):
+    return p["c"] @ jnp.tanh(p["b"] @ jax.nn.silu(p["a"] @ x))
+
+
+def residual(p, x):
+    h = jax.nn.relu(p["a"] @ x)
+    return p["c"] @ (h + jax.nn.relu(p["b"] @ h))
+
+
+def skips(p, x):
+    return p["a"] @ x[:2] + p["c"] @ jax.nn.relu(p["b"] @ x)
+
+
+def convolution(p, x):
+    h = jax.lax.conv_general_dilated(x.reshape(1, 1, 5), p["k"], (1,), "SAME")
+    return p["c"] @ jax.nn.relu(h).ravel()
+
+
+def normalised(p, x):
+    """Batch normalisation at fixed statistics, its scale and shift random."""
+    h = (p["a"] @ x - 0.1) / jnp.sqrt(1.3)
+    return p["c"] @ jax.nn.relu(h * p["s"] + p["t"])
+
+
+def tokens(p, x):
+    """One layer at several places, and a pool."""
+    h = jax.nn.relu(x.reshape(2, 2) @ p["a"])
+    return p["c"] @ h.mean(0)
+
+
+def repeated(p, x):
+    """A weight that meets one value in several outputs."""
+    w = jnp.broadcast_to(p["r"][:, None], (4, 3))
+    return p["c"] @ jax.nn.relu(x @ w + p["u"][:3])
+
+
+def cut(p, x):
+    """Repeated, and cut to the number of weights that there are."""
+    w = jnp.broadcast_to(p["r"][:, None], (2, 3))[:, :2]
+    scale = jnp.broadcast_to(p["s"][:, None], (2, 3)).reshape(6)[:2]
+    return p["c"] @ jnp.concatenate([jnp.tanh(x[:2] @ w) * scale, x[2:3]])
+
+
+def negative(p, x):
+    """Weights with a minus before them, in a layer, as a scale, and in one at several places."""
+    h = jax.nn.relu((-p["a"]) @ x + 1.0) * (-p["s"])
+    return p["c"] @ jax.nn.silu(h.reshape(3, 1) @ (-p["r"]).reshape(1, 2)).mean(1)
+
+
+def sliced(p, x):
+    """A part of the weights, at two places."""
+    return p["c"] @ jnp.tanh(x.reshape(2, 2) @ p["a"][:, :3]).sum(0)
+
+
+LEAVES = {
+    "a": (3, 4), "b": (3, 3), "c": (2, 3), "u": (3,), "v": (2,), "k": (2, 1, 3), "s": (3,),
+    "t": (3,), "r": (4,),
+}  # fmt: skip
+OWN = {
+    "dense": (dense, "abcuv", {}),
+    "curved": (curved, "abc", {}),
+    "residual": (residual, "abc", {}),
+    "skips": (skips, "abc", {"a": (2, 2), "b": (3, 4)}),
+    "convolution": (convolution, "kc", {"c": (2, 10)}),
+    "normalised": (normalised, "acst", {}),
+    "tokens": (tokens, "ac", {"a": (2, 3)}),
+    "repeated": (repeated, "rcu", {}),
+    "cut": (cut, "rcs", {"r": (2,), "s": (2,)}),
+    "negative": (negative, "acrs", {"r": (2,)}),
+    "sliced": (sliced, "ac", {"a": (2, 6)}),
+}
+MATRIX = jnp.array([[1.0, -1.0], [-1.0, 1.0], [0.5, 0.0]])
+ROWS = Constraints(MATRIX, jnp.array([2.0, 2.5, 1.0]))
+
+
+def network(name, scale):
+    apply, names, shapes = OWN[name]
+    loc = {n: 0.2 + 0.5 * normal(ord(n), *shapes.get(n, LEAVES[n])) for n in names}
+    spread = {n: scale * (0.5 + jax.random.uniform(jax.random.fold_in(KEY, ord(n)), v.shape))
+              for n, v in loc.items()}  # fmt: skip
+    size = 5 if name == "convolution" else 4
+    return apply, loc, spread, 0.5 + 0.3 * normal(7, size)
+
+
+def corners(center, reach):
+    signs = np.stack(np.meshgrid(*[[-1.0, 0.0, 1.0]] * center.size), -1).reshape(-1, center.size)
+    return center + reach * signs
+
+
+def least_rows(apply, loc, spread, points, seed):
+    """For each draw of the weights the least value of each row over some points of the set."""
+
+    def one(key):
+        keys = dict(zip(loc, jax.random.split(key, len(loc)), strict=True))
+        params = {n: loc[n] + spread[n] * jax.random.normal(keys[n], loc[n].shape) for n in loc}
+        values = jax.vmap(lambda x: ROWS.matrix @ apply(params, x) + ROWS.offset)(points)
+        return values.min(0)
+
+    keys = jax.random.split(jax.random.key(seed), DRAWS)
+    return np.asarray(jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=500))(keys))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_networks_are_alive(name):
+    apply, loc, _, x = network(name, 0.1)
+    slopes = jax.tree.leaves(jax.jacobian(lambda p, x: MATRIX @ apply(p, x), (0, 1))(loc, x))
+    assert all(jnp.abs(slope).max() > 0.01 for slope in slopes)
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.2])
+@pytest.mark.parametrize("name", OWN)
+def test_no_draw_contradicts_it(name, scale):
+    """The mean lies below that of the least value, as delta is tiny; tails hold at every depth."""
+    apply, loc, spread, x = network(name, scale)
+    reach = 0.05
+    found = linear_margins(apply, DELTA, loc, spread, Box(x - reach, x + reach), ROWS)
+    least = least_rows(apply, loc, spread, corners(np.asarray(x), reach), 1)
+    error = 5 * least.std(0) / math.sqrt(DRAWS)
+    assert (np.asarray(found.mean) <= least.mean(0) + error + 1e-5).all()
+    mean, spread_of = (np.asarray(v, np.float64) for v in found)
+    for depth in (0.5, 1.0, 1.5, 2.0, 3.0):
+        share = (least <= mean - depth * spread_of - 1e-5).mean(0)
+        most = math.exp(-(depth**2) / 2)
+        assert (share <= most + 5 * math.sqrt(most / DRAWS)).all(), (depth, share, most)
+
+
+# What is repeated or negated first is relaxed on an interval, as any value is: all of it is lost.
+@pytest.mark.parametrize("name", [n for n in OWN if n not in ("repeated", "cut", "negative")])
+def test_small_deviations_at_a_point_are_those_of_the_gradient(name):
+    """There nothing is relaxed: F is the margin, and L the norm of s times its gradient."""
+    apply, loc, spread, x = network(name, 1e-4)
+    found = linear_margins(apply, DELTA, loc, spread, Box(x, x), ROWS)
+    slopes = jax.jacobian(lambda p: MATRIX @ apply(p, x))(loc)
+    squares = ((spread[n] * slopes[n]) ** 2 for n in loc)
+    exact = jnp.sqrt(sum(square.reshape(3, -1).sum(1) for square in squares))
+    assert (found.lipschitz >= 0.98 * exact).all() and (found.lipschitz <= 1.1 * exact).all()
+    np.testing.assert_allclose(found.mean, MATRIX @ apply(loc, x) + ROWS.offset, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["dense", "convolution"])
+@pytest.mark.parametrize("p", [1, 2])
+def test_over_balls(name, p):
+    apply, loc, spread, x = network(name, 0.1)
+    found = linear_margins(apply, DELTA, loc, spread, LpBall(x, 0.1, p), ROWS)
+    directions = normal(11, 200, x.size)
+    norms = jnp.linalg.norm(directions, p, axis=1, keepdims=True)
+    axes = jnp.concatenate([jnp.eye(x.size), -jnp.eye(x.size)])
+    points = x + 0.1 * jnp.concatenate([directions / norms, axes, jnp.zeros((1, x.size))])
+    least = least_rows(apply, loc, spread, points, 2)
+    error = 5 * least.std(0) / math.sqrt(DRAWS)
+    assert (np.asarray(found.mean) <= least.mean(0) + error + 1e-5).all()
+
+
+def test_one_layer_at_a_point_is_exact():
+    loc, spread = {"w": normal(1, 2, 4), "b": normal(2, 2)}, {"w": 0.3 + 0 * normal(1, 2, 4)}
+    x = normal(3, 4)
+    found = linear_margins(lambda p, x: p["w"] @ x + p["b"], 0.1, loc, spread, Box(x, x), ROWS)
+    value = ROWS.matrix @ (loc["w"] @ x + loc["b"]) + ROWS.offset
+    deviation = jnp.sqrt((MATRIX**2).sum(1) * (0.09 * x**2).sum())
+    np.testing.assert_allclose(found.mean, value, rtol=1e-5)
+    np.testing.assert_allclose(found.lipschitz, deviation, rtol=1e-5)
+
+
+def test_weights_that_are_known_give_crown():
+    """As the deviations vanish, the bound is that of CROWN's lines, or of better ones."""
+    apply, loc, _, x = network("convolution", 0.0)
+    spread = {n: jnp.full(v.shape, 1e-12) for n, v in loc.items()}
+    region = Box(x - 0.2, x + 0.2)
+    found = linear_margins(apply, 0.1, loc, spread, region, ROWS)
+    rows = bc.linear_bounds(lambda x: ROWS.matrix @ apply(loc, x) + ROWS.offset)(region).lower
+    least = rows.A[0] @ region.center - jnp.abs(rows.A[0]) @ region.radius + rows.b
+    assert (np.asarray(found.mean) >= np.asarray(least) - 1e-4).all()
+    assert np.asarray(found.lipschitz).max() < 1e-8
+
+
+def test_the_folded_normal_number_of_a_first_layer():
+    """E min over |x| <= 1 of w x, w ~ N(m, s^2), is -E |w|: a folded normal number, exactly."""
+    for m, s in ((0.0, 1.0), (0.7, 0.2), (-1.0, 3.0)):
+        weights = {"w": jnp.array([m])}
+        found = linear_margins(
+            lambda p, x: p["w"] * x, 0.1, weights, {"w": jnp.array([s])},
+            Box(-jnp.ones(1), jnp.ones(1)), Constraints(jnp.ones((1, 1)), jnp.zeros(1)),
+        )  # fmt: skip
+        folded = s * math.sqrt(2 / math.pi) * math.exp(-0.5 * (m / s) ** 2)
+        folded += m * (2 * ndtr(m / s) - 1)
+        assert float(found.mean[0]) == pytest.approx(-folded, rel=1e-5)
+        assert float(found.lipschitz[0]) == pytest.approx(s, rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.3])
+def test_safety_lies_around_the_truth(scale):
+    apply, loc, spread, x = network("dense", scale)
+    region, rows = Box(x - 0.05, x + 0.05), outputs_within(np.full(2, -4.0), np.full(2, 4.0))
+    q = bc.MeanField(loc, spread)
+    found = safety(KEY, apply, q, region, rows, method="linear", rounding="nearest", delta=1e-4)
+    points = corners(np.asarray(x), 0.05)
+
+    def one(key):
+        params = jax.tree.map(lambda leaf: leaf[0], q.sample(key, 1))
+        values = jax.vmap(lambda x: rows.matrix @ apply(params, x) + rows.offset)(points)
+        return (values > 0).all()
+
+    safe = jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=500))(
+        jax.random.split(KEY, DRAWS)
+    )
+    share = float(safe.mean())
+    error = 5 * math.sqrt(max(share * (1 - share), 1 / DRAWS) / DRAWS)
+    assert found.lower <= share + error and share - error <= found.upper
+    assert found.lower > 0.9 or scale > 0.1
+
+
+def test_unsafe_at_an_attacked_point():
+    loc = {"w": jnp.array([[2.0], [-2.0]])}
+    q = bc.MeanField(loc, jax.tree.map(lambda v: jnp.full_like(v, 0.1), loc))
+    region = Box(jnp.array([-1.0]), jnp.array([1.0]))
+    found = safety(KEY, lambda p, x: p["w"] @ x, q, region, class_stays(0, 2), method="linear",
+                   rounding="nearest")  # fmt: skip
+    assert found.lower == 0.0 and found.upper < 0.001
+    assert found.inputs.shape == (1, 1) and found.inputs[0, 0] < 0 and found.rows.tolist() == [0]
+    assert len(found.safe.masses) == 0 == len(found.unsafe.masses)
+
+
+def test_squares_that_underflow():
+    loc, spread = {"w": jnp.array([1e-24])}, {"w": jnp.array([1e-23])}
+    one, rows = jnp.ones(1), Constraints(jnp.ones((1, 1)), jnp.zeros(1))
+    found = linear_margins(lambda p, x: p["w"] * x, 0.1, loc, spread, Box(one, one), rows)
+    assert mass(found, 1e-9) < 0.54
+
+
+@pytest.mark.parametrize(
+    ("dtype", "loc", "scale", "x"),
+    [
+        (jnp.float16, 0.01, 0.1, 300.0),
+        (jnp.float32, 1.0, 1e-15, 1e20),
+        (jnp.float32, 1.0, 1e20, 1.0),
+        (jnp.float32, 1.0, 1e30, 1e30),
+    ],
+)
+def test_squares_that_overflow(dtype, loc, scale, x):
+    """In the place of the numbers that count there is 0 * inf."""
+    params = {"w": jnp.full((2, 1), loc, dtype)}
+    spread = {"w": jnp.full((2, 1), scale, dtype)}
+    point = jnp.full(1, x, dtype)
+    rows = Constraints(jnp.array([[1.0, 0.0]], dtype), jnp.ones(1, dtype))
+    found = linear_margins(lambda p, x: p["w"] @ x, 0.1, params, spread, Box(point, point), rows)
+    assert mass(found, 1e-9) <= ndtr((loc * x + 1) / (scale * x)) + 1e-3
+    found = linear_margins(
+        lambda p, x: jnp.tanh(p["w"] @ x) - 1.5, 0.1, params, spread, Box(point, point), rows
+    )
+    assert mass(found, 1e-9) <= ndtr((loc * x - 0.5) / (scale * x)) + 1e-3
+
+
+def test_no_more_than_its_delta():
+    def of(mean, spread):
+        return Margin(jnp.array([mean]), jnp.array([spread]))
+
+    assert mass(of(1e9, 1.0), 0.25) == pytest.approx(0.75)
+    assert mass(of(1e9, 0.0), 0.25) <= 0.75
+    for margin in ((0.0, 0.0), (-1.0, 1.0), (np.nan, 1.0), (1.0, np.nan), (1.0, np.inf)):
+        assert mass(of(*margin), 1e-3) == 0.0
+
+
+def test_a_weight_that_is_used_twice_is_refused():
+    loc = {"w": normal(1, 4, 4)}
+    q = bc.MeanField(loc, jax.tree.map(jnp.ones_like, loc))
+    rows = outputs_within(-np.ones(4), np.ones(4))
+    region = Box(normal(2, 4), normal(2, 4))
+
+    def twice(p, x):
+        return p["w"] @ jax.nn.relu(p["w"] @ x)
+
+    with pytest.raises(UnsupportedPrimitiveError, match=r"used by .*dot_general.*dot_general"):
+        safety(KEY, twice, q, region, rows, method="linear", rounding="nearest")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"rounding": "outward"}, "real arithmetic"), ({"delta": 0.0}, "delta = 0.0"),
+     ({"delta": 1.0}, "delta = 1.0")],
+)  # fmt: skip
+def test_bad_options(options, message):
+    apply, loc, spread, x = network("dense", 0.1)
+    options = {"rounding": "nearest", **options}
+    with pytest.raises(ValueError, match=message):
+        safety(KEY, apply, bc.MeanField(loc, spread), Box(x, x), class_stays(0, 2),
+               method="linear", **options)  # fmt: skip
+
+
+def test_an_empty_set_proves_nothing_and_a_batch_is_mapped():
+    apply, loc, spread, x = network("dense", 0.02)
+    reaches = jnp.array([0.01, 0.02, -1.0])
+
+    def at(reach):
+        return linear_margins(apply, 1e-3, loc, spread, Box(x - reach, x + reach), ROWS)
+
+    found = jax.jit(jax.vmap(at))(reaches)
+    one = at(jnp.array(0.01))
+    np.testing.assert_allclose(found.mean[0], one.mean, rtol=1e-5)
+    assert (found.mean[1] < found.mean[0]).all() and (found.mean[2] == -jnp.inf).all()
