@@ -58,6 +58,7 @@ from bnncert.bounds.rounding.affine import (
     Errors,
     affine_errors,
     network_error,
+    product_error,
     side_error,
 )
 from bnncert.bounds.rounding.intervals import outward_interval, tracking, widened
@@ -74,6 +75,7 @@ __all__ = [
     "outward_interval",
     "outward_planes",
     "outward_set",
+    "product_error",
     "side_error",
     "tracking",
     "widened",

@@ -93,6 +93,29 @@ def network_error(
     return rounded_up(graph, node, error) + 8 * (terms + 2) * tiny(node)
 
 
+def product_error(graph: Graph, index: int, boxes: Sequence[Box], precision: Precision) -> Array:
+    """What a product of a value and weights is off by, and a row that passes it by exact weights.
+
+    The network's weights are those rounded to their format: one rounding more of each term.
+
+    Args:
+        graph: the traced function.
+        index: of the product.
+        boxes: of all nodes up to it.
+        precision: the network's.
+    """
+    node, own = graph.nodes[index], own_unit(graph.nodes[index])
+    sizes = [magnitude(boxes[i]) + 2 * tiny(node) for i in node.refs]
+    counts = roundings(graph, node)
+    backward = counts.backward + max(ways(graph, i) for i in node.refs) - 1
+    relative = precision.relative(node, counts.forward + 1) + gamma(backward + 4, own)
+    error = relative * node.evaluate(*sizes)
+    reordered = reordering_error(graph, node, sizes, precision)
+    if reordered is not None:
+        error += reordered
+    return rounded_up(graph, node, error) + 8 * (counts.forward + 2) * tiny(node)
+
+
 def side_error(graph: Graph, node: Node, sizes: Sequence[Array], reach: Array) -> Array:
     """What a forward bound's two sides may be off by, once an affine node is passed.
 

@@ -1,372 +1,235 @@
-"""How a row passes a network with Gaussian weights; `bnncert.certify.formal.linear` says why.
+"""What Gaussian weights of a layer deviate by: `bnncert.certify.formal.linear` derives it.
 
-Of the weights a row meets the means, and leaves behind what they deviate by: a mean, and what they
-add to the square of a Lipschitz constant. A row is passed by `bnncert.bounds.rows.pull_back`; what
-it leaves behind waits beside the nodes, under numbers that no node has.
+A row passes a layer by the means of its weights and leaves behind what they deviate by: a mean, and
+what they add to L^2. `pull_back` carries it beside the nodes, under numbers that no node has.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bnncert._compiler.convolution import canonical
-from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError
-from bnncert.bounds.methods.steps import View, relaxed_step
-from bnncert.bounds.ops import Choice
-from bnncert.bounds.ops.affine import MIXING, MOVING
-from bnncert.bounds.ops.boxes import hull
+from bnncert.bounds.ops.affine import magnitude
 from bnncert.bounds.plan import Plan
-from bnncert.bounds.rounding import EXACT
-from bnncert.bounds.rows import (
-    AnyStep,
-    Apart,
-    Passed,
-    Row,
-    Step,
-    Steps,
-    Ways,
-    dot,
-    map_rows,
-    pull_back,
-)
+from bnncert.bounds.rounding import network_error, product_error, widened
+from bnncert.bounds.rounding.model import gamma
+from bnncert.bounds.rounding.terms import depth
+from bnncert.bounds.rows import AnyStep, Charged, Passed, Step, dot
 from bnncert.certify.formal.rectified import folded_mean
-from bnncert.sets import Box, LpBall, Set, dual_norm
+from bnncert.certify.formal.weights import Layer, Leaf
+from bnncert.sets import Box
 
-_WAYS = (("adaptive", 0), ("zero", 1))
-"""Of the lines below a kink, and of those of a curve, the choices that rows try."""
+SPREAD = -(2**30)
+"""Where a row collects L^2, but for factors."""
 
-_SPREAD = -(2**30)
-"""Where a row collects L^2: a place beside the nodes, of a number that no node has."""
-
-
-_MOVES = MOVING - {"neg"}
-"""What weights pass as they are, so that squares of their deviations do as well."""
+SHARED = SPREAD - 1
+"""Where it collects the derivatives by factors: those that have a sign, and the sizes of others."""
 
 
-class Margin(NamedTuple):
-    """What is known of a lower bound F on a row, as a function of Gaussian weights.
-
-    Attributes:
-        mean: E F.
-        lipschitz: L, of F as a function of standard normal numbers.
-    """
-
-    mean: Array
-    lipschitz: Array
-
-
-class Weights(NamedTuple):
-    """The Gaussian weights of a graph.
-
-    Attributes:
-        scales: of each leaf, its standard deviations.
-        leaf: for each node that is a leaf, or one rearranged, which.
-        repeats: of these, the nodes in which one weight may stand several times.
-        layers: the nodes that multiply a value by weights, and which operand these are.
-        random: the nodes that depend on weights.
-    """
-
-    scales: Sequence[Array]
-    leaf: Mapping[int, int]
-    repeats: frozenset[int]
-    layers: Mapping[int, int]
-    random: frozenset[int]
-
-
-def weights_of(graph: Graph, scales: Sequence[Array]) -> Weights:
-    """Finds the weights of a graph, and where they are used.
-
-    Args:
-        graph: of the network over `Box`es of one point, the means of its random leaves, and then
-            the set of inputs.
-        scales: the leaves' standard deviations, in their order.
-
-    Raises:
-        UnsupportedPrimitiveError: a weight that is used twice.
-    """
-    leaf: dict[int, int] = {i: i for i in range(len(scales))}
-    repeats: set[int] = set()
-    layers: dict[int, int] = {}
-    random: set[int] = set(leaf)
-    used: dict[int, Node] = {}
-    for i, node in enumerate(graph.nodes):
-        if random.isdisjoint(node.refs):
-            continue
-        random.add(i)
-        places = [place for place, j in enumerate(node.refs) if j in leaf]
-        if places and len(node.refs) == 1 and node.op in _MOVES and not node.has_constant:
-            (moved,) = node.refs
-            leaf[i] = leaf[moved]
-            if moved in repeats or not _moves_once(graph, node, moved):
-                repeats.add(i)
-            continue
-        for own in (leaf[node.refs[place]] for place in places):
-            if own in used:
-                raise _used_twice(node, used[own])
-            used[own] = node
-        # Weights that are repeated before may meet one value of a sum several times.
-        if len(node.refs) == 2 and len(places) == 1:
-            sums = node.op in MIXING and node.refs[places[0]] not in repeats
-            if sums or node.op == "mul":
-                layers[i] = places[0]
-    return Weights(scales, leaf, frozenset(repeats), layers, frozenset(random))
-
-
-def _moves_once(graph: Graph, node: Node, moved: int) -> bool:
-    """Whether a node moves each number to one place at most; a broadcast may add axes of size 1."""
-    same = math.prod(node.shape) == math.prod(graph.nodes[moved].shape)
-    return node.affine.spreads == "places" or (node.op == "broadcast_in_dim" and same)
-
-
-def _used_twice(node: Node, before: Node) -> UnsupportedPrimitiveError:
-    places = " and ".join(f"'{n.op}' at {n.source or 'a line in JAX'}" for n in (before, node))
-    return UnsupportedPrimitiveError(
-        f"one weight is used by {places}: bounds linear in the weights add up what independent "
-        "layers deviate by. Fix the shared weight (a scale of None), or bound boxes of weights."
-    )
-
-
-def network_of(plan: Plan, weights: Weights) -> "Network":
-    """What has to be bounded of a network, and by what."""
-    nodes = plan.graph.nodes
-    known, hidden = set(range(len(nodes))) - weights.random, set()
-    for i, node in enumerate(nodes):
-        if i not in weights.random or not node.refs:
-            continue
-        acts_on = set(node.refs) if i in plan.relaxed else set()
-        if i in weights.layers:
-            acts_on.discard(node.refs[weights.layers[i]])
-        hidden |= acts_on - known
-        known |= acts_on
-        if i not in weights.layers and known.issuperset(node.refs):
-            known.add(i)
-    return Network(plan, weights, frozenset(hidden), frozenset(known))
-
-
-class Network(NamedTuple):
-    """A traced network with Gaussian weights.
-
-    Attributes:
-        plan: of the network.
-        weights: those among its nodes.
-        hidden: the nodes whose intervals rows find: what nonlinearities and layers act on.
-        known: the nodes that have intervals.
-    """
-
-    plan: Plan
-    weights: Weights
-    hidden: frozenset[int]
-    known: frozenset[int]
-
-    def start(self, index: int) -> Box:
-        """The interval of a set; nothing is known of weights."""
-        if index in self.weights.random:
-            return self._unknown(index)
-        return hull(self.plan.graph.inputs[index])
-
-    def apply(self, index: int, boxes: list[Box]) -> Box:
-        """The interval of a node, where those of all that it acts on are known."""
-        node = self.plan.graph.nodes[index]
-        if index in self.weights.layers or not self.known.issuperset(node.refs):
-            return self._unknown(index)
-        return self.plan.arithmetic.interval(self.plan.graph, node, [boxes[j] for j in node.refs])
-
-    def _unknown(self, index: int) -> Box:
-        node = self.plan.graph.nodes[index]
-        ends = (jnp.full(node.shape, end, node.dtype) for end in (-jnp.inf, jnp.inf))
-        return Box(*ends)
-
-    def further(self, boxes: Sequence[Box], known: Mapping[int, AnyStep]) -> dict[int, AnyStep]:
-        """How rows pass the random nodes that have boxes."""
-        plan, steps = self.plan, dict(known)
-        for i in range(len(plan.graph.inputs), len(boxes)):
-            if i in steps or i not in self.weights.random:
-                continue
-            if i in self.weights.layers:
-                steps[i] = self._layer(i, boxes)
-            elif i not in plan.relaxed:
-                steps[i] = plan.affine()[i]
-            else:
-                steps[i] = self._relaxed(i, boxes)
-        return steps
-
-    def _relaxed(self, index: int, boxes: Sequence[Box]) -> AnyStep:
-        """How rows pass a nonlinearity, in several ways at once."""
-        last = self.plan.variants[index] - 1
-        steps = [
-            relaxed_step(
-                self.plan,
-                index,
-                View(boxes, EXACT),
-                Choice(variant=min(variant, last), lower_slope=slope),
-            )
-            for slope, variant in _WAYS
-        ]
-        if self.plan.graph.nodes[index].operation.lines is None:
-            return Apart(tuple(steps))
-        return Ways(jax.tree.map(lambda *v: jnp.stack(v), *steps), len(steps))
-
-    def interval(
-        self, index: int, boxes: Sequence[Box], steps: Mapping[int, AnyStep], reach: float
-    ) -> Box:
-        """The interval of a hidden node that holds but for a probability."""
-        node = self.plan.graph.nodes[index]
-
-        def least(found: Margin) -> Array:
-            return found.mean - reach * found.lipschitz
-
-        def both(row: Array) -> Array:
-            rows = jnp.stack([row, -row])
-            return jax.vmap(lambda row: least(self.best(index, boxes, steps, row, least)))(rows)
-
-        low, high = map_rows(both, node, self.plan.batch_size).T
-        return Box(low.reshape(node.shape), -high.reshape(node.shape))
-
-    def best(
-        self,
-        index: int,
-        boxes: Sequence[Box],
-        steps: Mapping[int, AnyStep],
-        row: Array,
-        score: Callable[[Margin], Array],
-    ) -> Margin:
-        """A lower bound on `<row, value of a node>`: of all ways that with the highest score."""
-        found = self._bounded(index, boxes, steps, row)
-        if found.mean.ndim == 0:
-            return found
-        value = score(found)
-        way = jnp.argmax(jnp.where(jnp.isnan(value), -jnp.inf, value))
-        return jax.tree.map(lambda v: v[way], found)
-
-    def _bounded(
-        self, index: int, boxes: Sequence[Box], steps: Mapping[int, AnyStep], row: Array
-    ) -> Margin:
-        """Of each way: the mean and the Lipschitz constant."""
-        zero = jnp.zeros((), row.dtype)
-        found = pull_back(Row({index: row}, zero, zero), Steps(steps))
-        coefficients = found.coefficients
-        mean, square = found.offset - found.lost, coefficients.get(_SPREAD, zero)
-        for i, a in coefficients.items():
-            if i < 0:
-                continue
-            rank = len(self.plan.graph.nodes[i].shape)
-            if i in self.weights.leaf:
-                loc, scale = self.plan.graph.inputs[i].center, self.weights.scales[i]
-                mean = mean + _each(lambda a, loc=loc: dot(a, loc), rank, a)
-                square = square + _each(lambda a, s=scale: jnp.sum((a * s) ** 2), rank, a)
-            else:
-                least = partial(_least, self._region(i, boxes))
-                variance = coefficients.get(_beside(i))
-                given = (a,) if variance is None else (a, variance)
-                mean = mean + _each(least, rank, *given)
-        return Margin(*jnp.broadcast_arrays(mean, _root(square + self._lost())))
-
-    def _lost(self) -> float:
-        """More than squares that underflow take off L^2."""
-        leaves = self.plan.graph.inputs[: len(self.weights.scales)]
-        total = sum(jnp.size(leaf.center) for leaf in leaves)
-        return 2.0**20 * (1 + total) * float(jnp.finfo(leaves[0].center.dtype).tiny)
-
-    def _region(self, index: int, boxes: Sequence[Box]) -> Set:
-        inputs = self.plan.graph.inputs
-        return inputs[index] if index < len(inputs) else boxes[index]
-
-    def _layer(self, index: int, boxes: Sequence[Box]) -> Step:
-        """How rows pass a layer: by its means, leaving behind what its weights deviate by."""
-        graph, node = self.plan.graph, self.plan.graph.nodes[index]
-        place = self.weights.layers[index]
-        moved, h = node.refs[place], node.refs[1 - place]
-        leaf = self.weights.leaf[moved]
-        loc, scale = graph.inputs[leaf].center, jnp.asarray(self.weights.scales[leaf])
-        scale = jnp.broadcast_to(scale, loc.shape).astype(loc.dtype)
-        center, radius = boxes[h].center, boxes[h].radius
-
-        def layer(value: Array, weight: Array) -> Array:
-            weight = _rearranged(graph, moved, leaf, weight)
-            return node.evaluate(*((value, weight) if place else (weight, value)))
-
-        def transposed(weight: Array, row: Array) -> Array:
-            _, pull = jax.vjp(lambda v: layer(v, weight), jnp.zeros_like(center))
-            return canonical(pull)(row)[0]
-
-        def of_weights(value: Array, row: Array) -> Array:
-            _, pull = jax.vjp(lambda w: layer(value, w), jnp.zeros_like(loc))
-            return canonical(pull)(row)[0]
-
-        largest = jnp.abs(center) + radius
-        met = math.prod(node.shape) * _terms(node, graph, 1 - place)
-        once = met == math.prod(graph.nodes[moved].shape) and moved not in self.weights.repeats
-        spreads = layer(largest**2, scale**2) if once else None
-
-        def through(a: Array) -> Passed:
-            variance = transposed(scale**2, a**2)
-            if spreads is not None:
-                square = dot(a**2, spreads)
-            else:
-                slopes = jnp.abs(of_weights(center, a)) + of_weights(radius, jnp.abs(a))
-                square = jnp.sum((scale * slopes) ** 2)
-            mean = transposed(loc, a)
-            if h in self.weights.random:
-                lost = math.sqrt(2 / math.pi) * dot(_root(variance), radius)
-                return Passed((mean, square), 0.0, lost)
-            return Passed((mean, variance, square), 0.0)
-
-        beside = () if h in self.weights.random else (_beside(h),)
-        return Step(through, len(node.shape), (h, *beside, _SPREAD))
-
-
-def _beside(index: int) -> int:
-    """Where a row collects the variances of its coefficients at a node; and back."""
+def beside(index: int) -> int:
+    """Where a row collects the variances of its coefficients at a node."""
     return -1 - index
 
 
-def _rearranged(graph: Graph, index: int, leaf: int, weight: Array) -> Array:
-    """A leaf's numbers as a node that rearranges it has them."""
-    if index == leaf:
-        return weight
-    node = graph.nodes[index]
-    (operand,) = node.refs
-    return node.evaluate(*node.fill([_rearranged(graph, operand, leaf, weight)]))
+class Spread(NamedTuple):
+    """What is known of a value under Gaussian weights: bounds on it of known means.
+
+    Attributes:
+        lower: the mean of a bound from below.
+        upper: of one from above.
+        square: L^2 of either, each coordinate by itself.
+        leaves: the weights that they depend on.
+    """
+
+    lower: Array
+    upper: Array
+    square: Array
+    leaves: frozenset[int]
 
 
-def _terms(node: Node, graph: Graph, side: int) -> int:
-    """How many weights a coordinate of a product sums over; 0 of a convolution: it shares them."""
-    if node.op == "mul":
-        return 1
-    if node.op == "dot_general":
-        contracted = node.params["dimension_numbers"][0][side]
-        return math.prod(graph.nodes[node.refs[side]].shape[axis] for axis in contracted)
-    return 0
+def settled(box: Box) -> Spread:
+    """Of a value that lies in a box."""
+    return Spread(box.lower, box.upper, jnp.zeros_like(box.lower), frozenset())
 
 
-def _each(f: Callable[..., Array], rank: int, *values: Array) -> Array:
-    """Of values of this rank, or of each way's."""
-    axes = tuple(0 if v.ndim > rank else None for v in values)
-    return jax.vmap(f, axes)(*values) if any(axis == 0 for axis in axes) else f(*values)
+class Slack(NamedTuple):
+    """What computing with deviations gives way by, in the arithmetic of a plan.
+
+    Attributes:
+        plan: of the network.
+    """
+
+    plan: Plan
+
+    def up(self, value: Array, terms: int) -> Array:
+        """Sums of so many numbers that are not negative, rounded up."""
+        return self.plan.arithmetic.allow(value, lambda v, _: v * (1 + self._gamma(v, terms)))
+
+    def size(self, value: Array, sizes: Array, terms: int) -> Array:
+        """The magnitude of sums, from those of their terms."""
+        return self.plan.arithmetic.allow(
+            jnp.abs(value), lambda v, _: v + self._gamma(v, terms) * sizes
+        )
+
+    def less(self, value: Array, size: Array, terms: int) -> Array:
+        """Sums whose terms have magnitudes of this sum, rounded down."""
+        return self.plan.arithmetic.allow(value, lambda v, _: v - self._gamma(v, terms) * size)
+
+    def middle(self, box: Box) -> tuple[Array, Array]:
+        """The centre and the radius of a box, which hold it."""
+        center = box.center
+        return center, self.plan.arithmetic.allow(
+            box.radius, lambda r, _: r + self._gamma(r, 4) * (jnp.abs(center) + r)
+        )
+
+    def squares(self, value: Array, terms: int, *factors: Array) -> Array:
+        """Sums of products with squares, which may have underflowed."""
+        largest = sum((jnp.max(jnp.abs(f), initial=0.0) for f in factors), 1.0)
+        lost = 8 * (terms + 2) * float(jnp.finfo(value.dtype).tiny) * largest
+        return self.up(value, terms) + lost
+
+    def affine(self, index: int, mean: Box, boxes: Sequence[Box]) -> Box:
+        """Means of bounds on an affine node, wider by what it is off by."""
+        graph, node = self.plan.graph, self.plan.graph.nodes[index]
+
+        def charge(box: Box, precision: object) -> Box:
+            error = network_error(graph, node, [boxes[i] for i in node.refs], precision)
+            return box if error is None else widened(box, 0.0, 4 * error)
+
+        return self.plan.arithmetic.allow(mean, charge)
+
+    def product(self, index: int, mean: Box, boxes: Sequence[Box]) -> Box:
+        """Means of bounds on a layer, wider by what it is off by."""
+        graph = self.plan.graph
+        return self.plan.arithmetic.allow(
+            mean,
+            lambda box, precision: widened(box, 0.0, product_error(graph, index, boxes, precision)),
+        )
+
+    def charged(self, index: int, step: Step, boxes: Sequence[Box]) -> AnyStep:
+        """How rows pass a layer, what it is off by included."""
+        graph = self.plan.graph
+        return self.plan.arithmetic.allow(
+            step,
+            lambda step, precision: Charged(step, product_error(graph, index, boxes, precision)),
+        )
+
+    def _gamma(self, value: Array, terms: int) -> float:
+        unit = 0.5 * float(jnp.finfo(value.dtype).eps)
+        return gamma(2 * (terms + depth(self.plan.graph)) + 64, unit)
 
 
-def _least(region: Set, a: Array, variance: Array | None = None) -> Array:
-    """The mean of the least value of `(a + g) . x` over a set, g Gaussian of these variances."""
-    if isinstance(region, LpBall):
-        middle = dot(a, region.center)
-        if variance is None:
-            return middle - region.eps * dual_norm(a, region.p)
-        if region.p == 2:
-            return middle - region.eps * _root(jnp.sum(a**2) + jnp.sum(variance))
-        # The largest of n: at most the largest mean, and that of n centred ones.
-        most = jnp.sqrt(2 * jnp.log(2.0 * a.size)) * _root(jnp.max(variance))
-        return middle - region.eps * (dual_norm(a, region.p) + most)
-    size = jnp.abs(a) if variance is None else folded_mean(a, variance)
-    return dot(a, region.center) - dot(size, region.radius)
+def row_through(layer: Layer, box: Box, inner: bool, slack: Slack) -> Step:
+    """How rows pass a layer.
+
+    Args:
+        layer: the layer.
+        box: of the value that it acts on.
+        inner: whether the value is one inside the network, and no set.
+        slack: of the plan.
+    """
+    node, leaf, like = layer.node, layer.leaf, box.lower
+    center, radius = slack.middle(box)
+    terms, inputs = math.prod(node.shape), math.prod(like.shape)
+    largest = jnp.abs(center) + radius
+    own = jnp.square(leaf.scale)
+    spreads = layer(jnp.square(largest), own) if layer.once else None
+    shared = None if leaf.factors is None else jax.vmap(lambda u: layer(center, u))(leaf.factors)
+    sizes = None if shared is None else layer(jnp.abs(center), jnp.abs(leaf.factors).sum(0))
+
+    def square(a: Array) -> Array:
+        if spreads is not None:
+            found = dot(jnp.square(a), spreads)
+            return slack.squares(found, terms + inputs, jnp.square(a), spreads)
+        along, across = layer.to_weights(center, a), layer.to_weights(radius, jnp.abs(a))
+        slopes = slack.size(along, layer.to_weights(jnp.abs(center), jnp.abs(a)), terms) + across
+        size = leaf.loc.size
+        return slack.squares(jnp.sum(jnp.square(leaf.scale * slopes)), terms + size, slopes)
+
+    def through(a: Array) -> Passed:
+        mean = layer.to_value(leaf.loc, a, like)
+        variance = layer.to_value(own, jnp.square(a), like)
+        more = ()
+        if shared is not None:
+            moved = jax.vmap(lambda u: layer.to_value(u, a, like))(leaf.factors)
+            off = layer.to_value(jnp.abs(leaf.factors).sum(0), jnp.abs(a), like)
+            moved = slack.size(moved, off, terms)
+            variance = variance + jnp.square(moved).sum(0)
+            signed = jax.vmap(lambda s: dot(a, s))(shared)
+            rest = jax.vmap(lambda m: dot(m, radius))(moved)
+            rest = rest + slack.size(jnp.zeros_like(rest), dot(jnp.abs(a), sizes), 2 * terms)
+            more = (jnp.stack([signed, slack.up(rest, inputs)]),)
+        variance = slack.squares(variance, terms, own, jnp.square(a))
+        if inner:
+            lost = math.sqrt(2 / math.pi) * dot(root(variance), radius)
+            return Passed((mean, square(a), *more), 0.0, slack.up(lost, inputs))
+        return Passed((mean, variance, square(a), *more), 0.0)
+
+    operands = (layer.value, *(() if inner else (beside(layer.value),)), SPREAD)
+    return Step(through, len(node.shape), (*operands, *(() if shared is None else (SHARED,))))
 
 
-def _root(v: Array) -> Array:
+def forward_through(layer: Layer, box: Box, slack: Slack) -> tuple[Box, Array]:
+    """Means of bounds on a layer's value, and L^2.
+
+    A coordinate meets each of its weights once, in a convolution as well, so that the weights' own
+    deviations add up as squares.
+
+    Args:
+        layer: the layer.
+        box: of the value that it acts on.
+        slack: of the plan.
+    """
+    leaf = layer.leaf
+    center, radius = slack.middle(box)
+    terms = leaf.loc.size
+    size = slack.up(folded_mean(leaf.loc, leaf.variance), 64)
+    middle, reach = layer(center, leaf.loc), layer(radius, size)
+    largest = jnp.square(jnp.abs(center) + radius)
+    own = jnp.square(leaf.scale)
+    square = slack.squares(layer(largest, own), terms, largest, own)
+    if leaf.factors is not None:
+        moved = jax.vmap(lambda u: layer(center, u))(leaf.factors)
+        off = layer(jnp.abs(center), jnp.abs(leaf.factors).sum(0))
+        across = jax.vmap(lambda u: layer(radius, jnp.abs(u)))(leaf.factors)
+        square = square + jnp.square(slack.size(moved, off, terms) + across).sum(0)
+        square = slack.up(square, terms)
+    return Box(middle - reach, middle + reach), square
+
+
+def forward_affine(plan: Plan, index: int, operands: list[Spread], apart: bool) -> Spread:
+    """Of an affine node, before what it is off by.
+
+    Args:
+        plan: of the network.
+        index: of the node.
+        operands: what is known of those that are no constants.
+        apart: whether operands that depend on different weights are independent.
+    """
+    node = plan.graph.nodes[index]
+    mean = node.operation.interval(node, *(Box(s.lower, s.upper) for s in operands))
+    leaves = frozenset().union(*(s.leaves for s in operands))
+    disjoint = sum(len(s.leaves) for s in operands) == len(leaves)
+    sums = node.op in ("add", "add_any", "sub") and len(operands) == len(node.operands)
+    if sums and disjoint and apart:
+        square = sum((s.square for s in operands[1:]), operands[0].square)
+    else:
+        square = jnp.square(magnitude(node, *(root(s.square) for s in operands)))
+    square = Slack(plan).squares(square, math.prod(mean.lower.shape) + 8)
+    return Spread(mean.lower, mean.upper, jnp.broadcast_to(square, mean.lower.shape), leaves)
+
+
+def own_spread(index: int, leaf: Leaf, slack: Slack) -> Spread:
+    """Of weights themselves."""
+    variance = slack.squares(leaf.variance, 4)
+    return Spread(leaf.loc, leaf.loc, variance, frozenset({index}))
+
+
+def root(v: Array) -> Array:
     """The square root, with a derivative of 0 at 0; of what overflowed, infinite."""
     positive = v > 0
-    root = jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1.0)), 0.0)
-    return jnp.where(jnp.isnan(v), jnp.inf, root)
+    found = jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1.0)), 0.0)
+    return jnp.where(jnp.isnan(v), jnp.inf, found)

@@ -24,58 +24,88 @@ weights, and carries along what they deviate by.
    t sqrt(2/pi) exp(-a^2 / 2 t^2) + a erf(a / (t sqrt 2)).
 
 3. So the bound of a row is a function F of the weights whose mean is known. L^2 is the sum over the
-   layers of theirs, which hold weights of their own, and by Gaussian concentration
+   layers of theirs, which hold weights of their own. F is *concave*: a sum of linear functions of
+   the weights and of -|linear function| r. By Gaussian isoperimetry its deviations from its median
+   are those of one Gaussian number of deviation L, or less; and the median of a concave function
+   is no less than its mean (Kwapien). Hence
 
-       Prob( F <= E F - u )  <=  exp(-u^2 / (2 L^2))
+       Prob( F <= E F - u )  <=  Phi(-u / L)
 
 4. Intervals. Each of N hidden units that something acts on has such an F below and above. With
-   q = sqrt(2 log(2 N / delta)) all 2 N of them stay above E F - q L with probability 1 - delta;
-   call that event A. On A every hidden unit lies in its interval for all x of the set, layer by
-   layer: the F of one layer are bounds where the units of the layers before it lie in theirs. So is
-   the F of an output, and for margins y_j with E F_j > 0
+   Phi(-q) = delta / 2N all 2 N of them stay above E F - q L with probability 1 - delta; call that
+   event A. On A every hidden unit lies in its interval for all x of the set, layer by layer: the F
+   of one layer are bounds where the units of the layers before it lie in theirs. So is the F of an
+   output, and for margins y_j with E F_j > 0
 
-       Prob( y_j > 0 for all x of the set and all j )  >=  1 - delta - sum_j exp(-E_j^2 / (2 L_j^2))
+       Prob( y_j > 0 for all x of the set and all j )  >=  1 - delta - sum_j Phi(-E_j / L_j)
 
    The F are fixed functions of the weights, whether A holds or not; only that they bound needs it.
 
 Of each row several bounds are made, by other lines of the nonlinearities, and one is kept: which is
 decided by means and constants alone, so that it is no more random than they are.
 
+Forwards. A unit's own row meets each of its weights once, so that its mean and L^2 are products of
+centres and radii with E|W| and S^2: no row has to be pulled back. That is all there is to know of a
+first layer over a box, and a bound for any other.
+
+Factors. Where weights share standard normal numbers c_r, w = m + s xi + sum_r u_r c_r, their
+derivatives by c_r add up over all layers, with their signs where these are known, and L^2 gains the
+sum of their squares.
+
+Rounding. By `rounding="outward"` a row allows, at each node that it passes, for what the network
+and the row are off by there (`bnncert.bounds.rounding`), from the magnitudes of the values. That of
+a weight is at most |m| + k s, with Phi(-k) = d / 2P for P weights: it costs d, a thousandth of
+delta. Means are rounded down, constants up; tails are computed in float64.
+
 Sources: Zhang et al., NeurIPS 2018 (CROWN); Boucheron, Lugosi and Massart, "Concentration
-Inequalities", 2013, theorem 5.6 (Lipschitz functions of Gaussian vectors); Wicker et al., UAI 2020
-(the probability).
+Inequalities", 2013, section 10.4 (isoperimetry); Kwapien, "A remark on the median and the
+expectation of convex functions of Gaussian vectors", 1994; Wicker et al., UAI 2020 (the
+probability).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+from scipy.special import ndtr, ndtri
 
 from bnncert import prior as priors
 from bnncert.bounds.api import DEFAULT_BATCH_SIZE
-from bnncert.bounds.arithmetic import Real
-from bnncert.bounds.ops.boxes import drop_nan, intersect
+from bnncert.bounds.arithmetic import Arithmetic
 from bnncert.bounds.plan import Options, Plan, make_plan
-from bnncert.bounds.propagate import Domain, propagate
 from bnncert.bounds.rows import map_rows
 from bnncert.bounds.tracing import trace
 from bnncert.certify.formal.claims import Constraints
-from bnncert.certify.formal.layers import Margin, network_of, weights_of
+from bnncert.certify.formal.network import Margin, network_of
+from bnncert.certify.formal.weights import Leaf, weights_of
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Params
+
+
+class How(NamedTuple):
+    """How bounds linear in the weights are found.
+
+    Attributes:
+        method: "crown", "crown-ibp" or "ibp".
+        arithmetic: that they are to hold in.
+        delta: the probability that some hidden unit leaves its interval, in (0, 1).
+    """
+
+    method: str
+    arithmetic: Arithmetic
+    delta: float
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def linear_margins(
     apply: Apply,
-    delta: float,
+    how: How,
     params: Params,
-    scales: Mapping[str, Array],
+    leaves: Mapping[str, Leaf],
     x_set: Set,
     constraints: Constraints,
 ) -> Margin:
@@ -83,9 +113,9 @@ def linear_margins(
 
     Args:
         apply: `(params, x) -> outputs`.
-        delta: as for `safety`.
-        params: the means of the weights.
-        scales: of the random leaves, by name, their standard deviations.
+        how: the bounds are found.
+        params: gives the deterministic leaves, and all shapes.
+        leaves: the random ones, by name.
         x_set: the set of inputs; `jax.vmap` for a batch.
         constraints: the rows.
 
@@ -98,25 +128,25 @@ def linear_margins(
         return matrix @ jnp.ravel(apply(params, x)) + offset
 
     named = priors.named(params)
-    points = [Box(v, v) if name in scales else v for name, v in named.items()]
-    boxed = jax.tree.unflatten(jax.tree.structure(params), points)
-    graph = trace(rows, (boxed, x_set), {}, Real().tracking())
-    plan = make_plan(graph, Options(DEFAULT_BATCH_SIZE, Real()))
-    ordered = [scales[name] for name in named if name in scales]
-    found = margins(plan, ordered, delta)
+    widest = _far(sum(leaf.loc.size for leaf in leaves.values()), how.delta * _SHARE)
+    boxes = [_box(leaves[name], widest) if name in leaves else v for name, v in named.items()]
+    boxed = jax.tree.unflatten(jax.tree.structure(params), boxes)
+    graph = trace(rows, (boxed, x_set), {}, how.arithmetic.tracking())
+    plan = make_plan(graph, Options(DEFAULT_BATCH_SIZE, how.arithmetic))
+    ordered = [leaves[name] for name in named if name in leaves]
+    found = margins(plan, ordered, how)
     if graph.valid is None:
         return found
     return found._replace(mean=jnp.where(graph.valid, found.mean, -jnp.inf))
 
 
-def margins(plan: Plan, scales: Sequence[Array], delta: float) -> Margin:
+def margins(plan: Plan, leaves: Sequence[Leaf], how: How) -> Margin:
     """Bounds each coordinate of a function's one output from below.
 
     Args:
-        plan: of the network over `Box`es of one point, the means of its random leaves, and then
-            the set of inputs; in real arithmetic.
-        scales: the leaves' standard deviations, in their order.
-        delta: the probability that some hidden unit leaves its interval, in (0, 1).
+        plan: of the network over a `Box` for each of its random leaves, and then the set of inputs.
+        leaves: these, in their order.
+        how: the bounds are found.
 
     Returns:
         A `Margin` of the shape of the output.
@@ -125,42 +155,27 @@ def margins(plan: Plan, scales: Sequence[Array], delta: float) -> Margin:
         UnsupportedPrimitiveError: an operation on random values that has no rule; weights that are
             used twice.
 
-    Cost: a backward pass for each hidden unit, twice, and one for each output; for convolutions
-    each keeps an array of the size of its weights.
+    Cost: by "crown" a backward pass for each unit of each hidden layer after the first, twice, and
+    one for each output; for convolutions each keeps an array of the size of its weights. By
+    "crown-ibp" the last alone. By "ibp" three interval passes, and the outputs' last layer.
     """
-    network = network_of(plan, weights_of(plan.graph, scales))
-    units = sum(math.prod(plan.graph.nodes[i].shape) for i in network.hidden)
-    reach = math.sqrt(2 * math.log(2 * max(units, 1) / delta))
-
-    def settle(index: int, boxes: list[Box], steps: Any) -> tuple[Box, Any]:
-        if index in network.hidden:
-            steps = network.further(boxes, steps)
-            box = drop_nan(network.interval(index, boxes, steps, reach))
-            boxes = [*boxes[:index], intersect(boxes[index], box)]
-        return boxes[index], steps
-
-    boxes, steps = propagate(plan.graph, Domain(network.start, network.apply, settle, {}))
-    steps = network.further(boxes, steps)
+    network = network_of(plan, weights_of(plan.graph, leaves), how.method)
+    reach = _far(network.units(), how.delta * (1 - _SHARE))
+    boxes, passage = network.bounds(reach)
     (output,) = plan.outputs
     node = plan.graph.nodes[output]
 
     def one(row: Array) -> Margin:
-        return network.best(output, boxes, steps, row, _ratio)
+        return network.best(output, boxes, passage, row, _ratio)
 
     found = map_rows(one, node, plan.batch_size)
     return jax.tree.map(lambda v: v.reshape(node.shape), found)
 
 
-def _ratio(found: Margin) -> Array:
-    """How many Lipschitz constants a mean lies above 0."""
-    tiny = float(jnp.finfo(found.mean.dtype).tiny)
-    return found.mean / jnp.maximum(found.lipschitz, tiny)
-
-
 def mass(margin: Margin, delta: float) -> float:
     """Bounds the probability that all margins are positive from below, in float64.
 
-        1 - delta - sum_j exp(-E_j^2 / (2 L_j^2)),     the summand of a row with E_j <= 0 being 1
+        1 - delta - sum_j Phi(-E_j / L_j),     the summand of a row with E_j <= 0 being 1
 
     Args:
         margin: of the rows.
@@ -170,15 +185,37 @@ def mass(margin: Margin, delta: float) -> float:
         A number in [0, 1], rounded down.
 
     Example:
-        >>> f"{mass(Margin(jnp.array([5.0, 8.0]), jnp.ones(2)), 1e-6):.6f}"
-        '0.999995'
+        >>> f"{mass(Margin(jnp.array([5.0, 8.0]), jnp.ones(2)), 1e-6):.7f}"
+        '0.9999987'
     """
     mean, spread = (np.asarray(v, np.float64).reshape(-1) for v in margin)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        tails = np.where(mean > 0, np.exp(-0.5 * np.square(mean / spread)), 1.0)
-    lost = float(np.where(np.isnan(tails), 1.0, tails).sum())
+        known = (mean > 0) & (spread < np.inf)
+        lost = float(np.where(known, ndtr(-mean / spread), 1.0).sum())
     return max(0.0, 1.0 - (delta + lost) * (1 + _ROUNDED) - _ROUNDED)
 
 
-_ROUNDED = 1e-12
-"""More than sums and exponentials in float64 are off by."""
+def _far(numbers: int, probability: float) -> float:
+    """How far so many Gaussian numbers reach to either side, but for a probability."""
+    return float(-ndtri(probability / (2 * max(numbers, 1)))) * (1 + _ROUNDED)
+
+
+def _box(leaf: Leaf, widest: float) -> Box:
+    """Where weights lie, each of them rounded to their format."""
+    unit = 4 * float(jnp.finfo(leaf.loc.dtype).eps)
+    reach = widest * jnp.sqrt(leaf.variance)
+    reach = reach + unit * (jnp.abs(leaf.loc) + reach) + float(jnp.finfo(leaf.loc.dtype).tiny)
+    return Box(leaf.loc - reach, leaf.loc + reach)
+
+
+def _ratio(found: Margin) -> Array:
+    """How many Lipschitz constants a mean lies above 0."""
+    tiny = float(jnp.finfo(found.mean.dtype).tiny)
+    return found.mean / jnp.maximum(found.lipschitz, tiny)
+
+
+_SHARE = 1e-3
+"""What of delta is spent on weights, and not on hidden units."""
+
+_ROUNDED = 1e-9
+"""More than sums and tails in float64 are off by, relatively."""

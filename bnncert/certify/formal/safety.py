@@ -34,7 +34,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from bnncert import prior as priors
-from bnncert.bounds.arithmetic import Real, Rounding
+from bnncert.bounds.arithmetic import Rounding, arithmetic_of
 from bnncert.bounds.methods import Method
 from bnncert.certify.exact.decision import arithmetic_name
 from bnncert.certify.formal import linear
@@ -47,6 +47,7 @@ from bnncert.certify.formal.claims import (
     attacked,
     claim_at,
 )
+from bnncert.certify.formal.weights import leaves_of
 from bnncert.certify.inputs import check_region
 from bnncert.posterior import MeanField
 from bnncert.posterior.leaves import check_structure, flatten, unflatten
@@ -230,17 +231,11 @@ def _by_linear_bounds(
     key: Key, task: Task, data: Data, gaussian: Gaussian, posterior: MeanField, delta: float
 ) -> Safety:
     """Of all rows over the set, and of the row that an attack on the mean network breaks."""
-    if task.rounding not in ("nearest", Real()):
-        raise ValueError(
-            f"rounding = {task.rounding!r}: bounds linear in the weights hold in real arithmetic. "
-            'Give rounding="nearest", or bound boxes of weights: method="crown-ibp".'
-        )
     if not 0 < delta < 1:
         raise ValueError(f"delta = {delta}: give a probability in (0, 1), e.g. 1e-4.")
-    scales = priors.named(posterior.scale)
-    spread = {name: jnp.asarray(scales[name]) for name in task.names}
+    how = linear.How("crown", arithmetic_of(task.rounding), delta)
+    bounded = partial(linear.linear_margins, task.apply, how, data.params, leaves_of(posterior))
     # 1. The set is safe.
-    bounded = partial(linear.linear_margins, task.apply, delta, data.params, spread)
     everywhere = bounded(data.x_set, data.constraints)
     # 2. One row is violated at one point.
     x, row, least = attacked(key, task, data, gaussian.loc)
@@ -254,7 +249,15 @@ def _by_linear_bounds(
     dtype = gaussian.loc.dtype
     inputs = np.asarray(x)[None] if found else np.zeros((0, *np.shape(x)), dtype)
     rows = np.array([int(row)] if found else [], int)
-    return Safety(linear.mass(everywhere, delta), upper, none, none, inputs, rows, "real")
+    return Safety(
+        linear.mass(everywhere, delta),
+        upper,
+        none,
+        none,
+        inputs,
+        rows,
+        arithmetic_name(task.rounding, dtype, task.apply, posterior.loc, x),
+    )
 
 
 def _weight_boxes(
