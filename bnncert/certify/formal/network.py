@@ -261,7 +261,7 @@ class Network(NamedTuple):
                 variance = coefficients.get(beside(i))
                 given = (a,) if variance is None else (a, variance)
                 mean = mean + _each(least, rank, *given)
-        if jnp.ndim(shared):
+        if jnp.ndim(shared) > 1:  # of correlated weights, where a row has met any
             signed, sizes = jnp.moveaxis(shared, -2, 0)
             total = jnp.sum(jnp.square(jnp.abs(signed) + sizes), -1)
             square = square + slack.up(total, signed.shape[-1])
