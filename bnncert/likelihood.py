@@ -39,6 +39,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
+from bnncert import gaussian
 from bnncert.bounds import bound
 from bnncert.bounds.margins import margin_bounds
 from bnncert.bounds.methods import Method
@@ -84,6 +85,35 @@ class Composed:
     def __call__(self, key: Key, params: Params, x: Array, y: Array, threat: Threat) -> Array:
         """Returns the log-likelihood of one datum, in nats; arguments as a `LogLikelihood`'s."""
         return self.log_prob(self.outputs(key, params, x, y, threat), y, threat)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfPosterior:
+    """A log-likelihood of a whole posterior, which no weights are drawn for.
+
+        log p(y | x, q),    in the place of E_q[ log p(y | x, w) ]
+
+    It is called as a `LogLikelihood` is, with the posterior where that takes one network's params;
+    `bnncert.infer.elbo` hands it the posterior, and so do the methods that climb the ELBO.
+
+    Attributes:
+        log_prob: `(posterior, x, y, threat) -> nats`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from bnncert.posterior import MeanField
+        >>> at_mean = OfPosterior(lambda q, x, y, threat: -((q.loc * x - y) ** 2).sum())
+        >>> one = jnp.ones(1)
+        >>> at_mean(jax.random.key(0), MeanField(3 * one, one), one, one, Threat(0.0)).item()
+        -4.0
+    """
+
+    log_prob: Callable[[Any, Array, Array, Threat], Array]
+
+    def __call__(self, key: Key, params: Any, x: Array, y: Array, threat: Threat) -> Array:
+        """Returns the log-likelihood of one datum, in nats; `params` is the posterior."""
+        del key
+        return self.log_prob(params, x, y, threat)
 
 
 Attack = Callable[[Key, Apply, Params, Array, Array, Array], Any]
@@ -326,6 +356,81 @@ def attacked_categorical(apply: Apply, attack: Attack, *, outputs: str = "logits
         return _mixture(each[0], each[1:], threat)
 
     return Composed(read, log_prob)
+
+
+def quantile_categorical(
+    apply: Apply,
+    *,
+    depth: float = 3.0,
+    method: str = "ibp",
+    clip: tuple[float, float] | None = None,
+    delta: float = 1e-3,
+) -> OfPosterior:
+    """Makes the robust log-likelihood of a Gaussian posterior itself, which nothing is drawn for.
+
+        log M_power( p(0), p(eps_1), ..., p(eps_K) ),    p(eps) = 1 / (1 + sum_{j != y} exp -m_j)
+
+    with m_j = E_j - depth L_j, which the margin f_y - f_j lies above over the whole ball for a share
+    Phi(depth) of the posterior, or more, but for delta (`bnncert.gaussian.margins`). So all
+    margins are positive for a share of at least 1 - delta - (C - 1) Phi(-depth) where all m_j are.
+    p(0) is of the ball of radius 0: the input.
+
+    What is trained by it is certified as a whole (`bnncert.certify.safety`), without the noise of
+    draws. It is no expected log-likelihood: what follows is a generalised posterior.
+
+    Args:
+        apply: `(params, x) -> logits (C,)` for one example, C >= 2.
+        depth: how many Lipschitz constants below its mean a margin is taken at, >= 0.
+        method: as for `bnncert.gaussian.margins`: "ibp" costs some 4 evaluations of the network.
+        clip: `(low, high)`: the adversary stays in this range of values.
+        delta: as for `bnncert.gaussian.margins`.
+
+    Returns:
+        An `OfPosterior` of a `bnncert.posterior.MeanField`, `LowRank` or `Gaussian`, with
+        `threat.eps` of shape () or (K,); for `bnncert.infer.bbb`, `low_rank` and `elbo`.
+
+    Raises:
+        ValueError: a negative depth; when called: other outputs, or as `bnncert.gaussian.margins`.
+        TypeError: when called with another posterior.
+
+    Cost: 1 + K times `bnncert.gaussian.margins`.
+
+    Source: Wicker et al., AISTATS 2021, section 4 (the mixture), with a bound of the posterior in
+    the place of one of a draw.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from bnncert.posterior import MeanField
+        >>> loglik = quantile_categorical(lambda w, x: w @ x)
+        >>> x, y, threat = jnp.array([1.0, 0.0]), jnp.array(0), Threat(0.1, lam=0.0)
+        >>> for scale in (1e-6, 0.1):                        # the margin is 0.8 at the mean
+        ...     q = MeanField(jnp.eye(2), jnp.full((2, 2), scale))
+        ...     print(f"{loglik(jax.random.key(0), q, x, y, threat):.4f}")
+        -0.3711
+        -0.5411
+    """
+    if not depth >= 0:
+        raise ValueError(f"depth = {depth}: give a number that is not negative, e.g. 3.")
+    watched(apply, "logits")
+
+    def log_prob(q: Any, x: Array, y: Array, threat: Threat) -> Array:
+        (classes,) = jax.eval_shape(apply, q.loc, x).shape
+        unit = jnp.eye(classes, dtype=jnp.result_type(x))
+        rows = unit[y] - unit, jnp.zeros(classes, unit.dtype)
+
+        def at(region: Set) -> Array:
+            found = gaussian.margins(
+                apply, q, region, *rows, method=method, rounding="nearest", delta=delta
+            )
+            low = found.mean - depth * found.lipschitz
+            return -jax.nn.logsumexp(jnp.where(jnp.arange(classes) == y, 0.0, -low))
+
+        def worst(eps: Array) -> Array:
+            return at(ball(x, jax.lax.stop_gradient(eps), clip=clip))
+
+        return _mixture(at(Box(x, x)), _per_radius(worst, threat), threat)
+
+    return OfPosterior(log_prob)
 
 
 def robust_gaussian(

@@ -99,6 +99,43 @@ def normal(
     return prior
 
 
+def fitted(prior: Prior, mean: Params, deviation: Params) -> Prior:
+    """Fits the scale of each random leaf to a posterior: N(0, sigma^2) with the least KL to it.
+
+        sigma^2 = mean over the leaf of loc^2 + scale^2,
+        KL = sum over the leaf of log(sigma / scale)    for a factorised Gaussian
+
+    Empirical Bayes, layer by layer: no scale is given beforehand, and weights of any size have the
+    KL that their relative deviations say. The evidence bound holds for the prior that is found, and
+    is optimistic by what choosing one number a leaf costs.
+
+    Args:
+        prior: says which leaves are random.
+        mean: the posterior's, params.
+        deviation: its standard deviations, None for leaves that are deterministic.
+
+    Returns:
+        A prior of that structure; no derivative passes it (at the least KL there is none).
+
+    Source: MacKay, "A Practical Bayesian Framework for Backpropagation Networks", 1992, section 3;
+    the closed form is the maximum of the ELBO over sigma.
+
+    Example:
+        >>> p = fitted(normal(jnp.zeros(2)), jnp.array([3.0, 4.0]), jnp.zeros(2))
+        >>> p.variance.tolist()                               # (9 + 16) / 2
+        [12.5, 12.5]
+    """
+    locs, scales = named(mean), named(deviation)
+
+    def leaf(name: str) -> dist.Distribution:
+        loc = jnp.asarray(locs[name])
+        square = jnp.mean(jnp.square(loc) + jnp.square(scales[name]))
+        scale = jnp.sqrt(jax.lax.stop_gradient(square))
+        return dist.Normal(jnp.zeros_like(loc), scale).to_event(loc.ndim)
+
+    return unflatten(prior, {n: leaf(n) if d is not None else None for n, d in named(prior).items()})
+
+
 def named(tree: Any) -> dict[str, Any]:
     """Lists the leaves of a prior, or of params, by name ("dense/kernel"); None counts as a leaf.
 

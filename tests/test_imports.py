@@ -29,8 +29,10 @@ ORDER = """
     bounds.methods.steps bounds.methods.ibp bounds.methods.forward
     bounds.methods.crown bounds.methods.alpha_crown bounds.methods
     bounds.api bounds.margins bounds.mean bounds.own bounds outputs testing
-    likelihood prior posterior.leaves posterior.mean_field posterior.samples posterior.low_rank
+    prior posterior.leaves posterior.mean_field posterior.samples posterior.low_rank
     posterior.gaussian posterior.mixture posterior.summary posterior
+    gaussian.folded gaussian.tails gaussian.weights gaussian.layers gaussian.network
+    gaussian.margins gaussian likelihood
     infer._minibatch infer.map infer._elbo infer._variational infer.bbb
     infer.low_rank infer.guide infer.svi infer._natural_gradient infer.vogn infer.noisy_adam
     infer.ivon infer.swag infer.diagnostics infer._potential infer._progress infer.mcmc infer.hmc
@@ -41,7 +43,7 @@ ORDER = """
     certify.exact certify.exact.softmax certify.exact.decision certify.exact.joint
     certify.exact.cascade certify.exact.uncertainty
     certify.formal certify.formal.mass certify.formal.boxes certify.formal.claims
-    certify.formal.rectified certify.formal.layers certify.formal.linear certify.formal.safety
+    certify.formal.safety certify.formal.rectified
     certify.formal.moments certify.formal.expectation
     certify.sampled certify.sampled.inequalities certify.sampled.draws certify.sampled.decision
     certify.sampled.safety

@@ -20,14 +20,16 @@ Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014, section 2.3 (m
 draws); with the robust likelihood, Wicker et al., AISTATS 2021, section 5.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
 
 from bnncert import prior as priors
 from bnncert.infer._minibatch import log_likelihoods
+from bnncert.likelihood import OfPosterior
 from bnncert.types import Batch, Key, LogLikelihood, Params, Posterior, Prepare, Prior, Threat
 
 
@@ -68,7 +70,7 @@ def elbo(
     log_likelihood: LogLikelihood,
     prior: Prior,
     key: Key,
-    q: Posterior,
+    q: Any,
     batch: Batch,
     threat: Threat,
     *,
@@ -77,6 +79,7 @@ def elbo(
     num_particles: int = 1,
     draw: Callable[[Key, Posterior], Params] = one_draw,
     prepare: Prepare | None = None,
+    fit_prior: bool = False,
 ) -> ELBO:
     """Estimates the evidence lower bound of a posterior from a minibatch.
 
@@ -86,7 +89,8 @@ def elbo(
     It is pure: differentiate it by q, whose leaves are its parameters.
 
     Args:
-        log_likelihood: of one datum, in nats, e.g. `bnncert.likelihood.robust_categorical(apply)`.
+        log_likelihood: of one datum, in nats, e.g. `bnncert.likelihood.robust_categorical(apply)`;
+            or one of the posterior, `bnncert.likelihood.OfPosterior`, for which nothing is drawn.
         prior: pytree of NumPyro distributions, None for leaves that are deterministic.
         key: a PRNG key: of the draws, and of a likelihood that uses one.
         q: a posterior with a closed `kl` and differentiable draws: those of `bnncert.posterior` but
@@ -97,7 +101,9 @@ def elbo(
         kl_weight: of KL(q || p), >= 0; 1 is the ELBO.
         num_particles: M >= 1, draws of the weights; they are vmapped.
         draw: `(key, q) -> params`, how q is drawn from.
-        prepare: `(params, x_batch) -> params`, applied to each draw: e.g. batch-norm statistics.
+        prepare: `(params, x_batch) -> params`, applied to each draw: e.g. batch-norm statistics;
+            of a posterior, to its means.
+        fit_prior: fit the prior's scale to q, leaf by leaf (`bnncert.prior.fitted`).
 
     Returns:
         An `ELBO`, to be maximised.
@@ -123,6 +129,12 @@ def elbo(
         (0.0, True)
     """
 
+    def at_posterior(key: Key) -> Array:
+        loc = q.loc if prepare is None else prepare(q.loc, batch.x)
+        prepared = dataclasses.replace(q, loc=loc)
+        terms = log_likelihoods(log_likelihood, None, key, prepared, batch, threat)
+        return num_data / batch.mask.sum() * terms.sum()
+
     def at_one_draw(key: Key) -> Array:
         likelihood_key, draw_key = jax.random.split(key)
         # The likelihood's key comes after those of the weights, which are q's to draw.
@@ -130,11 +142,13 @@ def elbo(
         terms = log_likelihoods(log_likelihood, prepare, last, draw(draw_key, q), batch, threat)
         return num_data / batch.mask.sum() * terms.sum()
 
-    if num_particles == 1:
+    if isinstance(log_likelihood, OfPosterior):
+        expected = at_posterior(key)
+    elif num_particles == 1:
         expected = at_one_draw(key)
     else:
         expected = jax.vmap(at_one_draw)(jax.random.split(key, num_particles)).mean()
-    kl = q.kl(prior)
+    kl = q.kl(priors.fitted(prior, *q.moments()) if fit_prior else prior)
     return ELBO(expected - kl_weight * kl, expected, kl)
 
 

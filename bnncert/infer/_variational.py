@@ -115,6 +115,7 @@ def build(
     initial_scale: float,
     num_particles: int,
     prepare: Prepare | None,
+    fit_prior: bool = False,
 ) -> Algorithm:
     """Makes ascent on the ELBO as an `Algorithm`; `bbb`, `low_rank` and `svi` call it.
 
@@ -128,6 +129,7 @@ def build(
         initial_scale: sd of q at the start, relative to the root mean square of each leaf.
         num_particles: draws of the weights for each update.
         prepare: `(params, x_batch) -> params`, applied to each draw, or None.
+        fit_prior: as for `bnncert.infer.elbo`.
 
     Returns:
         `Algorithm(init, update, posterior)`.
@@ -148,6 +150,7 @@ def build(
         num_particles=num_particles,
         draw=family.draw,
         prepare=prepare,
+        fit_prior=fit_prior,
     )
 
     def init(key: Key, params: Params) -> VIState:

@@ -110,6 +110,7 @@ def build(
     initial_scale: float = 0.1,
     num_particles: int = 1,
     prepare: Prepare | None = None,
+    fit_prior: bool = False,
 ) -> Algorithm:
     """Makes Bayes by Backprop as an `Algorithm`.
 
@@ -117,7 +118,8 @@ def build(
         maximise   E_q[ log p(D | w) ] - kl_weight KL(q || p)
 
     Args:
-        log_likelihood: of one datum, e.g. `bnncert.likelihood.robust_categorical(apply)`.
+        log_likelihood: of one datum, e.g. `bnncert.likelihood.robust_categorical(apply)`; or of
+            the posterior, e.g. `bnncert.likelihood.quantile_categorical(apply)`, without draws.
         prior: pytree of NumPyro distributions with the params' structure, None for leaves that are
             deterministic: these are trained by the likelihood alone. NumPyro must know the KL to it
             from a normal (in practice: it is normal).
@@ -128,6 +130,8 @@ def build(
             leaf (of the smallest of the others, for leaves that start at zero).
         num_particles: draws of the weights for each update; they are vmapped.
         prepare: `(params, x_batch) -> params`, applied to each draw: e.g. batch-norm statistics.
+        fit_prior: fit the prior's scale to the posterior at each step, leaf by leaf
+            (`bnncert.prior.fitted`).
 
     Returns:
         `Algorithm(init, update, posterior)`; the posterior is a `bnncert.posterior.MeanField`.
@@ -161,4 +165,5 @@ def build(
         initial_scale=initial_scale,
         num_particles=num_particles,
         prepare=prepare,
+        fit_prior=fit_prior,
     )

@@ -105,10 +105,12 @@ def test_proofs_of_one_network_take_it_too():
     ):
         assert bool(proves(None)(SAMPLES[0])) and not bool(proves(2.0**-4)(SAMPLES[0]))
     rows = bc.certify.class_stays(label, 3)
-    found = bc.certify.safety(
-        KEY, network, POSTERIOR, REGION, rows, num_boxes=1, rounding=bc.Float(2.0**-13)
-    )
-    assert found.arithmetic == "unit roundoff 0.00012207"
+    for method in ("linear", "crown-ibp"):
+        found = bc.certify.safety(
+            KEY, network, POSTERIOR, REGION, rows, method=method, num_boxes=1,
+            rounding=bc.Float(2.0**-13),
+        )  # fmt: skip
+        assert found.arithmetic == "unit roundoff 0.00012207"
 
 
 @pytest.mark.parametrize("bad", (0.0, 0.5, -1.0))

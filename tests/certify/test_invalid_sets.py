@@ -292,6 +292,12 @@ OF_SETS = {
     "statistical": lambda s: certify.statistical(KEY, mlp, POSTERIOR, s, num_samples=2),
     "cascade": lambda s: certify.cascade(mlp, SAMPLES, batched(s), methods=("ibp",)),
     "safety": lambda s: certify.safety(KEY, mlp, POSTERIOR, s, certify.class_stays(0, CLASSES)),
+    "safety by boxes": lambda s: certify.safety(
+        KEY, mlp, POSTERIOR, s, certify.class_stays(0, CLASSES), method="ibp"
+    ),
+    "gaussian margins": lambda s: bc.gaussian.margins(
+        mlp, POSTERIOR, s, *certify.class_stays(0, CLASSES)
+    ),
     "sampled_safety": lambda s: certify.sampled_safety(
         KEY, POSTERIOR, num_samples=2, proved=certify.proves_class(mlp, s, 0)
     ),

@@ -12,7 +12,8 @@ import pytest
 from scipy.special import ndtr
 
 import bnncert as bc
-from bnncert.certify import Constraints, class_stays, outputs_within, safety
+from bnncert import certify
+from bnncert.certify import Constraints, class_stays, outputs_within
 from bnncert.certify.formal import boxes, mass
 from bnncert.posterior import LowRank, MeanField
 from bnncert.sets import Box, LpBall
@@ -20,6 +21,11 @@ from bnncert.sets import Box, LpBall
 KEY = jax.random.key(0)
 T = Box(jnp.array([0.5]), jnp.array([1.0]))
 ROWS = Constraints(np.array([[-1.0]]), np.array([2.0]))
+
+
+def safety(*args, method="crown-ibp", **options):
+    """By boxes of weights, where nothing else is said."""
+    return certify.safety(*args, method=method, **options)
 
 
 def line(params, x):
@@ -197,7 +203,7 @@ def test_the_old_faults_are_found(monkeypatch):
         return [*found, largest]
 
     for fault in (twice, again):
-        monkeypatch.setattr(sys.modules[safety.__module__], "search", fault)
+        monkeypatch.setattr(sys.modules[certify.safety.__module__], "search", fault)
         found = safety(KEY, unit, Q, T, ROWS, num_boxes=8)
         with pytest.raises(AssertionError):
             check(unit, Q, T, ROWS, found)
@@ -228,6 +234,14 @@ def test_what_is_refused():
     low_rank = LowRank(q.loc, q.scale, {"w": jnp.ones((1, 1))})
     with pytest.raises(TypeError, match="MeanField"):
         safety(KEY, line, low_rank, T, rows)
+    stacked: Any = bc.Samples(q.sample(KEY, 2))
+    for method in ("linear", "ibp"):
+        with pytest.raises(TypeError, match="is a Samples"):
+            safety(KEY, line, stacked, T, rows, method=method)
+    with pytest.raises(ValueError, match="method is empty"):
+        safety(KEY, line, q, T, rows, method=())
+    with pytest.raises(ValueError, match="'linnear'"):
+        safety(KEY, line, q, T, rows, method=("linear", "linnear"))
     with pytest.raises(ValueError, match="no leaf"):
         safety(KEY, line, MeanField(q.loc, {"w": None}), T, rows)
     with pytest.raises(ValueError, match="scale positive"):
@@ -244,3 +258,21 @@ def test_what_is_refused():
         safety(KEY, line, q, not_a_set, rows)
     with pytest.raises(ValueError, match="label = 3"):
         class_stays(3, 3)
+
+
+def test_several_methods_give_the_best_of_their_bounds():
+    q, rows = gaussian(0.4, w=[0.3]), outputs_within(-1.0, 1.0)
+    both = safety(KEY, line, q, T, rows, method=("linear", bc.IBP()), num_boxes=6)
+    linear = safety(KEY, line, q, T, rows, method="linear")
+    boxes_ = safety(KEY, line, q, T, rows, method="ibp", num_boxes=6)
+    assert both.lower == max(linear.lower, boxes_.lower)
+    assert both.upper == min(linear.upper, boxes_.upper)
+    assert len(both.safe.masses) == len(boxes_.safe.masses) > 0
+    assert both.lower <= truth_of_line(0.3, 0.4) <= both.upper
+
+
+def test_by_default_no_box_is_looked_for():
+    q, rows = gaussian(0.1, w=[0.3]), outputs_within(-1.0, 1.0)
+    found = certify.safety(KEY, line, q, T, rows)
+    assert len(found.safe.masses) == 0 and found.arithmetic == "float32"
+    assert 0.99 < found.lower <= truth_of_line(0.3, 0.1)

@@ -15,7 +15,6 @@ have given way by it.
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtr
 from jaxtyping import Array, Float
@@ -94,23 +93,3 @@ def _divisor(s: Array) -> Array:
 
 def _unit(value: Array) -> float:
     return 32.0 * float(jnp.finfo(value.dtype).eps)
-
-
-def folded_mean(mean: Array, variance: Array) -> Array:
-    """The mean of |z|, z ~ N(mean, variance): t sqrt(2/pi) exp(-m^2 / 2 t^2) + m erf(m / t sqrt 2).
-
-    Args:
-        mean: any shape.
-        variance: likewise; where it is 0, |mean|, and where it overflowed to NaN, infinite.
-
-    Example:
-        >>> f"{float(folded_mean(jnp.array(0.0), jnp.array(1.0))):.4f}"
-        '0.7979'
-    """
-    random = variance > 0
-    deviation = jnp.sqrt(jnp.where(random, variance, 1.0))
-    ratio = mean / deviation
-    found = deviation * math.sqrt(2 / math.pi) * jnp.exp(-0.5 * ratio**2)
-    found = found + mean * jax.lax.erf(ratio / math.sqrt(2))
-    found = jnp.where(random, found, jnp.abs(mean))
-    return jnp.where(jnp.isnan(variance), jnp.inf, found)

@@ -2,8 +2,14 @@
 
     P_safe(T, S) = Prob_{w ~ q}( f(w, x) in S for all x in T ),    S = { y : C y + d > 0 }
 
-for a factorised Gaussian q and linear constraints, one a row. This is the *formal* tier: no draw of
-weights stands for q. With disjoint boxes of weights (`bnncert.certify.formal.boxes`),
+for a Gaussian q and linear constraints, one a row. This is the *formal* tier: no draw of weights
+stands for q. Bounds linear in the weights (`bnncert.gaussian.margins`) have a mean E_j and a
+Lipschitz constant L_j for each row,
+
+    lower   1 - delta - sum of Phi(-E_j / L_j)
+    upper   1 - the same for the opposite of one row at one point x* of T, found by an attack
+
+With disjoint boxes of weights (`bnncert.certify.formal.boxes`), of a factorised q,
 
     lower   sum of M(B)       over boxes B with  min over B x T of C f + d  > 0       in every row
     upper   1 - sum of M(B)   over boxes B with  max over B of (C f(w, x*) + d)_k < 0
@@ -24,6 +30,7 @@ Source: Wicker et al., "Probabilistic safety for Bayesian neural networks", UAI 
 AISTATS 2024.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,10 +41,9 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from bnncert import prior as priors
-from bnncert.bounds.arithmetic import Rounding, arithmetic_of
-from bnncert.bounds.methods import Method
+from bnncert.bounds.arithmetic import Rounding
+from bnncert.bounds.methods import Method, method_of
 from bnncert.certify.exact.decision import arithmetic_name
-from bnncert.certify.formal import linear
 from bnncert.certify.formal import mass as masses
 from bnncert.certify.formal.boxes import Claim, Gaussian, Proof, search
 from bnncert.certify.formal.claims import (
@@ -47,8 +53,9 @@ from bnncert.certify.formal.claims import (
     attacked,
     claim_at,
 )
-from bnncert.certify.formal.weights import leaves_of
 from bnncert.certify.inputs import check_region
+from bnncert.gaussian import margins
+from bnncert.gaussian.weights import leaves_of
 from bnncert.posterior import MeanField
 from bnncert.posterior.leaves import check_structure, flatten, unflatten
 from bnncert.sets import Box, Set
@@ -92,7 +99,8 @@ class Safety(NamedTuple):
         >>> q = MeanField({"w": jnp.zeros(1)}, {"w": jnp.ones(1)})
         >>> key, point = jax.random.key(0), Box(jnp.ones(1), jnp.ones(1))
         >>> apply = lambda params, x: params["w"] * x
-        >>> found = safety(key, apply, q, point, outputs_within(-1.0, 1.0), num_boxes=1)
+        >>> within = outputs_within(-1.0, 1.0)
+        >>> found = safety(key, apply, q, point, within, method="ibp", num_boxes=1)
         >>> 0.6 < found.lower < 0.6827 < found.upper, found.arithmetic
         (True, 'float32')
     """
@@ -113,90 +121,116 @@ def safety(
     x_set: Set,
     constraints: Constraints,
     *,
-    method: str | Method = "crown-ibp",
+    method: str | Method | Sequence[str | Method] = "linear",
     rounding: Rounding = "outward",
+    delta: float = 1e-3,
     num_boxes: int = 16,
     rounds: int = 3,
     steps: int = 12,
-    delta: float = 1e-4,
 ) -> Safety:
-    """Certifies lower and upper bounds on P_safe under a factorised Gaussian posterior.
+    """Certifies lower and upper bounds on P_safe under a Gaussian posterior.
 
-    By boxes of weights,
+    By bounds on the rows that are linear in the weights (`bnncert.gaussian.margins`), of means E_j
+    and Lipschitz constants L_j, which hold with probability 1 - delta together,
+
+        P_safe >= 1 - delta - sum_j Phi(-E_j / L_j)
+
+    and by boxes of weights
 
         P_safe >= sum of M(B) over boxes B with min over B x T of C f + d > 0 in every row
         P_safe <= 1 - sum of M(B) over boxes B with max over B of (C f(w, x*) + d)_k < 0
 
-    and with `method="linear"` by bounds on the rows that are linear in the weights, of means E_j
-    and Lipschitz constants L_j, which hold with probability 1 - delta together,
-
-        P_safe >= 1 - delta - sum_j exp(-E_j^2 / (2 L_j^2))
-
-    Boxes hold any function and answer for few weights; the others answer for many.
+    The first answer for any number of weights, boxes for few, and for any function of them.
 
     Call it outside `jit`: masses are summed on the host. What it compiles is kept for the same
-    `apply` and shapes, so define `apply` once.
+    `apply` and shapes, so define `apply` once. For many sets, `bnncert.gaussian.margins` is jitted
+    and mapped.
 
     Args:
         key: a PRNG key: where boxes start and how the attack does; the bounds hold for any.
         apply: `(params, x) -> outputs` for one example; outputs are compared as one flat vector.
-        posterior: a `MeanField`; leaves whose scale is None are fixed at `loc`.
+        posterior: a `MeanField`, or, by "linear", a `LowRank` or `Gaussian`; leaves that are not
+            random are fixed at `loc`.
         x_set: the set T, a `Box` or an `LpBall` of inputs for one example.
         constraints: the set S of safe outputs: `class_stays`, `outputs_within`, or `Constraints`;
             its numbers are rounded to the weights' dtype first.
-        method: "linear": bounds linear in the weights, and no boxes; else of the bounds over
-            boxes, as for `bnncert.bound`.
-        rounding: as for `bnncert.bound`; "nearest" alone by "linear".
+        method: "linear", bounds linear in the weights; else of the bounds over boxes, as for
+            `bnncert.bound`; or several, whose best bounds are given.
+        rounding: as for `bnncert.bound`.
+        delta: by "linear", the probability that some hidden unit leaves the interval that it is
+            relaxed on, in (0, 1); what is proved is at most 1 - delta.
         num_boxes: parts of the space of weights that are examined, >= 1; with the same key, more
             never leave a wider gap between the bounds.
         rounds: of growing a box, with sides by the bound's derivatives after the first, >= 1.
         steps: of the bisection in each round, >= 1.
-        delta: by "linear", the probability that some hidden unit leaves the interval that it is
-            relaxed on, in (0, 1); what is proved is at most 1 - delta.
 
     Returns:
-        A `Safety`. By "linear" it holds no boxes, and `inputs` and `rows` what the upper bound is
-        of, where there is any below 1.
+        A `Safety`. By "linear" it holds no boxes, and `inputs` and `rows` are what the upper bound
+        is of, where there is any below 1.
 
     Raises:
         TypeError: another posterior; x_set is not a set; leaves of different dtypes.
-        ValueError: no random leaf, a scale that is not positive, bad counts; constraints that do
-            not fit the outputs; as `bnncert.bound`. By "linear" also a delta out of range.
+        ValueError: no random leaf, a scale that is not positive, bad counts, a delta out of range,
+            no method; constraints that do not fit the outputs; as `bnncert.bound`.
         UnsupportedPrimitiveError: as `bnncert.bound`; by "linear", a weight that is used twice.
 
-    Cost: by "linear", an attack of 20 steps and a backward pass for each hidden unit, a few times;
-    convolutions keep an array of the size of their weights for each. By boxes, num_boxes times an
-    attack of 20 steps, rounds steps bounds and rounds of their gradients, twice at worst. Memory:
-    one bound with its gradient, and 4 num_boxes P numbers.
+    Cost: by "linear", an attack of 20 steps and twice `bnncert.gaussian.margins`. By boxes,
+    num_boxes times an attack of 20 steps, rounds steps bounds and rounds of their gradients, twice
+    at worst. Memory: one bound with its gradient, and 4 num_boxes P numbers.
 
     Source: Wicker et al., UAI 2020; Batten et al., AISTATS 2024, section 4.
 
     Example:
         >>> from bnncert.certify import outputs_within
         >>> q = MeanField({"w": jnp.zeros(1)}, {"w": jnp.ones(1)})
-        >>> found = safety(
-        ...     jax.random.key(0), lambda params, x: params["w"] * x, q,
-        ...     Box(jnp.array([0.5]), jnp.array([1.0])), outputs_within(-1.0, 1.0), num_boxes=12,
-        ... )                                             # P(-1 < w < 1) = 0.68269
-        >>> round(found.lower, 4), round(found.upper, 4)
-        (0.6827, 0.6827)
+        >>> within = Box(jnp.array([0.5]), jnp.array([1.0])), outputs_within(-1.0, 1.0)
+        >>> for method in ("linear", "ibp"):                     # P(-1 < w < 1) = 0.68269
+        ...     found = safety(
+        ...         jax.random.key(0), lambda params, x: params["w"] * x, q, *within,
+        ...         method=method, num_boxes=12,
+        ...     )
+        ...     print(f"{found.lower:.4f} {found.upper:.4f}")
+        0.5756 1.0000
+        0.6827 0.6827
     """
-    posterior = _mean_field(posterior)
+    methods = _methods(method)
+    boxes = [m for m in methods if m != "linear"]
     names = _check(posterior, x_set, num_boxes=num_boxes, rounds=rounds, steps=steps)
-    gaussian = Gaussian(
-        np.asarray(flatten(posterior.loc, names)),
-        np.asarray(flatten(posterior.scale, names), np.float64),
-    )
-    dtype = gaussian.loc.dtype
+    if boxes:
+        _mean_field(posterior)
+    loc = np.asarray(flatten(posterior.loc, names))
     rows = Constraints(
-        jnp.asarray(constraints.matrix, dtype), jnp.asarray(constraints.offset, dtype)
+        jnp.asarray(constraints.matrix, loc.dtype), jnp.asarray(constraints.offset, loc.dtype)
     )
     _check_constraints(apply, posterior.loc, x_set, rows)
-    task = Task(apply, names, method, rounding)
     data = Data(posterior.loc, x_set, rows)
-    if method == "linear":
-        return _by_linear_bounds(key, task, data, gaussian, posterior, delta)
-    draws = iter(range(2 * num_boxes + 2))
+    search_for = Search(num_boxes, rounds, steps)
+    found = [
+        _by_linear_bounds(key, Task(apply, names, m, rounding), data, posterior, delta)
+        if m == "linear"
+        else _by_boxes(key, Task(apply, names, m, rounding), data, posterior, search_for)
+        for m in methods
+    ]
+    *_, best = sorted(found, key=lambda result: (len(result.safe.masses), -result.upper))
+    return best._replace(
+        lower=max(result.lower for result in found), upper=min(result.upper for result in found)
+    )
+
+
+class Search(NamedTuple):
+    """How many boxes are looked for, and how long each; `safety` says more."""
+
+    num_boxes: int
+    rounds: int
+    steps: int
+
+
+def _by_boxes(key: Key, task: Task, data: Data, q: MeanField, options: Search) -> Safety:
+    """Of disjoint boxes of weights."""
+    gaussian = Gaussian(
+        np.asarray(flatten(q.loc, task.names)), np.asarray(flatten(q.scale, task.names), np.float64)
+    )
+    draws = iter(range(2 * options.num_boxes + 2))
 
     def claims(anchor: ndarray) -> Claim:
         return claim_at(jax.random.fold_in(key, next(draws)), task, data, anchor)
@@ -206,15 +240,13 @@ def safety(
         claims,
         gaussian,
         lambda: random.uniform(size=gaussian.loc.shape),
-        num_boxes=num_boxes,
-        rounds=rounds,
-        steps=steps,
+        **options._asdict(),
     )
     safe, unsafe = ([p for p in found if p.safe is kind] for kind in (True, False))
     safe_boxes, unsafe_boxes = (
-        _weight_boxes(kind, posterior.loc, names, gaussian) for kind in (safe, unsafe)
+        _weight_boxes(kind, q.loc, task.names, gaussian) for kind in (safe, unsafe)
     )
-    shape = jnp.shape(x_set.center)
+    shape, dtype = jnp.shape(data.x_set.center), gaussian.loc.dtype
     inputs = [p.witness[0] for p in unsafe]
     return Safety(
         masses.total(safe_boxes.masses),
@@ -223,41 +255,41 @@ def safety(
         unsafe_boxes,
         np.stack(inputs) if inputs else np.zeros((0, *shape), dtype),
         np.array([p.witness[1] for p in unsafe], int),
-        arithmetic_name(rounding, dtype, apply, posterior.loc, x_set.center),
+        arithmetic_name(task.rounding, dtype, task.apply, q.loc, data.x_set.center),
     )
 
 
-def _by_linear_bounds(
-    key: Key, task: Task, data: Data, gaussian: Gaussian, posterior: MeanField, delta: float
-) -> Safety:
+def _by_linear_bounds(key: Key, task: Task, data: Data, posterior: Any, delta: float) -> Safety:
     """Of all rows over the set, and of the row that an attack on the mean network breaks."""
-    if not 0 < delta < 1:
-        raise ValueError(f"delta = {delta}: give a probability in (0, 1), e.g. 1e-4.")
-    how = linear.How("crown", arithmetic_of(task.rounding), delta)
-    bounded = partial(linear.linear_margins, task.apply, how, data.params, leaves_of(posterior))
+    bounded = partial(margins, task.apply, posterior, rounding=task.rounding, delta=delta)
     # 1. The set is safe.
-    everywhere = bounded(data.x_set, data.constraints)
+    lower = float(bounded(data.x_set, *data.constraints).probability())
     # 2. One row is violated at one point.
-    x, row, least = attacked(key, task, data, gaussian.loc)
+    loc = np.asarray(flatten(posterior.loc, task.names))
+    x, row, least = attacked(key, task, data, loc)
     upper = 1.0
     if float(least) < 0:
         matrix, offset = (-jnp.asarray(part)[row][None] for part in data.constraints)
-        there = bounded(Box(x, x), Constraints(matrix, offset))
-        upper = 1.0 - linear.mass(there, delta)
+        upper = 1.0 - float(bounded(Box(x, x), matrix, offset).probability())
     found = upper < 1
-    none = _weight_boxes([], posterior.loc, task.names, gaussian)
-    dtype = gaussian.loc.dtype
-    inputs = np.asarray(x)[None] if found else np.zeros((0, *np.shape(x)), dtype)
-    rows = np.array([int(row)] if found else [], int)
+    none = _weight_boxes([], posterior.loc, task.names, Gaussian(loc, np.ones(loc.shape)))
     return Safety(
-        linear.mass(everywhere, delta),
+        lower,
         upper,
         none,
         none,
-        inputs,
-        rows,
-        arithmetic_name(task.rounding, dtype, task.apply, posterior.loc, x),
+        np.asarray(x)[None] if found else np.zeros((0, *np.shape(x)), loc.dtype),
+        np.array([int(row)] if found else [], int),
+        arithmetic_name(task.rounding, loc.dtype, task.apply, posterior.loc, x),
     )
+
+
+def _methods(method: Any) -> list[Any]:
+    several = not isinstance(method, str) and isinstance(method, Sequence)
+    methods = list(method) if several else [method]
+    if not methods:
+        raise ValueError("method is empty: name one, e.g. 'linear'.")
+    return [m if m == "linear" else method_of(m) for m in methods]
 
 
 def _weight_boxes(
@@ -288,27 +320,30 @@ def _mean_field(posterior: Posterior) -> MeanField:
     return posterior
 
 
-def _check(posterior: MeanField, x_set: Any, **counts: int) -> tuple[str, ...]:
+def _check(posterior: Any, x_set: Any, **counts: int) -> tuple[str, ...]:
     """Checks what is given at the public edge, and names the random leaves."""
     check_region(x_set)
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} = {value}: it must be at least 1.")
-    check_structure(posterior.loc, posterior.scale, "scale")
-    scales = {n: s for n, s in priors.named(posterior.scale).items() if s is not None}
-    locs = priors.named(posterior.loc)
-    if not scales:
+    if isinstance(posterior, MeanField):
+        check_structure(posterior.loc, posterior.scale, "scale")
+    leaves = leaves_of(posterior)
+    if not leaves:
         raise ValueError("no leaf of the posterior is random: bnncert.bound decides one network.")
-    kinds = {jnp.result_type(locs[name]) for name in scales}
+    kinds = {leaf.loc.dtype for leaf in leaves.values()}
     if len(kinds) > 1:
         raise TypeError(f"random leaves have dtypes {sorted(map(str, kinds))}: give them one.")
-    for name, scale in scales.items():
-        if not (np.isfinite(locs[name]).all() and (np.asarray(scale) > 0).all()):
+    for name, (loc, scale, factors) in leaves.items():
+        own = factors is None
+        if not (np.isfinite(loc).all() and ((scale > 0) if own else (scale >= 0)).all()):
             raise ValueError(
                 f"leaf {name!r}: loc must be finite and scale positive; None for a leaf that is "
                 "deterministic."
             )
-    return tuple(scales)
+        if not own and not np.isfinite(factors).all():
+            raise ValueError(f"leaf {name!r}: its factors must be finite.")
+    return tuple(leaves)
 
 
 def _check_constraints(apply: Apply, params: Params, x_set: Set, rows: Constraints) -> None:

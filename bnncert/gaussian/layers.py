@@ -1,4 +1,4 @@
-"""What Gaussian weights of a layer deviate by: `bnncert.certify.formal.linear` derives it.
+"""What Gaussian weights of a layer deviate by: `bnncert.gaussian.margins` derives it.
 
 A row passes a layer by the means of its weights and leaves behind what they deviate by: a mean, and
 what they add to L^2. `pull_back` carries it beside the nodes, under numbers that no node has.
@@ -18,8 +18,8 @@ from bnncert.bounds.rounding import network_error, product_error, widened
 from bnncert.bounds.rounding.model import gamma
 from bnncert.bounds.rounding.terms import depth
 from bnncert.bounds.rows import AnyStep, Charged, Passed, Step, dot
-from bnncert.certify.formal.rectified import folded_mean
-from bnncert.certify.formal.weights import Layer, Leaf
+from bnncert.gaussian.folded import folded_mean
+from bnncert.gaussian.weights import Layer, Leaf
 from bnncert.sets import Box
 
 SPREAD = -(2**30)

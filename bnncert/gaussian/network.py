@@ -1,6 +1,6 @@
 """A network with Gaussian weights, node by node: intervals of its values, and rows through it.
 
-Of each value is known a box (`bnncert.certify.formal.linear` says with what probability) and a
+Of each value is known a box (`bnncert.gaussian.margins` says with what probability) and a
 `Spread`, bounds on it whose means are known, found forwards. Rows find better boxes of what
 nonlinearities and layers act on.
 """
@@ -30,7 +30,8 @@ from bnncert.bounds.rows import (
     pull_back,
     start,
 )
-from bnncert.certify.formal.layers import (
+from bnncert.gaussian.folded import folded_mean
+from bnncert.gaussian.layers import (
     SHARED,
     SPREAD,
     Slack,
@@ -43,8 +44,7 @@ from bnncert.certify.formal.layers import (
     row_through,
     settled,
 )
-from bnncert.certify.formal.rectified import folded_mean
-from bnncert.certify.formal.weights import Weights, layer_of
+from bnncert.gaussian.weights import Weights, layer_of
 from bnncert.sets import Box, LpBall, Set, dual_norm
 
 _WAYS = (("adaptive", 0), ("zero", 1))

@@ -13,9 +13,8 @@ import bnncert as bc
 from bnncert.bounds.arithmetic import Float, Real
 from bnncert.bounds.graph import UnsupportedPrimitiveError
 from bnncert.certify import Constraints, class_stays, outputs_within, safety
-from bnncert.certify.formal.linear import How, linear_margins, mass
-from bnncert.certify.formal.network import Margin
-from bnncert.certify.formal.weights import leaves_of
+from bnncert.gaussian import Margins, margins
+from bnncert.gaussian.network import Margin
 from bnncert.posterior import Gaussian, LowRank
 from bnncert.sets import Box, LpBall
 
@@ -25,8 +24,14 @@ DRAWS = 40_000
 
 
 def bounded(apply, delta, q, region, rows, method="crown", arithmetic=None):
-    how = How(method, arithmetic or Real(), delta)
-    return linear_margins(apply, how, q.loc, leaves_of(q), region, rows)
+    found = margins(
+        apply, q, region, *rows, method=method, rounding=arithmetic or Real(), delta=delta
+    )
+    return Margin(found.mean, found.lipschitz)
+
+
+def mass(margin, delta):
+    return float(Margins(*margin, delta).probability())
 
 
 def linear(apply, delta, loc, spread, region, rows):
@@ -297,7 +302,7 @@ def test_safety_lies_around_the_truth(scale):
     apply, loc, spread, x = network("dense", scale)
     region, rows = Box(x - 0.05, x + 0.05), outputs_within(np.full(2, -4.0), np.full(2, 4.0))
     q = bc.MeanField(loc, spread)
-    found = safety(KEY, apply, q, region, rows, method="linear", rounding="nearest", delta=1e-4)
+    found = safety(KEY, apply, q, region, rows, delta=1e-4)
     points = corners(np.asarray(x), 0.05)
 
     def one(key):
@@ -318,8 +323,7 @@ def test_unsafe_at_an_attacked_point():
     loc = {"w": jnp.array([[2.0], [-2.0]])}
     q = bc.MeanField(loc, jax.tree.map(lambda v: jnp.full_like(v, 0.1), loc))
     region = Box(jnp.array([-1.0]), jnp.array([1.0]))
-    found = safety(KEY, lambda p, x: p["w"] @ x, q, region, class_stays(0, 2), method="linear",
-                   rounding="nearest")  # fmt: skip
+    found = safety(KEY, lambda p, x: p["w"] @ x, q, region, class_stays(0, 2), delta=1e-4)
     assert found.lower == 0.0 and found.upper < 0.001
     assert found.inputs.shape == (1, 1) and found.inputs[0, 0] < 0 and found.rows.tolist() == [0]
     assert len(found.safe.masses) == 0 == len(found.unsafe.masses)
@@ -375,7 +379,7 @@ def test_a_weight_that_is_used_twice_is_refused():
         return p["w"] @ jax.nn.relu(p["w"] @ x)
 
     with pytest.raises(UnsupportedPrimitiveError, match=r"used by .*dot_general.*dot_general"):
-        safety(KEY, twice, q, region, rows, method="linear", rounding="nearest")
+        safety(KEY, twice, q, region, rows)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +391,7 @@ def test_bad_options(options, message):
     options = {"rounding": "nearest", **options}
     with pytest.raises(ValueError, match=message):
         safety(KEY, apply, bc.MeanField(loc, spread), Box(x, x), class_stays(0, 2),
-               method="linear", **options)  # fmt: skip
+               **options)  # fmt: skip
 
 
 def test_an_empty_set_proves_nothing_and_a_batch_is_mapped():

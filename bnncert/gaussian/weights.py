@@ -18,13 +18,14 @@ from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError
 from bnncert.bounds.ops.affine import MIXING, MOVING
 from bnncert.posterior import Gaussian, LowRank, MeanField
 from bnncert.posterior.leaves import unflatten
+from bnncert.types import Posterior
 
 _MOVES = MOVING - {"neg"}
 """What weights pass as they are, so that squares of their deviations do as well."""
 
 
 class Leaf(NamedTuple):
-    """Gaussian weights.
+    """Gaussian weights of one name.
 
     Attributes:
         loc: m, any shape.
@@ -43,26 +44,35 @@ class Leaf(NamedTuple):
         return own if self.factors is None else own + jnp.square(self.factors).sum(0)
 
 
-def leaves_of(posterior: MeanField | LowRank | Gaussian) -> dict[str, Leaf]:
+def leaves_of(posterior: Posterior) -> dict[str, Leaf]:
     """The random leaves of a Gaussian posterior, by name.
 
     Args:
         posterior: factorised, of shared factors, or with full covariance.
+
+    Raises:
+        TypeError: another one.
     """
-    locs = priors.named(posterior.loc)
+    if not isinstance(posterior, (MeanField, LowRank, Gaussian)):
+        raise TypeError(
+            f"posterior is a {type(posterior).__name__}: bounds linear in the weights are of a "
+            "Gaussian, bnncert.posterior.MeanField, LowRank or Gaussian. Any other can be drawn "
+            "from: bnncert.certify.sampled_safety."
+        )
+    locs = {n: jnp.asarray(v) for n, v in priors.named(posterior.loc).items()}
     if isinstance(posterior, Gaussian):
         names = posterior.random
         columns = jax.vmap(lambda u: unflatten(u, posterior.loc, names))(posterior.scale_tril.T)
         return {n: Leaf(locs[n], jnp.zeros_like(locs[n]), columns[n]) for n in names}
-    scales = {n: s for n, s in priors.named(posterior.scale).items() if s is not None}
-    given = priors.named(posterior.deviations) if isinstance(posterior, LowRank) else {}
+    factors = priors.named(posterior.deviations) if isinstance(posterior, LowRank) else {}
     return {
-        n: Leaf(
-            jnp.asarray(locs[n]),
-            jnp.broadcast_to(s, jnp.shape(locs[n])).astype(jnp.result_type(locs[n])),
-            given.get(n),
+        name: Leaf(
+            locs[name],
+            jnp.broadcast_to(scale, locs[name].shape).astype(locs[name].dtype),
+            factors.get(name),
         )
-        for n, s in scales.items()
+        for name, scale in priors.named(posterior.scale).items()
+        if scale is not None
     }
 
 
