@@ -14,6 +14,7 @@ from bnncert.bounds.arithmetic import Float, Real
 from bnncert.bounds.graph import UnsupportedPrimitiveError
 from bnncert.certify import Constraints, class_stays, outputs_within, safety
 from bnncert.gaussian import Margins, margins
+from bnncert.gaussian.folded import folded_mean
 from bnncert.gaussian.network import Margin
 from bnncert.posterior import Gaussian, LowRank
 from bnncert.sets import Box, LpBall
@@ -57,6 +58,11 @@ def residual(p, x):
 
 def skips(p, x):
     return p["a"] @ x[:2] + p["c"] @ jax.nn.relu(p["b"] @ x)
+
+
+def twice(p, x):
+    """Two layers on one set."""
+    return p["a"] @ x + p["c"] @ jax.nn.relu(p["b"] @ x)
 
 
 def convolution(p, x):
@@ -109,6 +115,7 @@ OWN = {
     "curved": (curved, "abc", {}),
     "residual": (residual, "abc", {}),
     "skips": (skips, "abc", {"a": (2, 2), "b": (3, 4)}),
+    "twice": (twice, "abc", {"a": (2, 4), "b": (3, 4)}),
     "convolution": (convolution, "kc", {"c": (2, 10)}),
     "normalised": (normalised, "acst", {}),
     "tokens": (tokens, "ac", {"a": (2, 3)}),
@@ -336,6 +343,31 @@ def test_squares_that_underflow():
     assert mass(found, 1e-9) < 0.54
 
 
+def test_two_layers_on_one_set_whose_weights_are_one():
+    """Their variances do not add up: the sum of both has twice the deviation."""
+    size = 200
+    loc = {"a": jnp.full((1, size), 0.02), "b": jnp.full((1, size), 0.02)}
+    none, factors = jax.tree.map(jnp.zeros_like, loc), {n: jnp.eye(size)[:, None] for n in loc}
+    q = LowRank(loc, jax.tree.map(lambda s: s + 1e-6, none), factors)
+    one, rows = jnp.ones(size), Constraints(jnp.ones((1, 1)), jnp.array([200.0]))
+    found = bounded(lambda p, x: p["a"] @ x + p["b"] @ x, 1e-9, q, Box(-one, one), rows)
+    # The least value is 200 - sum |0.04 + 2 c|, c standard normal.
+    mean = 200 - size * float(folded_mean(jnp.array(0.04), jnp.array(4.0)))
+    assert float(found.mean[0]) <= mean + 1e-2 and mass(found, 1e-9) < 0.02
+
+
+@pytest.mark.parametrize(("x", "scale"), [(1e-20, 1e15), (1e-23, 1e18)])
+def test_squares_that_underflow_before_they_meet(x, scale):
+    loc, spread = {"w": jnp.zeros((1, 1))}, {"w": jnp.full((1, 1), scale)}
+    point, rows = jnp.full(1, x), Constraints(jnp.ones((1, 1)), jnp.full(1, 1e-6))
+    for arithmetic in (Real(), Float()):
+        q = bc.MeanField(loc, spread)
+        found = bounded(
+            lambda p, x: p["w"] @ x, 1e-9, q, Box(point, point), rows, "crown", arithmetic
+        )
+        assert mass(found, 1e-9) <= ndtr(1e-6 / (x * scale)) + 1e-3
+
+
 @pytest.mark.parametrize(
     ("dtype", "loc", "scale", "x"),
     [
@@ -365,7 +397,14 @@ def test_no_more_than_its_delta():
 
     assert mass(of(1e9, 1.0), 0.25) == pytest.approx(0.75)
     assert mass(of(1e9, 0.0), 0.25) <= 0.75
-    for margin in ((0.0, 0.0), (-1.0, 1.0), (np.nan, 1.0), (1.0, np.nan), (1.0, np.inf)):
+    for margin in (
+        (0.0, 0.0),
+        (-1.0, 1.0),
+        (np.nan, 1.0),
+        (1.0, np.nan),
+        (1.0, np.inf),
+        (np.inf, 1.0),
+    ):
         assert mass(of(*margin), 1e-3) == 0.0
 
 

@@ -136,7 +136,10 @@ def row_through(layer: Layer, box: Box, inner: bool, slack: Slack) -> Step:
     terms, inputs = math.prod(node.shape), math.prod(like.shape)
     largest = jnp.abs(center) + radius
     own = jnp.square(leaf.scale)
-    spreads = layer(jnp.square(largest), own) if layer.once else None
+    spreads = None
+    if layer.once:
+        wide = jnp.square(largest)
+        spreads = slack.squares(layer(wide, own), inputs, wide, own)
     shared = None if leaf.factors is None else jax.vmap(lambda u: layer(center, u))(leaf.factors)
     sizes = None if shared is None else layer(jnp.abs(center), jnp.abs(leaf.factors).sum(0))
 

@@ -169,8 +169,7 @@ class Network(NamedTuple):
                 continue
             if i in self.weights.layers:
                 layer = layer_of(plan.graph, self.weights, i)
-                inner = not self._ends_on(layer.value) or layer.value in self.weights.random
-                step = row_through(layer, boxes[layer.value], inner, slack)
+                step = row_through(layer, boxes[layer.value], self._is_inner(layer.value), slack)
                 steps[i] = slack.charged(i, step, boxes)
             elif i not in plan.relaxed:
                 step = plan.affine()[i]
@@ -178,6 +177,19 @@ class Network(NamedTuple):
             else:
                 steps[i] = self._relaxed(i, view)
         return Passage(errors, steps)
+
+    def _is_inner(self, index: int) -> bool:
+        """Whether deviations of what acts on a value stay behind there, and meet no coefficients.
+
+        So it is inside the network; and where two layers act on one set whose weights are not
+        independent, so that the variances of their coefficients do not add up.
+        """
+        acting = sum(
+            self.plan.graph.nodes[i].refs[1 - place] == index
+            for i, place in self.weights.layers.items()
+        )
+        together = self.weights.correlated and acting > 1
+        return not self._ends_on(index) or index in self.weights.random or together
 
     def _ends_on(self, index: int) -> bool:
         """Whether rows end on a node."""

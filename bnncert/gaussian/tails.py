@@ -41,7 +41,7 @@ def probability(
     """
     mean, spread = _in_float64(mean, lipschitz)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        known = (mean > 0) & (spread < np.inf)
+        known = (mean > 0) & (mean < np.inf) & (spread < np.inf)
         lost = np.where(known, ndtr(-mean / spread), 1.0).sum(-1)
     return np.asarray(np.maximum(0.0, 1.0 - (delta + lost) * (1 + _ROUNDED) - _ROUNDED))
 
