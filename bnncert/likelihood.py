@@ -370,10 +370,10 @@ def quantile_categorical(
 
         log M_power( p(0), p(eps_1), ..., p(eps_K) ),    p(eps) = 1 / (1 + sum_{j != y} exp -m_j)
 
-    with m_j = E_j - depth L_j, which the margin f_y - f_j lies above over the whole ball for a share
-    Phi(depth) of the posterior, or more, but for delta (`bnncert.gaussian.margins`). So all
-    margins are positive for a share of at least 1 - delta - (C - 1) Phi(-depth) where all m_j are.
-    p(0) is of the ball of radius 0: the input.
+    with m_j = E_j - depth L_j, which the margin f_y - f_j lies above over the whole ball for a
+    share of Phi(depth) of the posterior, or more, but for delta (`bnncert.gaussian.margins`). So
+    where all m_j are positive, all margins are for a share of 1 - delta - (C - 1) Phi(-depth) at
+    least. p(0) is of the ball of radius 0: the input.
 
     What is trained by it is certified as a whole (`bnncert.certify.safety`), without the noise of
     draws. It is no expected log-likelihood: what follows is a generalised posterior.
@@ -414,6 +414,7 @@ def quantile_categorical(
     watched(apply, "logits")
 
     def log_prob(q: Any, x: Array, y: Array, threat: Threat) -> Array:
+        gaussian.leaves_of(q)  # raises for another posterior
         (classes,) = jax.eval_shape(apply, q.loc, x).shape
         unit = jnp.eye(classes, dtype=jnp.result_type(x))
         rows = unit[y] - unit, jnp.zeros(classes, unit.dtype)

@@ -133,7 +133,9 @@ def fitted(prior: Prior, mean: Params, deviation: Params) -> Prior:
         scale = jnp.sqrt(jax.lax.stop_gradient(square))
         return dist.Normal(jnp.zeros_like(loc), scale).to_event(loc.ndim)
 
-    return unflatten(prior, {n: leaf(n) if d is not None else None for n, d in named(prior).items()})
+    return unflatten(
+        prior, {n: leaf(n) if d is not None else None for n, d in named(prior).items()}
+    )
 
 
 def named(tree: Any) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def bounded(apply, delta, q, region, rows, method="crown", arithmetic=None):
 
 
 def mass(margin, delta):
-    return float(Margins(*margin, delta).probability())
+    return float(Margins(margin.mean, margin.lipschitz, delta).probability())
 
 
 def linear(apply, delta, loc, spread, region, rows):
@@ -444,3 +444,71 @@ def test_an_empty_set_proves_nothing_and_a_batch_is_mapped():
     one = at(jnp.array(0.01))
     np.testing.assert_allclose(found.mean[0], one.mean, rtol=1e-5)
     assert (found.mean[1] < found.mean[0]).all() and (found.mean[2] == -jnp.inf).all()
+
+
+def test_what_is_not_finite_proves_nothing():
+    """A NaN that a bounded function would hide."""
+    q = bc.MeanField({"w": jnp.ones((1, 1)), "f": jnp.full((1,), jnp.nan)},
+                     {"w": jnp.full((1, 1), 0.1), "f": None})  # fmt: skip
+    one, rows = jnp.ones(1), Constraints(jnp.ones((1, 1)), jnp.full(1, 1.5))
+    for method in ("ibp", "crown-ibp", "crown"):
+        for arithmetic in (Real(), Float()):
+            found = bounded(lambda p, x: jnp.tanh(p["f"] * (p["w"] @ x)), 1e-6, q, Box(one, one),
+                            rows, method, arithmetic)  # fmt: skip
+            assert mass(found, 1e-6) == 0.0
+
+
+def test_outputs_that_depend_on_nothing_are_refused():
+    q = bc.MeanField({"w": jnp.ones(1)}, {"w": jnp.ones(1)})
+    with pytest.raises(ValueError, match="depend neither"):
+        margins(
+            lambda p, x: jnp.ones(1), q, Box(jnp.zeros(1), jnp.ones(1)), jnp.eye(1), jnp.ones(1)
+        )
+
+
+def test_a_leaf_of_no_factors_among_others():
+    loc = {"a": normal(1, 2, 3), "b": normal(2, 2)}
+    q = LowRank(loc, {"a": 0.1 + 0 * loc["a"], "b": 0.2 + 0 * loc["b"]},
+                {"a": 0.1 * normal(3, 2, 2, 3), "b": None})  # fmt: skip
+    x, rows = normal(4, 3), Constraints(jnp.eye(2), jnp.zeros(2))
+    found = bounded(lambda p, x: p["a"] @ x + p["b"], 0.1, q, Box(x, x), rows)
+    shared = jnp.einsum("rkn,n->rk", q.deviations["a"], x)
+    exact = jnp.sqrt(0.01 * (x**2).sum() + 0.04 + (shared**2).sum(0))
+    np.testing.assert_allclose(found.lipschitz, exact, rtol=1e-4)
+
+
+def test_what_follows_from_margins_against_draws():
+    """Of one layer at a point F is the Gaussian margin itself: all formulas nearly hold as such."""
+    mean, spread = np.array([1.0, 0.4]), np.array([0.5, 0.3])
+    draws = mean + spread * np.random.default_rng(0).normal(size=(400_000, 2))
+    found = Margins(jnp.asarray(mean), jnp.asarray(spread), 1e-9)
+    safe = (draws > 0).all(1).mean()
+    assert safe - 0.02 < found.probability() <= safe + 2e-3
+    for level in (0.01, 0.2, 0.7):
+        quantiles = np.quantile(draws, level, axis=0)
+        assert (found.quantile(level) <= quantiles + 5e-3).all()
+        worst = np.array([d[d <= q].mean() for d, q in zip(draws.T, quantiles, strict=True)])
+        np.testing.assert_allclose(found.cvar(level), worst, atol=1e-2)
+    np.testing.assert_allclose(found.quantile(0.2), np.quantile(draws, 0.2, axis=0), atol=5e-3)
+    softmax = (1 / (1 + np.exp(-draws).sum(1))).mean()
+    assert softmax - 0.12 < found.class_probability() <= softmax + 1e-3
+    one = Margins(jnp.array([[1.0]]), jnp.array([[0.5]]), 1e-9).class_probability()
+    assert one.shape == (1,) and 0 < (1 / (1 + np.exp(-draws[:, 0]))).mean() - one[0] < 0.1
+    for level in (1e-9, 1.0, math.nan):
+        with pytest.raises(ValueError, match="level = "):
+            found.quantile(level)
+    with pytest.raises(ValueError, match="level = 0"):
+        found.cvar(0.0)
+
+
+def test_a_band_of_a_regression_holds_draws():
+    apply, loc, spread, x = network("dense", 0.05)
+    q = bc.MeanField(loc, spread)
+    region = Box(x - REACH, x + REACH)
+    both = margins(apply, q, region, jnp.concatenate([jnp.eye(2), -jnp.eye(2)]), jnp.zeros(4))
+    ends = both.quantile(0.05 / 4)  # of four ends, each lies beyond for so much
+    points = corners(np.asarray(x), REACH)
+    values = jax.vmap(lambda w: jax.vmap(lambda x: apply(w, x))(points))(q.sample(KEY, 5000))
+    inside = (values >= ends[:2]).all((1, 2)) & (values <= -ends[2:]).all((1, 2))
+    assert float(inside.mean()) >= 0.95
+    assert (-ends[2:] - ends[:2] < 6 * (values.max((0, 1)) - values.min((0, 1)))).all()

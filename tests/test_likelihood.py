@@ -1,6 +1,7 @@
 """Robust likelihoods: a true lower bound, the mixture's mathematics, the arithmetic mean's trap."""
 
 import itertools
+import math
 from functools import cache, partial
 
 import jax
@@ -11,10 +12,12 @@ import optax
 import pytest
 from jax.scipy.stats import norm
 
-from bnncert import attack, likelihood, prior
+from bnncert import attack, gaussian, likelihood, prior
 from bnncert.bounds import bound
+from bnncert.infer import bbb, elbo
 from bnncert.infer import map as maximum
 from bnncert.likelihood import log_power_mean
+from bnncert.posterior import MeanField
 from bnncert.sets import ball
 from bnncert.types import Batch, Threat
 
@@ -453,3 +456,107 @@ def test_errors_name_the_value_and_the_way_out(params, data):
     with pytest.raises(ValueError, match="one radius"):
         # of x's own length: it would broadcast to one radius for each coordinate
         likelihood.certified_categorical(mlp)(KEY, params, x, y, threat([0.1] * SIZE))
+
+
+SCALE = 0.05
+
+
+def q_of(params, scale=SCALE):
+    return MeanField(params, jax.tree.map(lambda leaf: jnp.full_like(leaf, scale), params))
+
+
+@pytest.mark.parametrize("lam, power", [(0.0, 0.0), (0.4, 0.0), (0.4, 1.0)])
+def test_of_a_posterior_that_is_nearly_a_point_it_is_that_of_the_point(params, lam, power):
+    x, y = jax.random.normal(KEY, (SIZE,)), jnp.array(1)
+    of_point = likelihood.robust_categorical(mlp, method="ibp")(
+        KEY, params, x, y, threat(0.1, lam, power)
+    )
+    for depth in (0.0, 3.0):
+        of_posterior = likelihood.quantile_categorical(mlp, depth=depth)
+        found = of_posterior(KEY, q_of(params, 1e-7), x, y, threat(0.1, lam, power))
+        np.testing.assert_allclose(found, of_point, rtol=1e-4)
+        wide = of_posterior(KEY, q_of(params), x, y, threat(0.1, lam, power))
+        assert float(wide) < float(found) - 1e-3
+
+
+def test_it_is_what_most_draws_are_above(params):
+    """Log-likelihoods of draws at attacked inputs lie above it, but for the share it says."""
+    q, eps, depth = q_of(params), 0.1, 2.5
+    x, y = jax.random.normal(KEY, (SIZE,)), jnp.array(1)
+    found = likelihood.quantile_categorical(mlp, depth=depth)(KEY, q, x, y, threat(eps, 0.0))
+    corners = jnp.array(list(itertools.product((-eps, eps), repeat=SIZE)))
+    draws = q.sample(jax.random.key(3), 4000)
+
+    def least(w):
+        return jax.vmap(lambda d: jax.nn.log_softmax(mlp(w, x + d))[y])(corners).min()
+
+    share = float((jax.vmap(least)(draws) < found).mean())
+    assert share <= (CLASSES - 1) * norm.cdf(-depth) + 1e-3 + 5 * math.sqrt(0.02 / 4000)
+
+
+def test_it_has_derivatives_and_radii_and_an_elbo(params):
+    q, fit = q_of(params), likelihood.quantile_categorical(mlp, clip=(-3.0, 3.0))
+    batch = Batch(jax.random.normal(KEY, (BATCH, SIZE)), jnp.arange(BATCH) % CLASSES,
+                  jnp.ones(BATCH).at[-1].set(0.0))  # fmt: skip
+    several = threat([0.05, 0.1], 0.3)
+    p = prior.normal(params)
+
+    def value(q):
+        return elbo(fit, p, KEY, q, batch, several, num_data=50, kl_weight=0.1)
+
+    terms = jnp.stack([fit(KEY, q, x, y, several) for x, y in zip(batch.x, batch.y, strict=True)])
+    np.testing.assert_allclose(value(q).log_likelihood, 50 / 5 * terms[:-1].sum(), rtol=1e-5)
+    slopes = jax.grad(lambda q: value(q).value)(q)
+    assert all(jnp.isfinite(leaf).all() and (leaf != 0).any() for leaf in jax.tree.leaves(slopes))
+    # Narrower is better: a deviation costs, by its bound alone.
+    only = jax.grad(lambda q: value(q).log_likelihood)(q).scale
+    assert all((leaf <= 0).all() for leaf in jax.tree.leaves(only))
+    fitted = elbo(fit, p, KEY, q, batch, several, num_data=50, fit_prior=True)
+    mean, deviation = q.moments()
+    np.testing.assert_allclose(fitted.kl, q.kl(prior.fitted(p, mean, deviation)), rtol=1e-6)
+    for factor in (0.9, 1.1):  # no other scale is nearer
+        other = jax.tree.map(lambda leaf, f=factor: f * leaf, prior.fitted(p, mean, deviation))
+        assert q.kl(other) > fitted.kl
+
+
+def test_a_posterior_of_its_own_is_asked_for(params):
+    fit = likelihood.quantile_categorical(mlp)
+    datum = jnp.zeros(SIZE), jnp.array(0), threat(0.1)
+    with pytest.raises(TypeError, match="posterior"):
+        fit(KEY, params, *datum)
+    with pytest.raises(ValueError, match=r"depth = -1"):
+        likelihood.quantile_categorical(mlp, depth=-1.0)
+    with pytest.raises(ValueError, match="'forward'"):
+        likelihood.quantile_categorical(mlp, method="forward")(KEY, q_of(params), *datum)
+
+
+def test_bbb_trains_a_posterior_that_is_certified_as_a_whole():
+    """Two blobs: P_safe of the posterior rises to nearly 1, without a draw."""
+    x = jnp.concatenate([jnp.full((20, SIZE), 0.5), jnp.full((20, SIZE), -0.5)])
+    x = x + 0.1 * jax.random.normal(KEY, x.shape)
+    y = jnp.repeat(jnp.arange(2), 20)
+    keys = jax.random.split(KEY, 2)
+    start = {"w": jax.random.normal(keys[0], (WIDTH, SIZE)), "c": jnp.zeros(WIDTH),
+             "v": jax.random.normal(keys[1], (2, WIDTH)), "b": jnp.zeros(2)}  # fmt: skip
+    fit = likelihood.quantile_categorical(mlp)
+    method = bbb.build(
+        fit, prior.normal(start), num_data=40, optimizer=optax.adam(0.02), kl_weight=0.01,
+        initial_scale=0.05, fit_prior=True,
+    )  # fmt: skip
+    update = jax.jit(method.update)
+
+    def safe(q):
+        sign = jnp.where(y == 0, 1.0, -1.0)
+        found = jax.vmap(
+            lambda x, s: gaussian.margins(
+                mlp, q, ball(x, 0.1), s * jnp.array([[1.0, -1.0]]), jnp.zeros(1)
+            )
+        )(x, sign)
+        return (found.probability() > 0.99).mean()
+
+    state = method.init(KEY, start)
+    before = safe(method.posterior(state))
+    for i in range(300):
+        key = jax.random.fold_in(KEY, i)
+        state, _ = update(key, state, Batch(x, y, jnp.ones(40)), threat(0.1, 0.2))
+    assert before < 0.5 and safe(method.posterior(state)) > 0.95

@@ -5,8 +5,8 @@ what they add to L^2. `pull_back` carries it beside the nodes, under numbers tha
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from bnncert.bounds.ops.affine import magnitude
 from bnncert.bounds.plan import Plan
-from bnncert.bounds.rounding import network_error, product_error, widened
+from bnncert.bounds.rounding import Precision, network_error, product_error, widened
 from bnncert.bounds.rounding.model import gamma
 from bnncert.bounds.rounding.terms import depth
 from bnncert.bounds.rows import AnyStep, Charged, Passed, Step, dot
@@ -95,27 +95,30 @@ class Slack(NamedTuple):
         """Means of bounds on an affine node, wider by what it is off by."""
         graph, node = self.plan.graph, self.plan.graph.nodes[index]
 
-        def charge(box: Box, precision: object) -> Box:
+        def charge(box: Box, precision: Precision) -> Box:
             error = network_error(graph, node, [boxes[i] for i in node.refs], precision)
             return box if error is None else widened(box, 0.0, 4 * error)
 
         return self.plan.arithmetic.allow(mean, charge)
 
     def product(self, index: int, mean: Box, boxes: Sequence[Box]) -> Box:
-        """Means of bounds on a layer, wider by what it is off by."""
+        """Means of bounds on a layer, wider by what it and its own two products are off by."""
         graph = self.plan.graph
-        return self.plan.arithmetic.allow(
-            mean,
-            lambda box, precision: widened(box, 0.0, product_error(graph, index, boxes, precision)),
-        )
+
+        def charge(box: Box, precision: Precision) -> Box:
+            return widened(box, 0.0, 4 * product_error(graph, index, boxes, precision))
+
+        return self.plan.arithmetic.allow(mean, charge)
 
     def charged(self, index: int, step: Step, boxes: Sequence[Box]) -> AnyStep:
         """How rows pass a layer, what it is off by included."""
-        graph = self.plan.graph
-        return self.plan.arithmetic.allow(
-            step,
-            lambda step, precision: Charged(step, product_error(graph, index, boxes, precision)),
-        )
+        graph, exact = self.plan.graph, step
+        given: Any = step  # a step, or one that is charged
+
+        def charge(_: AnyStep, precision: Precision) -> AnyStep:
+            return Charged(exact, product_error(graph, index, boxes, precision))
+
+        return self.plan.arithmetic.allow(given, charge)
 
     def _gamma(self, value: Array, terms: int) -> float:
         unit = 0.5 * float(jnp.finfo(value.dtype).eps)
@@ -128,51 +131,75 @@ def row_through(layer: Layer, box: Box, inner: bool, slack: Slack) -> Step:
     Args:
         layer: the layer.
         box: of the value that it acts on.
-        inner: whether the value is one inside the network, and no set.
+        inner: whether deviations stay behind there, and meet no coefficients of a set.
         slack: of the plan.
     """
     node, leaf, like = layer.node, layer.leaf, box.lower
     center, radius = slack.middle(box)
     terms, inputs = math.prod(node.shape), math.prod(like.shape)
-    largest = jnp.abs(center) + radius
     own = jnp.square(leaf.scale)
-    spreads = None
-    if layer.once:
-        wide = jnp.square(largest)
-        spreads = slack.squares(layer(wide, own), inputs, wide, own)
-    shared = None if leaf.factors is None else jax.vmap(lambda u: layer(center, u))(leaf.factors)
-    sizes = None if shared is None else layer(jnp.abs(center), jnp.abs(leaf.factors).sum(0))
-
-    def square(a: Array) -> Array:
-        if spreads is not None:
-            found = dot(jnp.square(a), spreads)
-            return slack.squares(found, terms + inputs, jnp.square(a), spreads)
-        along, across = layer.to_weights(center, a), layer.to_weights(radius, jnp.abs(a))
-        slopes = slack.size(along, layer.to_weights(jnp.abs(center), jnp.abs(a)), terms) + across
-        size = leaf.loc.size
-        return slack.squares(jnp.sum(jnp.square(leaf.scale * slopes)), terms + size, slopes)
+    square = _square(layer, center, radius, slack)
+    shared = None if leaf.factors is None else _shared(layer, leaf.factors, center, radius, slack)
 
     def through(a: Array) -> Passed:
         mean = layer.to_value(leaf.loc, a, like)
         variance = layer.to_value(own, jnp.square(a), like)
-        more = ()
+        gained = (square(a),)
         if shared is not None:
-            moved = jax.vmap(lambda u: layer.to_value(u, a, like))(leaf.factors)
-            off = layer.to_value(jnp.abs(leaf.factors).sum(0), jnp.abs(a), like)
-            moved = slack.size(moved, off, terms)
+            moved, derivatives = shared(a)
             variance = variance + jnp.square(moved).sum(0)
-            signed = jax.vmap(lambda s: dot(a, s))(shared)
-            rest = jax.vmap(lambda m: dot(m, radius))(moved)
-            rest = rest + slack.size(jnp.zeros_like(rest), dot(jnp.abs(a), sizes), 2 * terms)
-            more = (jnp.stack([signed, slack.up(rest, inputs)]),)
+            gained = (*gained, derivatives)
         variance = slack.squares(variance, terms, own, jnp.square(a))
-        if inner:
-            lost = math.sqrt(2 / math.pi) * dot(root(variance), radius)
-            return Passed((mean, square(a), *more), 0.0, slack.up(lost, inputs))
-        return Passed((mean, variance, square(a), *more), 0.0)
+        if not inner:
+            return Passed((mean, variance, *gained), 0.0)
+        lost = math.sqrt(2 / math.pi) * dot(root(variance), radius)
+        return Passed((mean, *gained), 0.0, slack.up(lost, inputs))
 
-    operands = (layer.value, *(() if inner else (beside(layer.value),)), SPREAD)
-    return Step(through, len(node.shape), (*operands, *(() if shared is None else (SHARED,))))
+    operands = (layer.value,) if inner else (layer.value, beside(layer.value))
+    places = (SPREAD,) if shared is None else (SPREAD, SHARED)
+    return Step(through, len(node.shape), (*operands, *places))
+
+
+def _square(layer: Layer, center: Array, radius: Array, slack: Slack) -> Callable[[Array], Array]:
+    """What a row gains of L^2, by weights' own deviations."""
+    leaf, largest = layer.leaf, jnp.abs(center) + radius
+    terms = math.prod(layer.node.shape)
+    if layer.once:
+        wide, own = jnp.square(largest), jnp.square(leaf.scale)
+        spreads = slack.squares(layer(wide, own), wide.size, wide, own)
+
+        def square(a: Array) -> Array:
+            found = dot(jnp.square(a), spreads)
+            return slack.squares(found, terms + wide.size, jnp.square(a), spreads)
+
+        return square
+
+    def square_of_sums(a: Array) -> Array:
+        along, across = layer.to_weights(center, a), layer.to_weights(radius, jnp.abs(a))
+        slopes = slack.size(along, layer.to_weights(jnp.abs(center), jnp.abs(a)), terms) + across
+        total = jnp.sum(jnp.square(leaf.scale * slopes))
+        return slack.squares(total, terms + leaf.loc.size, slopes)
+
+    return square_of_sums
+
+
+def _shared(
+    layer: Layer, factors: Array, center: Array, radius: Array, slack: Slack
+) -> Callable[[Array], tuple[Array, Array]]:
+    """What a row's coefficients move by with each factor, and what it gains of derivatives."""
+    terms, total = math.prod(layer.node.shape), jnp.abs(factors).sum(0)
+    signed = jax.vmap(lambda u: layer(center, u))(factors)
+    sizes = layer(jnp.abs(center), total)
+
+    def through(a: Array) -> tuple[Array, Array]:
+        moved = jax.vmap(lambda u: layer.to_value(u, a, center))(factors)
+        moved = slack.size(moved, layer.to_value(total, jnp.abs(a), center), terms)
+        along = jax.vmap(lambda s: dot(a, s))(signed)
+        off = slack.size(jnp.zeros_like(along), dot(jnp.abs(a), sizes), 2 * terms)
+        across = jax.vmap(lambda m: dot(m, radius))(moved)
+        return moved, jnp.stack([along, slack.up(off + across, radius.size)])
+
+    return through
 
 
 def forward_through(layer: Layer, box: Box, slack: Slack) -> tuple[Box, Array]:

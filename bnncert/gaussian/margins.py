@@ -66,7 +66,7 @@ probability).
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -218,11 +218,13 @@ def margins(
         delta: the probability that some hidden unit leaves the interval that it is relaxed on.
 
     Returns:
-        `Margins` of shape (rows,); where the set is traced and empty, means of -inf.
+        `Margins` of shape (rows,); means of -inf where the set is traced and empty, or weights are
+        not finite.
 
     Raises:
         TypeError: another posterior.
-        ValueError: an unknown method, a delta that is not in (0, 1); as `bnncert.bound`.
+        ValueError: an unknown method, a delta that is not in (0, 1); outputs that depend on
+            nothing; as `bnncert.bound`.
         UnsupportedPrimitiveError: an operation on random values that has no rule; weights that are
             used twice.
 
@@ -250,8 +252,9 @@ def margins(
     leaves = leaves_of(posterior)
     how = How(method, arithmetic_of(rounding), delta)
     rows = jnp.asarray(matrix), jnp.asarray(offset)
-    found = row_margins(apply, how, posterior.loc, leaves, x_set, rows)
-    return Margins(*found, delta)
+    q: Any = posterior
+    found = row_margins(apply, how, q.loc, leaves, x_set, rows)
+    return Margins(found.mean, found.lipschitz, delta)
 
 
 class How(NamedTuple):
@@ -291,19 +294,25 @@ def row_margins(
     boxed = jax.tree.unflatten(jax.tree.structure(params), parts)
     graph = trace(outputs, (boxed, x_set), {}, how.arithmetic.tracking())
     plan = make_plan(graph, Options(DEFAULT_BATCH_SIZE, how.arithmetic))
+    if not plan.outputs:
+        raise ValueError("the outputs depend neither on random weights nor on x: nothing to bound.")
     # 2. What holds of its hidden units, but for a probability.
     network = network_of(plan, weights_of(plan.graph, ordered), how.method)
     boxes, passage = network.bounds(_far(network.units(), how.delta * (1 - _SHARE)))
-    # 3. The rows.
+    # 3. The rows. What is not finite is no bound.
     (output,) = plan.outputs
+    finite = [jnp.isfinite(v).all() for v in jax.tree.leaves((params, leaves)) if _is_float(v)]
+    valid = jnp.stack([*finite, *([] if graph.valid is None else [graph.valid])]).all()
 
     def one(row: Array) -> Margin:
         return network.best(output, boxes, passage, row, _ratio)
 
     found = map_rows(one, graph.nodes[output], plan.batch_size)
-    if graph.valid is None:
-        return found
-    return found._replace(mean=jnp.where(graph.valid, found.mean, -jnp.inf))
+    return found._replace(mean=jnp.where(valid, found.mean, -jnp.inf))
+
+
+def _is_float(value: Array) -> bool:
+    return jnp.issubdtype(jnp.result_type(value), jnp.floating)
 
 
 def _far(numbers: int, probability: float) -> float:
@@ -314,7 +323,7 @@ def _far(numbers: int, probability: float) -> float:
 def _box(leaf: Leaf, widest: float) -> Box:
     """Where weights lie, each of them rounded to their format."""
     unit = 4 * float(jnp.finfo(leaf.loc.dtype).eps)
-    reach = widest * jnp.sqrt(leaf.variance)
+    reach = widest * leaf.deviation
     reach = reach + unit * (jnp.abs(leaf.loc) + reach) + float(jnp.finfo(leaf.loc.dtype).tiny)
     return Box(leaf.loc - reach, leaf.loc + reach)
 

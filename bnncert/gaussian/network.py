@@ -30,7 +30,7 @@ from bnncert.bounds.rows import (
     pull_back,
     start,
 )
-from bnncert.gaussian.folded import folded_mean
+from bnncert.gaussian.ends import each, least_mean
 from bnncert.gaussian.layers import (
     SHARED,
     SPREAD,
@@ -45,7 +45,7 @@ from bnncert.gaussian.layers import (
     settled,
 )
 from bnncert.gaussian.weights import Weights, layer_of
-from bnncert.sets import Box, LpBall, Set, dual_norm
+from bnncert.sets import Box, Set
 
 _WAYS = (("adaptive", 0), ("zero", 1))
 """Of the lines below a kink, and of those of a curve, the choices that rows try."""
@@ -266,13 +266,13 @@ class Network(NamedTuple):
                 continue
             rank = len(self.plan.graph.nodes[i].shape)
             if i in self.weights.leaf:
-                gained, own, along = _each(partial(self._of_leaf, i), rank, a)
+                gained, own, along = each(partial(self._of_leaf, i), rank, a)
                 mean, square, shared = mean + gained, square + own, shared + along
             else:
-                least = partial(_least, self._region(i, boxes), slack)
+                least = partial(least_mean, self._region(i, boxes), slack)
                 variance = coefficients.get(beside(i))
                 given = (a,) if variance is None else (a, variance)
-                mean = mean + _each(least, rank, *given)
+                mean = mean + each(least, rank, *given)
         if jnp.ndim(shared) > 1:  # of correlated weights, where a row has met any
             signed, sizes = jnp.moveaxis(shared, -2, 0)
             total = jnp.sum(jnp.square(jnp.abs(signed) + sizes), -1)
@@ -295,7 +295,7 @@ class Network(NamedTuple):
         return mean, square, jnp.stack([signed, rest])
 
     def _magnitude(self, index: int) -> Array:
-        box = self.plan.graph.inputs[index]
+        box = hull(self.plan.graph.inputs[index])
         return jnp.maximum(jnp.abs(box.lower), jnp.abs(box.upper))
 
     def _region(self, index: int, boxes: Sequence[Box]) -> Set:
@@ -376,25 +376,3 @@ def _plain(plan: Plan, weights: Weights) -> frozenset[int]:
 def _everything(like: Box) -> Box:
     lower = jnp.asarray(like.lower)
     return Box(*(jnp.full(lower.shape, end, lower.dtype) for end in (-jnp.inf, jnp.inf)))
-
-
-def _each(f: Callable[..., Any], rank: int, *values: Array) -> Any:
-    """Of values of this rank, or of each way's."""
-    axes = tuple(0 if v.ndim > rank else None for v in values)
-    return jax.vmap(f, axes)(*values) if any(axis == 0 for axis in axes) else f(*values)
-
-
-def _least(region: Set, slack: Slack, a: Array, variance: Array | None = None) -> Array:
-    """The mean of the least value of `(a + g) . x` over a set, g Gaussian of these variances."""
-    if isinstance(region, LpBall):
-        middle = dot(a, region.center)
-        if variance is None:
-            return middle - region.eps * dual_norm(a, region.p)
-        if region.p == 2:
-            total = jnp.sum(jnp.square(a)) + jnp.sum(variance)
-            return middle - region.eps * slack.up(root(total), a.size)
-        # The largest of n: at most the largest mean, and that of n centred ones.
-        most = jnp.sqrt(2 * jnp.log(2.0 * a.size)) * root(jnp.max(variance))
-        return middle - region.eps * slack.up(dual_norm(a, region.p) + most, 64)
-    size = jnp.abs(a) if variance is None else slack.up(folded_mean(a, variance), 64)
-    return dot(a, region.center) - dot(size, region.radius)

@@ -6,7 +6,7 @@ weights share (none of a factorised Gaussian): independent standard normal numbe
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,16 @@ class Leaf(NamedTuple):
         own = jnp.square(self.scale)
         return own if self.factors is None else own + jnp.square(self.factors).sum(0)
 
+    @property
+    def deviation(self) -> Array:
+        """The root of that, of numbers whose squares would underflow as well."""
+        if self.factors is None:
+            return self.scale
+        largest = jnp.maximum(self.scale, jnp.abs(self.factors).max(0, initial=0.0))
+        unit = jnp.where(largest > 0, largest, 1.0)
+        total = jnp.square(self.scale / unit) + jnp.square(self.factors / unit).sum(0)
+        return largest * jnp.sqrt(total)
+
 
 def leaves_of(posterior: Posterior) -> dict[str, Leaf]:
     """The random leaves of a Gaussian posterior, by name.
@@ -64,15 +74,19 @@ def leaves_of(posterior: Posterior) -> dict[str, Leaf]:
         names = posterior.random
         columns = jax.vmap(lambda u: unflatten(u, posterior.loc, names))(posterior.scale_tril.T)
         return {n: Leaf(locs[n], jnp.zeros_like(locs[n]), columns[n]) for n in names}
-    factors = priors.named(posterior.deviations) if isinstance(posterior, LowRank) else {}
+    scales = {n: s for n, s in priors.named(posterior.scale).items() if s is not None}
+    factors: dict[str, Any] = dict.fromkeys(scales)
+    if isinstance(posterior, LowRank):
+        given = priors.named(posterior.deviations)
+        factors = {
+            n: jnp.zeros((posterior.rank, *locs[n].shape), locs[n].dtype)
+            if given[n] is None
+            else jnp.asarray(given[n])
+            for n in scales
+        }
     return {
-        name: Leaf(
-            locs[name],
-            jnp.broadcast_to(scale, locs[name].shape).astype(locs[name].dtype),
-            factors.get(name),
-        )
-        for name, scale in priors.named(posterior.scale).items()
-        if scale is not None
+        n: Leaf(locs[n], jnp.broadcast_to(s, locs[n].shape).astype(locs[n].dtype), factors[n])
+        for n, s in scales.items()
     }
 
 

@@ -126,6 +126,7 @@ def build(
     initial_scale: float = 0.1,
     num_particles: int = 1,
     prepare: Prepare | None = None,
+    fit_prior: bool = False,
 ) -> Algorithm:
     """Makes low-rank variational inference as an `Algorithm`.
 
@@ -144,6 +145,8 @@ def build(
             leaf (of the smallest of the others, for leaves that start at zero).
         num_particles: draws of the weights for each update; they are vmapped.
         prepare: `(params, x_batch) -> params`, applied to each draw: e.g. batch-norm statistics.
+        fit_prior: fit the prior's scale to the posterior at each step, leaf by leaf
+            (`bnncert.prior.fitted`).
 
     Returns:
         `Algorithm(init, update, posterior)`; the posterior is a `bnncert.posterior.LowRank`.
@@ -178,6 +181,7 @@ def build(
         initial_scale=initial_scale,
         num_particles=num_particles,
         prepare=prepare,
+        fit_prior=fit_prior,
     )
 
 

@@ -44,6 +44,7 @@ def build(
     initial_scale: float = 0.1,
     num_particles: int = 1,
     prepare: Prepare | None = None,
+    fit_prior: bool = False,
 ) -> Algorithm:
     """Makes variational inference as an `Algorithm`.
 
@@ -67,6 +68,8 @@ def build(
             has its own.
         num_particles: draws of the weights for each update; they are vmapped.
         prepare: `(params, x_batch) -> params`, applied to each draw: e.g. batch-norm statistics.
+        fit_prior: fit the prior's scale to the posterior at each step, leaf by leaf
+            (`bnncert.prior.fitted`); for the known guides.
 
     Returns:
         `Algorithm(init, update, posterior)`; the posterior is a `MeanField`, a `LowRank` (of
@@ -74,7 +77,8 @@ def build(
 
     Raises:
         ValueError: num_data, rank or num_draws < 1, a kl_weight or an initial_scale that is not
-            positive, a prior without a random leaf, an unknown guide, `posterior` for a known one;
+            positive, a prior without a random leaf, an unknown guide, `posterior` for a known one,
+            fit_prior for one of your own;
             from `init`, a guide that leaves out a random leaf.
         NotImplementedError: a prior whose KL the guide does not know.
 
@@ -95,6 +99,10 @@ def build(
     """
     check_settings(prior, num_data, kl_weight, initial_scale)
     if not isinstance(guide, str | Family):
+        if fit_prior:
+            raise ValueError(
+                "fit_prior=True is for the known guides: a prior of your own is yours."
+            )
         return guides.build(
             log_likelihood,
             prior,
@@ -119,6 +127,7 @@ def build(
         initial_scale=initial_scale,
         num_particles=num_particles,
         prepare=prepare,
+        fit_prior=fit_prior,
     )
 
 

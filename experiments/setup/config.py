@@ -89,6 +89,11 @@ def validate(config: RunConfig) -> None:
             f"--train.kl-weight must be > 0 with --inference {name_of(method)}, got 0: without "
             "its prior a posterior shrinks to a point; for that, use --inference map"
         )
+    if train.likelihood == "quantile" and not isinstance(method, BBB):
+        raise ValueError(
+            "--train.likelihood quantile is of a Gaussian posterior, and --inference "
+            f"{name_of(method)} has single networks: use --inference bbb, or another likelihood"
+        )
     if isinstance(method, Checked):
         method.check(train)
     covered = train.warmup + train.ramp + train.power_ramp

@@ -22,7 +22,7 @@ from experiments.setup.requirements import (
 PIXELS = (0.0, 1.0)
 """The adversary stays in the range of pixels, in training, certificate and attack alike."""
 
-LIKELIHOODS = ("certified", "attacked", "clean")
+LIKELIHOODS = ("certified", "quantile", "attacked", "clean")
 TRAIN_METHODS = ("ibp", "crown-ibp")
 RANDOM_LAYERS = ("all", "last")
 CERTIFY_METHODS = ("ibp", "crown-ibp", "crown")
@@ -72,7 +72,10 @@ class TrainConfig:
     ramp: Share = 0.4
     """Fraction of training over which eps goes linearly up from 0, and lam down from 1."""
     likelihood: Annotated[str, *one_of("likelihood", LIKELIHOODS)] = "certified"
-    """Error model: the certified worst case, one found by PGD (adversarial training), or none."""
+    """Error model: the certified worst case of a draw, or of all but a small share of the
+    posterior, without draws (quantile); one found by PGD (adversarial training); or none."""
+    depth: NotNegative = 3.0
+    """Of the quantile likelihood: how many deviations below their means margins are taken."""
     method: Annotated[str, *one_of("bound method of training", TRAIN_METHODS)] = "ibp"
     """Bounds inside the certified likelihood."""
     attack_steps: AtLeast1 = 7

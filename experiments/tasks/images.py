@@ -92,7 +92,11 @@ def problem(config: RunConfig, model: Model, train_set: Split, held: Split) -> P
 
 
 def error_model(settings: TrainConfig, apply: Apply) -> LogLikelihood:
-    """The log-likelihood of one image: certified, attacked (adversarial training), or plain."""
+    """The log-likelihood of one image: certified, of a draw or of a posterior; attacked; plain."""
+    if settings.likelihood == "quantile":
+        return likelihood.quantile_categorical(
+            apply, depth=settings.depth, method=settings.method, clip=PIXELS
+        )
     if settings.likelihood == "certified":
         return likelihood.robust_categorical(apply, method=settings.method, clip=PIXELS)
     if settings.likelihood == "attacked":

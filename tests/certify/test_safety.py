@@ -23,7 +23,7 @@ T = Box(jnp.array([0.5]), jnp.array([1.0]))
 ROWS = Constraints(np.array([[-1.0]]), np.array([2.0]))
 
 
-def safety(*args, method="crown-ibp", **options):
+def safety(*args, method: Any = "crown-ibp", **options):
     """By boxes of weights, where nothing else is said."""
     return certify.safety(*args, method=method, **options)
 

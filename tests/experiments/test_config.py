@@ -85,11 +85,12 @@ EARLIER: dict[str, Any] = {
 """What `train` held of every method, each other than its default."""
 
 _START = {"initial_scale": 0.2, "clip_norm": 5.0, "guide": "low-rank", "rank": 9}
+_GUIDED = _START | {"fit_prior": False}
 _STEPS = {"initial_scale": 0.2, "clip_step": 0.5, "beta1": 0.8, "beta2": 0.99}
-_CHAINS = {"images": 11, "warmup": 12, "samples": 13, "chains": 4, "depth": 5, "start": _START}
+_CHAINS = {"images": 11, "warmup": 12, "samples": 13, "chains": 4, "depth": 5, "start": _GUIDED}
 NOW: dict[str, dict[str, Any]] = {
     "map": {"clip_norm": 5.0},
-    "bbb": _START,
+    "bbb": _GUIDED,
     "vogn": _STEPS,
     "noisy-adam": _STEPS,
     "ivon": _STEPS,
@@ -144,6 +145,10 @@ def test_an_option_that_has_moved_says_where(
         ),
         ({"train.ramp": "0.6", "train.power-ramp": "0.5"}, "fractions of one training, got 1.1"),
         ({"train.kl-weight": "0"}, "--train.kl-weight must be > 0 with --inference bbb, got 0"),
+        (
+            {"train.likelihood": "quantile", "inference": "map"},
+            "--train.likelihood quantile is of a Gaussian posterior, and --inference map",
+        ),
     ],
 )
 def test_settings_that_exclude_one_another(

@@ -196,19 +196,18 @@ def safety(
     methods = _methods(method)
     boxes = [m for m in methods if m != "linear"]
     names = _check(posterior, x_set, num_boxes=num_boxes, rounds=rounds, steps=steps)
-    if boxes:
-        _mean_field(posterior)
-    loc = np.asarray(flatten(posterior.loc, names))
+    q: Any = _mean_field(posterior) if boxes else posterior
+    loc = np.asarray(flatten(q.loc, names))
     rows = Constraints(
         jnp.asarray(constraints.matrix, loc.dtype), jnp.asarray(constraints.offset, loc.dtype)
     )
-    _check_constraints(apply, posterior.loc, x_set, rows)
-    data = Data(posterior.loc, x_set, rows)
+    _check_constraints(apply, q.loc, x_set, rows)
+    data = Data(q.loc, x_set, rows)
     search_for = Search(num_boxes, rounds, steps)
     found = [
-        _by_linear_bounds(key, Task(apply, names, m, rounding), data, posterior, delta)
+        _by_linear_bounds(key, Task(apply, names, m, rounding), data, q, delta)
         if m == "linear"
-        else _by_boxes(key, Task(apply, names, m, rounding), data, posterior, search_for)
+        else _by_boxes(key, Task(apply, names, m, rounding), data, q, search_for)
         for m in methods
     ]
     *_, best = sorted(found, key=lambda result: (len(result.safe.masses), -result.upper))

@@ -21,6 +21,9 @@ class BBB:
     """Family of normals that is fitted: of covariance diagonal, or diagonal plus low rank."""
     rank: AtLeast2 = 20
     """Factors of the low-rank guide."""
+    fit_prior: bool = False
+    """Fit the prior's standard deviation to the posterior, leaf by leaf, in the place of
+    --train.prior-scale (empirical Bayes)."""
 
     def build(self, task: Task) -> Algorithm:
         """`bnncert.infer.svi`, by Adam."""
@@ -34,4 +37,5 @@ class BBB:
             guide=self.guide,
             rank=self.rank,
             initial_scale=self.initial_scale,
+            fit_prior=self.fit_prior,
         )
