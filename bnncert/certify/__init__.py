@@ -26,6 +26,7 @@ from bnncert.certify.radii import (
     AttackedRadius,
     CertifiedRadius,
     attacked_radius,
+    posterior_radius,
     radius,
     statistical_radius,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "joint_decision",
     "mean_and_variance",
     "outputs_within",
+    "posterior_radius",
     "predictive",
     "proves_class",
     "proves_outputs",

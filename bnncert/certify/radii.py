@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import ndtr
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from bnncert._varying import axes_of, varying
@@ -31,6 +32,7 @@ from bnncert.bounds.arithmetic import Rounding
 from bnncert.bounds.methods import Method
 from bnncert.certify.exact.decision import Decision, decision
 from bnncert.certify.sampled.decision import statistical
+from bnncert.gaussian import leaves_of, margins
 from bnncert.outputs import logits_of, look_at_ending
 from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import Set, ball, check_radius
@@ -200,6 +202,92 @@ def statistical_radius(
     return _bisected(certify, x, largest, steps, p, clip)
 
 
+def posterior_radius(
+    apply: Apply,
+    posterior: Posterior,
+    x: Float[Array, "..."],
+    *,
+    largest: float,
+    probability: float = 0.99,
+    steps: int = 8,
+    p: float | int = jnp.inf,
+    clip: tuple[float, float] | None = None,
+    method: str = "crown",
+    rounding: Rounding = "outward",
+    delta: float = 1e-3,
+) -> CertifiedRadius:
+    """Certifies a radius within which most networks of a Gaussian posterior keep one class.
+
+        r = largest k * largest / 2^steps tried at which
+            Prob_{w ~ q}( argmax f(w, x') = c for all |x' - x|_p <= r )  >=  probability
+
+    with c the class of the network at the posterior's means: the formal tier.
+
+    Args:
+        apply: `(params, x) -> logits (C,)` for one example, C >= 2.
+        posterior: a `bnncert.posterior.MeanField`, `LowRank` or `Gaussian`.
+        x: one input; `jax.vmap` for a batch.
+        largest: as for `radius`.
+        probability: of the networks, in (0, 1 - delta).
+        steps: as for `radius`.
+        p: as for `radius`.
+        clip: as for `radius`.
+        method: as for `bnncert.gaussian.margins`.
+        rounding: as for `bnncert.gaussian.margins`.
+        delta: as for `bnncert.gaussian.margins`.
+
+    Returns:
+        A `CertifiedRadius`, of confidence 1: a proof (by "nearest", up to rounding).
+
+    Raises:
+        TypeError: another posterior.
+        ValueError: a probability out of range; as `radius` and `bnncert.gaussian.margins`.
+
+    Cost: steps times `bnncert.gaussian.margins`, compiled once.
+
+    Source: `bnncert.gaussian.margins`; bisection is folklore.
+
+    Example:
+        >>> from bnncert.posterior import MeanField
+        >>> apply = lambda p, x: p["w"] * x                             # logits (w_0 x, w_1 x)
+        >>> q = MeanField({"w": jnp.array([3.0, -3.0])}, {"w": jnp.full(2, 0.1)})
+        >>> found = posterior_radius(apply, q, jnp.array([1.0]), largest=2.0)
+        >>> int(found.predicted), 0.8 < float(found.radius) < 1
+        (0, True)
+    """
+    if not 0 < probability < 1 - delta:
+        raise ValueError(
+            f"probability = {probability}: give one between 0 and 1 - delta = {1 - delta}."
+        )
+    q: Any = posterior
+    leaves_of(q)  # raises for another posterior
+    predicted = jnp.argmax(apply(q.loc, x))
+    classes = jax.eval_shape(apply, q.loc, x).shape[-1]
+
+    def certify(region: Set) -> _Kept:
+        unit = jnp.eye(classes, dtype=region.center.dtype)
+        rows = unit[predicted] - unit, jnp.zeros(classes, unit.dtype)
+        found = margins(apply, q, region, *rows, method=method, rounding=rounding, delta=delta)
+        lost = jnp.where(
+            (found.mean > 0) & (found.mean < jnp.inf) & (found.lipschitz < jnp.inf),
+            ndtr(-(1 - 1e-4) * found.mean / found.lipschitz),  # less than rounding may take
+            1.0,
+        )
+        total = jnp.sum(jnp.where(jnp.arange(classes) == predicted, 0.0, lost))
+        kept = (1 + 1e-3) * (delta + total) <= (1 - 1e-6) * (1 - probability)
+        return _Kept(predicted, kept, jnp.ones(()))
+
+    return _bisected(certify, x, largest, steps, p, clip)
+
+
+class _Kept(NamedTuple):
+    """What a bisection reads off a certificate."""
+
+    predicted: Int[Array, ""]
+    robust: Bool[Array, ""]
+    confidence: Float[Array, ""]
+
+
 def attacked_radius(
     key: Key,
     apply: Apply,
@@ -284,7 +372,7 @@ def attacked_radius(
 
 
 def _bisected(
-    certify: Callable[[Set], Decision],
+    certify: Callable[[Set], Decision | _Kept],
     x: Float[Array, "..."],
     largest: float,
     steps: int,
@@ -294,7 +382,7 @@ def _bisected(
     _check(largest, steps)
     x = jnp.asarray(x)
 
-    def at(place: Array) -> Decision:
+    def at(place: Array) -> Decision | _Kept:
         return certify(ball(x, unit * place.astype(x.dtype), p=p, clip=clip))
 
     def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, ...]:

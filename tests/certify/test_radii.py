@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 
 from bnncert import attack
-from bnncert.certify import attacked_radius, decision, radius, statistical, statistical_radius
-from bnncert.posterior import MeanField
+from bnncert.certify import (
+    attacked_radius,
+    class_stays,
+    decision,
+    posterior_radius,
+    radius,
+    safety,
+    statistical,
+    statistical_radius,
+)
+from bnncert.posterior import MeanField, Samples
 from bnncert.sets import ball
 
 KEY = jax.random.key(0)
@@ -124,3 +133,40 @@ def test_errors_name_the_fault():
             radius(linear, w, x, **options)
     with pytest.raises(ValueError, match="steps = 30"):
         attacked_radius(KEY, linear, w, x, 0, largest=1.0, steps=30)
+
+
+def a_posterior(scale):
+    keys = jax.random.split(KEY, 2)
+    loc = {"w": jax.random.normal(keys[0], (6, SIZE)), "v": jax.random.normal(keys[1], (3, 6))}
+    return MeanField(loc, jax.tree.map(lambda leaf: jnp.full(leaf.shape, scale), loc))
+
+
+@pytest.mark.parametrize("p", [np.inf, 2])
+def test_a_radius_under_a_posterior_is_one_that_safety_proves(p):
+    q, x = a_posterior(0.02), jax.random.normal(jax.random.key(4), (12, SIZE))
+    at = partial(posterior_radius, relu, q, largest=LARGEST, steps=STEPS, p=p)
+    found = jax.jit(jax.vmap(at))(x)
+    assert found.robust.any() and len(set(found.radius.tolist())) > 4
+    for one, r, c in zip(x, found.radius, found.predicted, strict=True):
+        rows = class_stays(int(c), 3)
+        if r > 0:
+            proved = safety(KEY, relu, q, ball(one, r - 1e-6, p=p), rows)
+            assert proved.lower >= 0.99
+        if r < LARGEST - UNIT:
+            beyond = safety(KEY, relu, q, ball(one, r + UNIT + 1e-6, p=p), rows)
+            assert beyond.lower <= 0.9901
+    # The wider the posterior, the smaller the radius; a larger share of it likewise.
+    wider = jax.vmap(partial(posterior_radius, relu, a_posterior(0.1), largest=LARGEST, p=p))(x)
+    assert (wider.radius <= found.radius + UNIT).all() and (wider.radius < found.radius).any()
+    most = jax.vmap(partial(at, probability=0.9985, delta=1e-4))(x)
+    assert (most.radius <= found.radius).all()
+
+
+def test_what_a_radius_under_a_posterior_refuses():
+    q, x = a_posterior(0.1), jnp.zeros(SIZE)
+    for probability in (0.0, 0.9995, 1.0):
+        with pytest.raises(ValueError, match="probability = "):
+            posterior_radius(relu, q, x, largest=1.0, probability=probability)
+    with pytest.raises(TypeError, match="Samples"):
+        posterior_radius(relu, Samples(q.sample(KEY, 2)), x, largest=1.0)
+    assert not posterior_radius(relu, q, x, largest=1.0).robust  # all logits are 0
