@@ -83,20 +83,19 @@ class Subject(NamedTuple):
 
 def proved_and_drawn(subject: Subject, options: argparse.Namespace) -> Row:
     """Proves what can be proved about each image that the mean network has right, and draws."""
-    x, y = (jnp.asarray(part) for part in subject.images)
-    mean = subject.posterior.moments()[0]
-    right = np.flatnonzero(np.asarray(jax.vmap(partial(subject.apply, mean))(x).argmax(-1) == y))
-    x, y = x[right], y[right]
+    right = right_of(subject)
+    x, y = (jnp.asarray(part[right]) for part in subject.images)
     label = f"{subject.name}, eps {subject.eps:g}"
     # 1. The worst point for the mean network, and the class that wins there.
     keys = jax.random.split(jax.random.key(options.seed), len(right))
     attacks = _Batches(partial(attacked, subject, options.attack_steps), 16, f"{label}: attacks")
     worst, rival, broken = attacks(keys, x, y)
+    broken = np.asarray(broken)
     # 2. The ball, from below.
     bounds = partial(stays, subject, options)
     below = _Batches(bounds, options.batch_size, f"{label}: lower bounds")
     found = below(x, y)
-    lower, ratio = found.probability(), (found.mean / found.lipschitz).min(-1)
+    lower, ratio = found.probability(), np.asarray(found.mean / found.lipschitz).min(-1)
     # 3. The point, from above.
     upper, at = np.ones(len(right)), np.flatnonzero(broken)
     if at.size:
@@ -104,11 +103,11 @@ def proved_and_drawn(subject: Subject, options: argparse.Namespace) -> Row:
         upper[at] = 1 - above(worst[at], y[at], rival[at]).probability()
     # 4. Draws: of the open images too, unless there is nothing to try.
     proved = (lower > 0) | (upper < 1)
-    each = -(-options.draws // proved.sum()) if proved.any() else 0
+    each = -(-options.draws // int(proved.sum())) if proved.any() else 0
     counts = np.zeros(len(right), int)
     if each:
         key = jax.random.key(options.seed + 1)
-        counts = drawn(subject, (x, y, jnp.asarray(worst)), each, key, label)
+        counts = drawn(subject, (x, y, worst), each, key, label)
     against = contradicted(counts, each, lower, upper) | (lower > upper)
     safe, unsafe = lower >= SAFE, upper <= UNSAFE
     ratio = np.clip(np.nan_to_num(ratio.astype(float)), -1e9, 1e9)  # JSON has no infinity
@@ -119,17 +118,17 @@ def proved_and_drawn(subject: Subject, options: argparse.Namespace) -> Row:
         "safe": int(safe.sum()),
         "unsafe": int(unsafe.sum()),
         "open": int((~safe & ~unsafe).sum()),
-        "median_ratio": float(np.median(ratio)) if len(right) else None,
+        "median_ratio": float(np.median(ratio)),
         "seconds_an_image": below.seconds,
         "seconds_to_compile": below.compiling,
-        "draws_each": int(each),
+        "draws_each": each,
         "pairs": int(each * proved.sum()),
         "fewest_where_safe": int(counts[safe].min()) if safe.any() else None,
         "most_where_unsafe": int(counts[unsafe].max()) if unsafe.any() else None,
         "contradicted": right[against].tolist(),
         "each": {
             "image": right.tolist(),
-            "broken": np.asarray(broken).astype(int).tolist(),
+            "broken": broken.astype(int).tolist(),
             "lower": (np.floor(lower * 1e6) / 1e6).tolist(),
             "upper": (np.ceil(upper * 1e6) / 1e6).tolist(),
             "ratio": np.round(ratio, 3).tolist(),
@@ -138,6 +137,23 @@ def proved_and_drawn(subject: Subject, options: argparse.Namespace) -> Row:
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
+
+
+def right_of(subject: Subject) -> np.ndarray:
+    """Says which images the network of the means has right.
+
+    Raises:
+        ValueError: none of them.
+    """
+    mean = partial(subject.apply, subject.posterior.moments()[0])
+    found = np.asarray(jax.lax.map(mean, subject.images.x, batch_size=256).argmax(-1))
+    right = np.flatnonzero(found == subject.images.y)
+    if not len(right):
+        raise ValueError(
+            f"{subject.name}: the network of the means has none of {len(found)} images right: is "
+            "it a network of these classes, on pixels in [0, 1], row by row?"
+        )
+    return right
 
 
 def stays(subject: Subject, options: argparse.Namespace, x: Any, y: Any) -> Margins:
@@ -249,7 +265,7 @@ class _Batches:
         self.seconds = self.compiling = 0.0
 
     def __call__(self, *columns: Any) -> Any:
-        """Stacks what the function gives for all rows of the columns, as host arrays."""
+        """Stacks what the function gives for all rows of the columns."""
         num = len(columns[0])
         size = min(self.size, num)
         started = time.monotonic()
@@ -261,7 +277,7 @@ class _Batches:
             for start in range(0, num, size):
                 # One shape for one compile: the last batch repeats its last image.
                 rows = np.minimum(np.arange(start, start + size), num - 1)
-                found.append(jax.device_get(many(*(column[rows] for column in columns))))
+                found.append(jax.block_until_ready(many(*(column[rows] for column in columns))))
                 bar.update(min(size, num - start))
         self.seconds = (time.monotonic() - started) / (len(found) * size)
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[:num], *found)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:num], *found)

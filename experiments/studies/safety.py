@@ -36,7 +36,7 @@ from experiments.pipeline.allocator import keep_freed_pages
 from experiments.pipeline.finished import open_run
 from experiments.setup.data import Split, load
 from experiments.studies import released
-from experiments.studies.proved_and_drawn import Row, Subject, proved_and_drawn
+from experiments.studies.proved_and_drawn import Row, Subject, proved_and_drawn, right_of
 from experiments.studies.safety_figures import contradiction, picture, summary, table
 
 
@@ -56,20 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "or repeat them"
             )
         rows = record["rows"]
-    options.out.mkdir(parents=True, exist_ok=True)
     try:
-        for subject in subjects(options):
-            asked = subject.row()
-            row = next((row for row in rows if asked.items() <= row.items()), None)
-            if row is None:
-                row = asked | proved_and_drawn(subject, options)
-                rows.append(row)
-                write(path, settings, rows)
-            print(summary(row), flush=True)
-            if row["contradicted"]:
-                parser.exit(1, f"error: {contradiction(row)}\n")
+        given = list(subjects(options))
+        for subject in given:
+            right_of(subject)  # or an error, before anything long
     except (OSError, ValueError, TypeError) as error:
         parser.exit(1, f"error: {error}\n")
+    options.out.mkdir(parents=True, exist_ok=True)
+    for subject in given:
+        asked = subject.row()
+        row = next((row for row in rows if asked.items() <= row.items()), None)
+        if row is None:
+            row = asked | proved_and_drawn(subject, options)
+            rows.append(row)
+            write(path, settings, rows)
+        print(summary(row), flush=True)
+        if row["contradicted"]:
+            parser.exit(1, f"error: {contradiction(row)}\n")
     text = table(rows)
     path.with_suffix(".md").write_text(text + "\n")
     picture(rows, options.delta).savefig(path.with_suffix(".png"), dpi=200)

@@ -62,8 +62,6 @@ def picture(rows: Sequence[Row], delta: float) -> Figure:
 
 def _bar(axes: Axes, place: int, row: Row) -> None:
     """The shares of the outcomes with their counts, and where an attack puts the limit."""
-    if not row["correct"]:
-        return
     left = 0.0
     for outcome, (colour, ink, _) in OUTCOMES.items():
         share = row[outcome] / row["correct"]
@@ -128,11 +126,10 @@ def table(rows: Sequence[Row]) -> str:
         "|---" * 16 + "|",
     ]
     for row in rows:
-        ratio = row["median_ratio"]
         lines.append(
             f"| {row['name']} | {row['weights']:,} | {row['eps']:g} | {row['method']} "
             f"| {row['images']:,} | {row['correct']} | {row['attack_leaves']} | {row['safe']} "
-            f"| {row['unsafe']} | {row['open']} | {'-' if ratio is None else f'{ratio:.3g}'} "
+            f"| {row['unsafe']} | {row['open']} | {row['median_ratio']:.3g} "
             f"| {row['seconds_an_image']:.2g} | {row['seconds_to_compile']:.1f} "
             f"| {row['pairs']:,} | {_of(row['fewest_where_safe'], row)} "
             f"| {_of(row['most_where_unsafe'], row)} |"
