@@ -39,19 +39,24 @@ def picture(rows: Sequence[Row], delta: float) -> Figure:
         else:
             shares.text(0.5, place, "nothing proved to try", ha="center", va="center",
                         fontsize=8, color=LIGHT["soft"])  # fmt: skip
-    bars.set(xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4))
+    bars.set(xlim=(0, 1.006), ylim=(-0.6, len(rows) - 0.4))
     bars.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     bars.set_yticks(range(len(rows)), [_label(row) for row in rows])
     bars.set_xlabel("of the images that the mean network has right")
     needed = -float(ndtri((1 - SAFE - delta) / 9)) if delta < 1 - SAFE else np.inf
     ratios.set_xscale("symlog", linthresh=10, linscale=1)
     ratios.axvline(needed, color=LIGHT["soft"], lw=0.9, ls=":")
-    ratios.set_xlabel("least E/L: deviations from failing")
+    ratios.set_xticks([-1e4, -1e2, 0, 1e2, 1e4])
+    ratios.minorticks_off()
+    widest = max(np.abs(row["each"]["ratio"]).max() for row in rows)
+    ratios.set_xlim(-2 * max(widest, 100), 2 * max(widest, 100))
+    ratios.set_xlabel("least E/L (dotted: enough for .99)")
     shares.set_xlim(-0.04, 1.04)
     shares.set_xticks([0, 0.5, 1], ["0%", "50%", "100%"])
-    shares.set_xlabel("of the drawn networks withstand attacks")
-    for axes, letter in zip((bars, ratios, shares), "abc", strict=True):
-        axes.set_title(letter, loc="left", fontsize=10, fontweight="bold", color=LIGHT["ink"])
+    shares.set_xlabel("of the drawn networks withstand")
+    titles = ("a  what is proved", "b  by how much", "c  tried against draws")
+    for axes, title in zip((bars, ratios, shares), titles, strict=True):
+        axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=LIGHT["ink"])
         _axes(axes)
     bars.tick_params(axis="y", labelcolor=LIGHT["ink"], labelsize=8.5)
     figure.legend(
@@ -75,14 +80,15 @@ def _bar(axes: Axes, place: int, row: Row) -> None:
 
 
 def _dots(axes: Axes, place: int, row: Row, values: np.ndarray) -> None:
-    """A dot for each image, in the colour of what was proved, side by side at random."""
+    """A dot for each image, in the colour of what was proved, those of an outcome in a lane."""
     lower, upper = np.asarray(row["each"]["lower"]), np.asarray(row["each"]["upper"])
     found = {"safe": lower >= SAFE, "unsafe": upper <= UNSAFE}
     found["open"] = ~found["safe"] & ~found["unsafe"]
-    heights = place + np.random.default_rng(0).uniform(-0.27, 0.27, len(values))
-    for outcome, which in found.items():
-        axes.plot(values[which], heights[which], "o", color=OUTCOMES[outcome][0],
-                  ms=3 if len(values) < 200 else 2, mew=0, alpha=0.75)  # fmt: skip
+    heights = place + np.random.default_rng(0).uniform(-0.1, 0.1, len(values))
+    for lane, outcome in zip((0.22, 0, -0.22), OUTCOMES, strict=True):
+        which = found[outcome]
+        axes.plot(values[which], heights[which] + lane, "o", color=OUTCOMES[outcome][0],
+                  ms=3.2 if len(values) < 200 else 2, mew=0, alpha=0.75)  # fmt: skip
 
 
 def _label(row: Row) -> str:
