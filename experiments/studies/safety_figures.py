@@ -135,12 +135,16 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {row['name']} | {row['weights']:,} | {row['eps']:g} | {row['method']} "
             f"| {row['images']:,} | {row['correct']} | {row['attack_leaves']} | {row['safe']} "
-            f"| {row['unsafe']} | {row['open']} | {row['median_ratio']:.3g} "
+            f"| {row['unsafe']} | {row['open']} | {_three_digits(row['median_ratio'])} "
             f"| {row['seconds_an_image']:.2g} | {row['seconds_to_compile']:.1f} "
             f"| {row['pairs']:,} | {_of(row['fewest_where_safe'], row)} "
             f"| {_of(row['most_where_unsafe'], row)} |"
         )
     return "\n".join(lines)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _of(count: int | None, row: Row) -> str:
