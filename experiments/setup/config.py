@@ -70,6 +70,9 @@ class RunConfig:
     """Output folder, a new one. Default: runs/PRESET-INFERENCE-seedSEED."""
     resume: bool = False
     """Continue the run in the output folder from its last checkpoint."""
+    start: Path | None = None
+    """Folder of a finished run of the same network, at the means of whose posterior training
+    begins. Default: a random initialisation."""
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 

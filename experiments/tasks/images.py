@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 import bnncert
 from bnncert import attack, certify, likelihood
+from bnncert import prior as priors
 from bnncert.posterior import Samples, spread
 from bnncert.sets import ball
 from bnncert.types import Apply, LogLikelihood
@@ -23,6 +25,7 @@ from experiments.pipeline.deployment import deploy, deployable
 from experiments.pipeline.evaluation import Evaluated, evaluate
 from experiments.pipeline.folder import open_folder, write_json, write_npz
 from experiments.pipeline.inference import Measure, Problem, refine
+from experiments.pipeline.posteriors import load as load_posterior
 from experiments.pipeline.posteriors import save as save_posterior
 from experiments.pipeline.training import Trained, train
 from experiments.report.files import write_report
@@ -52,8 +55,8 @@ def run(config: RunConfig) -> Path:
         TrainingError, SoundnessError: see there.
     """
     dataset = load(config.dataset, config.data_dir)  # before anything is written
+    model = started(build(config.model, dataset), config.start)
     folder = open_folder(config)
-    model = build(config.model, dataset)
     train_set, held = validation_split(dataset.train, config.train.validation, SPLIT_SEED)
     _say(
         f"{config.preset}: {name_of(config.inference)} on {len(train_set.y)} images, "
@@ -76,6 +79,34 @@ def run(config: RunConfig) -> Path:
     write_report(folder)
     _say(summary(results))
     return folder
+
+
+def started(model: Model, run: Path | None) -> Model:
+    """A network that begins at the means of a finished run's posterior; None: at random.
+
+    Raises:
+        FileNotFoundError: the folder holds no posterior.
+        ValueError: that is of another network.
+    """
+    if run is None:
+        return model
+    file = run / "posterior.npz"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"--start {run}: there is no {file}; give the folder of a finished run"
+        )
+    means, _ = load_posterior(file).moments()
+    own = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = [
+        {name: jnp.shape(leaf) for name, leaf in priors.named(params).items()}
+        for params in (own, means)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"--start {run}: its posterior is of a network of other layers ({shapes[1]}; here "
+            f"{shapes[0]}); give a run of the same --model and --dataset"
+        )
+    return model._replace(init=lambda key: jax.tree.map(jnp.asarray, means))
 
 
 def problem(config: RunConfig, model: Model, train_set: Split, held: Split) -> Problem:

@@ -18,6 +18,7 @@ from bnncert import certify
 from bnncert.posterior import Samples
 from experiments.pipeline.folder import open_folder
 from experiments.pipeline.inference import Problem
+from experiments.pipeline.posteriors import load as load_posterior
 from experiments.pipeline.training import Trained
 from experiments.run import main
 from experiments.setup import data
@@ -312,6 +313,26 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
     assert status == 1
     assert "no run to resume" in errors
     assert not (tmp_path / "absent").exists()
+
+
+def test_a_run_begins_at_the_means_of_another(
+    bbb: tuple[Path, str], map_: Path, tmp_path: Path
+) -> None:
+    """At a step of nearly 0 it stays there; a quantile likelihood trains it on."""
+    options = ("--train.epochs", "1", "--train.learning-rate", "1e-12")
+    status, _, errors = digits(
+        tmp_path / "on", "--start", str(bbb[0]), "--train.likelihood", "quantile", *options
+    )
+    assert status == 0, errors
+    here, there = (load_posterior(f / "posterior.npz") for f in (tmp_path / "on", bbb[0]))
+    for a, b in zip(jax.tree.leaves(here.loc), jax.tree.leaves(there.loc), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    status, _, errors = digits(tmp_path / "mode", "--start", str(map_), *options)
+    assert status == 0, errors
+    status, _, errors = digits(tmp_path / "x", "--start", str(tmp_path / "none"), *options)
+    assert status != 0 and "there is no" in errors and not (tmp_path / "x").exists()
+    status, _, errors = digits(tmp_path / "y", "--start", str(bbb[0]), "--model", "cnn", *options)
+    assert status != 0 and "of other layers" in errors and not (tmp_path / "y").exists()
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
