@@ -55,7 +55,7 @@ def run(config: RunConfig) -> Path:
         TrainingError, SoundnessError: see there.
     """
     dataset = load(config.dataset, config.data_dir)  # before anything is written
-    model = started(build(config.model, dataset), config.start)
+    model = begun_at(build(config.model, dataset), config.start)
     folder = open_folder(config)
     train_set, held = validation_split(dataset.train, config.train.validation, SPLIT_SEED)
     _say(
@@ -81,7 +81,7 @@ def run(config: RunConfig) -> Path:
     return folder
 
 
-def started(model: Model, run: Path | None) -> Model:
+def begun_at(model: Model, run: Path | None) -> Model:
     """A network that begins at the means of a finished run's posterior; None: at random.
 
     Raises:
