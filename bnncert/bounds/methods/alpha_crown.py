@@ -30,13 +30,14 @@ from bnncert.bounds.ops import Choice, check_lower_slope
 from bnncert.bounds.ops.boxes import drop_nan, intersect
 from bnncert.bounds.plan import Plan
 from bnncert.bounds.rows import (
+    SIGNS,
     Row,
     Step,
-    both_signs,
     least,
     map_rows,
     pull_back,
     shaped,
+    signed,
     start,
 )
 from bnncert.sets import Box
@@ -111,7 +112,8 @@ def optimized(plan: Plan, boxes: Sequence[Box], method: AlphaCROWN) -> list[Box]
         boxes: of all nodes, by CROWN.
         method: its options. Each step costs about three times CROWN.
     """
-    plan.affine()  # made before the loop: what is made inside may not leave it
+    for i in plan.affine():  # made before the loop: what is made inside may not leave it
+        plan.passing(i)
     # Each device has its own: those that they shared would share their derivatives.
     axes = axes_of(plan.graph.inputs)
     fractions, boxes = varying((initial_fractions(plan, boxes), list(boxes)), axes)
@@ -199,7 +201,7 @@ def fraction_bounds(
                 steps = unfree.and_relaxed(_free_steps(plan, View(tighter, errors), default, free))
                 return least(pull_back(row, steps), plan.regions)
 
-            low, high = jax.vmap(lower)(both_signs(exact), free)
+            low, high = jax.vmap(lambda sign, free: lower(signed(exact, sign), free))(SIGNS, free)
             return drop_nan(Box(low, -high))
 
         node = graph.nodes[index]

@@ -14,6 +14,7 @@ Sources: Zhang et al., NeurIPS 2018 (CROWN); Zhang et al., ICLR 2020 (CROWN-IBP)
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import jax
@@ -179,8 +180,8 @@ def output_bounds(plan: Plan, boxes: Sequence[Box], steps: Steps) -> list[Box]:
     """The boxes, those of the outputs intersected with linear bounds over the others.
 
     Where they cost much, neither end is computed from the other, so that XLA drops the end that
-    nobody asks for, and half of the cost; of few products both are computed as one. Both enclose
-    the value at the centres of the sets, which keeps them in order.
+    nobody asks for, and half of the cost: both enclose the value at the centres of the sets, which
+    keeps them in order. Of few products both are computed as one.
 
     Args:
         plan: of the function.
@@ -188,13 +189,16 @@ def output_bounds(plan: Plan, boxes: Sequence[Box], steps: Steps) -> list[Box]:
         steps: how rows pass every node over these boxes.
     """
     graph = plan.graph
-    found, values = list(boxes), values_at(graph, [region.center for region in graph.inputs])
+    found, values = list(boxes), cache(lambda: values_at(graph, [s.center for s in graph.inputs]))
     for index in plan.outputs:
         few = math.prod(graph.nodes[index].shape) * plan.merged.forward <= _FEW
         rows = row_bounds(graph, index, steps, plan.regions, plan.batch_size, at_once=few)
+        if few:
+            found[index] = intersect(found[index], rows)
+            continue
         lower = jnp.maximum(found[index].lower, rows.lower)
         upper = jnp.minimum(found[index].upper, rows.upper)
-        value = values[index]
+        value = values()[index]
         # Where f has no value there (NaN), fmin and fmax let it be.
         found[index] = Box(jnp.fmin(lower, value), jnp.fmax(upper, value))
     return found

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from bnncert.bounds.merging import Run
 from bnncert.bounds.ops import Choice
 from bnncert.bounds.plan import Plan
 from bnncert.bounds.rounding import EXACT, Errors
@@ -86,10 +87,11 @@ def further(
     return Passage(own.errors, relaxed, both)
 
 
-def steps_of(plan: Plan, known: Passage) -> Steps:
-    """How to pass the nodes of a passage."""
+def steps_of(plan: Plan, known: Passage, run: Run | None = None) -> Steps:
+    """How to pass the nodes of a passage, or of one run alone."""
     errors = known.errors
-    return Steps(_affine(plan, errors.charged), known.relaxed, errors.carried, errors.floors)
+    affine = _affine(plan, errors.charged, run)
+    return Steps(affine, known.relaxed, errors.carried, errors.floors)
 
 
 def steps_of_both(plan: Plan, known: Passage, wider: View, changed: frozenset[int]) -> Steps:
@@ -181,10 +183,14 @@ def relaxed_step(plan: Plan, index: int, view: View, choice: Choice) -> Step:
     return planes_step(graph, index, planes)
 
 
-def _affine(plan: Plan, charged: Mapping[int, Array]) -> dict[int, AnyStep]:
+def _affine(
+    plan: Plan, charged: Mapping[int, Array], run: Run | None = None
+) -> dict[int, AnyStep]:
     """How to pass affine nodes that are off by so much."""
-    steps = plan.affine()
-    return {**steps, **{i: Charged(steps[i], error) for i, error in charged.items()}}
+    passed = plan.affine() if run is None else run.passed
+    whole = run is None or run.whole
+    steps = {i: plan.passing(i) if whole else plan.affine()[i] for i in passed}
+    return {**steps, **{i: Charged(steps[i], charged[i]) for i in charged if i in steps}}
 
 
 def _keeps_weights(plan: Plan, index: int) -> bool:

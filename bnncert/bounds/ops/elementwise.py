@@ -9,7 +9,7 @@
 `elementwise` makes the record of a function from such a rule, and from its lines or its curve.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph, Node, Ref
 from bnncert.bounds.ops import curves
-from bnncert.bounds.ops.boxes import stacked, unstacked
+from bnncert.bounds.ops.boxes import sides, stacked, unstacked
 from bnncert.bounds.ops.extremes import (
     least,
     off_overflow,
@@ -208,14 +208,14 @@ def enclosing_lines(
     inside = with_finite_gradients(*_chosen(usual, ends, jnp.ones_like(ends)))
     found = operation.lines(*inside, *_constants(operation, node), choice=choice)
     # 2. Both as lines from below: that above, of the negated function. Constants beside them.
-    slope, offset = _both(found.lower_slope, found.upper_slope), _both(*found[1::2])
     value = operation.interval(node, operand) if value is None else value
-    constant = _both(value.lower, value.upper)
-    slope, offset, constant = jnp.broadcast_arrays(slope, offset, constant)
+    lower, low, upper, high = found
+    parts = jnp.broadcast_arrays(lower, low, value.lower, -upper, -high, -value.upper)
+    slope, offset, constant = jnp.moveaxis(jnp.stack(parts).reshape(2, 3, *ends.shape[1:]), 1, 0)
     # 3. Piecewise linear functions have closed forms, which lose nothing but to the range; those of
     # a leaky ReLU cancel where its slope is steep.
     at_ends = () if operation.kinked else zip(ends, _at_ends(node, ends), strict=True)
-    holds = _holds(slope, offset, size, [(x, _both(v, v)) for x, v in at_ends])
+    holds = _holds(slope, offset, size, at_ends)
     # A line that is what would take its place may keep its gradient.
     holds |= (slope == 0) & (offset == constant)
     below, above = _either(usual & holds, slope, offset, constant)
@@ -226,11 +226,6 @@ def _chosen(condition: Array, first: Array, second: Array) -> Array:
     """One of two, by a sum: of an elementwise result a compiler makes a copy in all that use it."""
     both = jnp.stack([condition, ~condition]), jnp.stack([first, second], 1)
     return jnp.where(both[0], both[1], 0).sum(1)
-
-
-def _both(below: Array, above: Array) -> Array:
-    """Two sides on a leading axis, both seen from below."""
-    return jnp.stack(jnp.broadcast_arrays(below, -above))
 
 
 def _either(line: Array, slope: Array, offset: Array, constant: Array) -> Array:
@@ -247,16 +242,17 @@ def _either(line: Array, slope: Array, offset: Array, constant: Array) -> Array:
 
 
 def _holds(
-    slope: Array, offset: Array, size: Array, at_ends: Sequence[tuple[Array, Array]]
+    slope: Array, offset: Array, size: Array, at_ends: Iterable[tuple[Array, Array]]
 ) -> Array:
-    """Whether a line is below a function, as far as its values at ends and the range say."""
+    """Whether lines are below a function and its negative, as far as values at ends can say."""
+    sign = sides(1.0, -1.0, like=slope)
     eps, lost = float(jnp.finfo(size.dtype).eps), 8 * least(size.dtype)
     terms = jnp.abs(slope) * size + jnp.abs(offset)
     # An underflow of the slope counts by the operand, one of the operand by the slope.
     reach = jnp.where(jnp.abs(slope) * eps < lost, size, 0) + jnp.abs(slope)
     holds = jnp.isfinite(terms) & (lost * (1 + reach) <= eps * terms)
     for end, value in at_ends:
-        holds &= ~(slope * end + offset - value > 16 * eps * (terms + jnp.abs(value)))
+        holds &= ~(slope * end + offset - sign * value > 16 * eps * (terms + jnp.abs(value)))
     return holds
 
 
