@@ -114,6 +114,11 @@ class Step:
     rank: int = field(metadata={"static": True})
     operands: tuple[int, ...] = field(metadata={"static": True})
 
+    @property
+    def by_lines(self) -> bool:
+        """Whether it is of a function of one value, passed by a multiplication."""
+        return getattr(self.through, "func", None) is _past_lines
+
     def __call__(self, a: Array) -> Passed:
         """Passes a row, or several."""
         return self.through(a) if a.ndim == self.rank else jax.vmap(self.through)(a)
@@ -480,13 +485,13 @@ def planes_step(graph: Graph, index: int, planes: Planes) -> Step:
 
 def _past_lines(lines: Lines, a: Array) -> Passed:
     slopes = jnp.maximum(a, 0) * lines.lower_slope + jnp.minimum(a, 0) * lines.upper_slope
-    return Passed((slopes,), _weighed(a, lines.lower_offset, lines.upper_offset))
+    return Passed((slopes,), weighed(a, lines.lower_offset, lines.upper_offset))
 
 
 def _past_planes(below: Transposed, above: Transposed, a: Array) -> Passed:
     low, high = below.coefficients(jnp.maximum(a, 0)), above.coefficients(jnp.minimum(a, 0))
     passed = tuple(p + n for p, n in zip(low, high, strict=True))
-    return Passed(passed, _weighed(a, below.at_zero, above.at_zero))
+    return Passed(passed, weighed(a, below.at_zero, above.at_zero))
 
 
 def _past_corner(
@@ -501,7 +506,7 @@ def _past_corner(
     return Passed((first, second), -jnp.sum(corner * first))
 
 
-def _weighed(a: Array, positive: Array, negative: Array) -> Array:
+def weighed(a: Array, positive: Array, negative: Array) -> Array:
     """`<max(a, 0), positive> + <min(a, 0), negative>`.
 
     A sum and no product: XLA fuses it with what made `a`, which a product would have to write out.

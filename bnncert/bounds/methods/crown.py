@@ -12,6 +12,7 @@ Sources: Zhang et al., NeurIPS 2018 (CROWN); Zhang et al., ICLR 2020 (CROWN-IBP)
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from bnncert.bounds.graph.facts import ancestors
 from bnncert.bounds.methods.ibp import interval_bounds, intervals
 from bnncert.bounds.methods.steps import (
     Passage,
@@ -149,18 +151,19 @@ def intermediate_bounds(
         The boxes, and how rows pass every node over them.
     """
     choice, changed = Choice(lower_slope=method.lower_slope), swept(plan)
+    often = _passed_often(plan)
 
     def sweep(index: int, tighter: list[Box], known: Passage) -> tuple[Box, Passage]:
         found = boxes[index]
         if not _is_swept(plan, index):
             return found, known
-        known = further(plan, tighter, known, choice, wider, changed)
+        known = further(plan, tighter, known, choice, wider, changed, often)
         rows = _rows(plan, index, steps_of(plan, known), found, method.unstable_only)
         return intersect(found, rows), known
 
     unchanged = {i: box for i, box in enumerate(boxes) if i not in changed}
     found, known = intervals(plan, sweep, Passage(), unchanged)
-    return found, further(plan, found, known, choice, wider, changed)
+    return found, further(plan, found, known, choice, wider, changed, often)
 
 
 def swept(plan: Plan) -> frozenset[int]:
@@ -170,6 +173,13 @@ def swept(plan: Plan) -> frozenset[int]:
         if _is_swept(plan, i) or not found.isdisjoint(node.refs):
             found.add(i)
     return frozenset(found)
+
+
+def _passed_often(plan: Plan) -> frozenset[int]:
+    """The nonlinearities that rows of several nodes pass."""
+    targets = [i for i in range(len(plan.graph.nodes)) if _is_swept(plan, i) or i in plan.outputs]
+    before = Counter(i for target in targets for i in ancestors(plan.graph, target) if i != target)
+    return frozenset(i for i in plan.relaxed if before[i] > 1)
 
 
 def _is_swept(plan: Plan, index: int) -> bool:

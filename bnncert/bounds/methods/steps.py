@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from bnncert.bounds.arithmetic import Real
 from bnncert.bounds.merging import Run
 from bnncert.bounds.ops import Choice
 from bnncert.bounds.plan import Plan
 from bnncert.bounds.rounding import EXACT, Errors
+from bnncert.bounds.runs import composed_planes
 from bnncert.bounds.rows import AnyStep, Apart, Charged, Step, Steps, Ways, planes_step
 from bnncert.sets import Box
 
@@ -62,6 +64,7 @@ def further(
     choice: Choice,
     wider: View | None = None,
     changed: frozenset[int] = frozenset(),
+    often: frozenset[int] = frozenset(),
 ) -> Passage:
     """The passage of all nodes that have boxes.
 
@@ -72,6 +75,7 @@ def further(
         choice: of the default planes: all variants are taken.
         wider: another view, over which they are relaxed as well.
         changed: the nodes of which it knows other boxes.
+        often: the nodes that rows pass again and again.
     """
     own = view_of(plan, boxes, known.errors)
     relaxed, both = dict(known.relaxed), dict(known.both)
@@ -80,7 +84,7 @@ def further(
             continue
         differ = wider is not None and not changed.isdisjoint(plan.graph.nodes[i].refs)
         views = [wider, own] if wider is not None and differ else [own]
-        both[i] = step = default_step(plan, i, views, choice)
+        both[i] = step = default_step(plan, i, views, choice, i in often)
         if isinstance(step, Ways | Apart) and differ:
             step = step.last(step.number // 2)
         relaxed[i] = step
@@ -130,16 +134,29 @@ def steps_over(plan: Plan, boxes: Sequence[Box], choice: Choice) -> Steps:
     return steps_of(plan, further(plan, boxes, Passage(), choice))
 
 
-def default_step(plan: Plan, index: int, views: Sequence[View], choice: Choice) -> AnyStep:
-    """Passes a relaxed node by its default planes, all that it has, over each view."""
+def default_step(
+    plan: Plan, index: int, views: Sequence[View], choice: Choice, often: bool = False
+) -> AnyStep:
+    """Passes a relaxed node by its default planes, all that it has, over each view.
+
+    Where rows pass it often, of a small function by one matrix.
+    """
     variants = plan.variants[index]
     ways = list(product(range(len(views)), range(variants)))
+
+    as_one = often and isinstance(plan.arithmetic, Real)
+    affine = {i: plan.passing(i) for i in plan.affine()} if as_one else {}
+
+    def made(view: View, choice: Choice) -> Step:
+        step = relaxed_step(plan, index, view, choice)
+        return composed_planes(plan.graph, index, step, affine) if as_one else step
+
     if len(ways) == 1:
-        return relaxed_step(plan, index, views[0], choice)
+        return made(views[0], choice)
     if _keeps_weights(plan, index):
         return Apart(
             tuple(
-                relaxed_step(plan, index, views[view], choice._replace(variant=variant))
+                made(views[view], choice._replace(variant=variant))
                 for view, variant in ways
             )
         )
@@ -154,7 +171,7 @@ def default_step(plan: Plan, index: int, views: Sequence[View], choice: Choice) 
         for place, box in zip(places, boxes, strict=True):
             found[place] = box
         errors = last.errors._replace(carried={**last.errors.carried, **carried})
-        return relaxed_step(plan, index, View(found, errors), choice._replace(variant=variant))
+        return made(View(found, errors), choice._replace(variant=variant))
 
     variant = jnp.array([variant for _, variant in ways]) if variants > 1 else 0
     if len(views) == 1:
