@@ -197,17 +197,19 @@ class Network(NamedTuple):
 
     def _relaxed(self, index: int, boxes: Sequence[Box]) -> AnyStep:
         """How rows pass a nonlinearity, in several ways at once."""
-        last = self.plan.variants[index] - 1
+        plan, last = self.plan, self.plan.variants[index] - 1
+        node = plan.graph.nodes[index]
+        value = plan.arithmetic.interval(plan.graph, node, [boxes[j] for j in node.refs])
         steps = [
             relaxed_step(
-                self.plan,
+                plan,
                 index,
-                View(boxes, EXACT),
+                View([*boxes[:index], value], EXACT),
                 Choice(variant=min(variant, last), lower_slope=slope),
             )
             for slope, variant in _WAYS
         ]
-        if self.plan.graph.nodes[index].operation.lines is None:
+        if node.operation.lines is None:
             return Apart(tuple(steps))
         return Ways(jax.tree.map(lambda *v: jnp.stack(v), *steps), len(steps))
 
