@@ -214,10 +214,32 @@ def fraction_bounds(
         found = shaped(box, node)
         if index in outputs:
             outputs[index] = found
-        return intersect(found, boxes[index]), known
+        return _met(found, boxes[index]), known
 
     intervals(plan, swept, Passage())
     return [outputs[i] for i in plan.outputs]
+
+
+def _met(found: Box, known: Box) -> Box:
+    """The intersection; where both agree but for rounding, its derivative is that of the first.
+
+    So it is where the optimiser starts: of the other one it would learn nothing.
+    """
+    lower, upper = _larger(found.lower, known.lower), -_larger(-found.upper, -known.upper)
+    return Box(jnp.minimum(lower, upper), jnp.maximum(lower, upper))
+
+
+@jax.custom_jvp
+def _larger(first: Array, second: Array) -> Array:
+    return jnp.maximum(first, second)
+
+
+@_larger.defjvp
+def _larger_jvp(values: tuple[Array, Array], slopes: tuple[Array, Array]) -> tuple[Array, Array]:
+    first, second = values
+    slack = 64 * float(jnp.finfo(first.dtype).eps) * (jnp.abs(first) + jnp.abs(second))
+    near = jnp.isfinite(first) & (first >= second - slack)
+    return _larger(first, second), jnp.where(near, *slopes)
 
 
 def _free_steps(
