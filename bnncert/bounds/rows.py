@@ -351,7 +351,7 @@ def signed(row: Row, sign: Array) -> Row:
     return Row({i: sign * a for i, a in row.coefficients.items()}, sign * row.offset, row.lost)
 
 
-SIGNS = np.array([1, -1], np.int8)
+SIGNS: Any = np.array([1, -1], np.int8)
 """Those of a row and its negative, to be mapped over: by a stack, both would be written out."""
 
 

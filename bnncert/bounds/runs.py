@@ -36,9 +36,7 @@ _FEW_OF_PLANES = 2**10
 """Likewise of planes, which would be passed by fewer products than that."""
 
 
-def composed_steps(
-    graph: Graph, steps: Callable[[], Mapping[int, Step]]
-) -> Callable[[int], Step]:
+def composed_steps(graph: Graph, steps: Callable[[], Mapping[int, Step]]) -> Callable[[int], Step]:
     """How rows pass an affine node: with all of its run, where a nonlinearity acts on it.
 
     Args:
@@ -62,9 +60,7 @@ def composed_steps(
     return step
 
 
-def composed_planes(
-    graph: Graph, index: int, step: Step, affine: Mapping[int, Step]
-) -> Step:
+def composed_planes(graph: Graph, index: int, step: Step, affine: Mapping[int, Step]) -> Step:
     """How rows pass a nonlinearity with the runs before it, where they are of few coefficients.
 
     Args:

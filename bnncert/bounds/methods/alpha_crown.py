@@ -31,7 +31,6 @@ from bnncert.bounds.ops.boxes import drop_nan, intersect
 from bnncert.bounds.plan import Plan
 from bnncert.bounds.rows import (
     SIGNS,
-    Row,
     Step,
     least,
     map_rows,
@@ -182,35 +181,37 @@ def fraction_bounds(
     graph = plan.graph
     outputs: dict[int, Box] = {i: boxes[i] for i in plan.outputs}
     default = Choice(lower_slope=lower_slope)
+    free: dict[int, dict[int, Step]] = {}  # by relaxation, by the node whose rows pass it
 
     def swept(index: int, tighter: list[Box], known: Passage) -> tuple[Box, Passage]:
         if index not in fractions:
             return boxes[index], known
         errors = plan.arithmetic.errors(graph, tighter, known.errors)
-        fixed = dict(known.relaxed)
+        view, fixed = View(tighter, errors), dict(known.relaxed)
         for i in ancestors(graph, index):
-            if i not in fixed and i not in fractions[index] and i in plan.relaxed:
-                fixed[i] = relaxed_step(plan, i, View(tighter, errors), default)
+            if i in fractions[index]:
+                own = {begin: each[i] for begin, each in fractions.items() if i in each}
+                free[i] = free.get(i) or _free_steps(plan, i, view, default, own)
+            elif i not in fixed and i in plan.relaxed:
+                fixed[i] = relaxed_step(plan, i, view, default)
         known = Passage(errors, fixed)
         unfree = steps_of(plan, known)
 
-        def one(row: Array, free: dict[int, Free]) -> Box:
+        def one(row: Array, free: dict[int, Step]) -> Box:
             exact = pull_back(start(index, row, unfree), unfree, {*fixed, *free})
 
-            def lower(row: Row, free: dict[int, Free]) -> Array:
-                steps = unfree.and_relaxed(_free_steps(plan, View(tighter, errors), default, free))
-                return least(pull_back(row, steps), plan.regions)
+            def lower(sign: Array, free: dict[int, Step]) -> Array:
+                return least(pull_back(signed(exact, sign), unfree.and_relaxed(free)), plan.regions)
 
-            low, high = jax.vmap(lambda sign, free: lower(signed(exact, sign), free))(SIGNS, free)
+            low, high = jax.vmap(lower)(SIGNS, free)
             return drop_nan(Box(low, -high))
 
-        node = graph.nodes[index]
-        leading = {leaf.shape[0] for leaf in jax.tree.leaves(fractions[index])}
-        if leading == {1}:
-            shared = jax.tree.map(lambda leaf: leaf[0], fractions[index])
+        node, own = graph.nodes[index], {i: free[i][index] for i in fractions[index]}
+        if {leaf.shape[0] for leaf in jax.tree.leaves(fractions[index])} == {1}:
+            shared = jax.tree.map(lambda leaf: leaf[0], own)
             box = map_rows(lambda row: one(row, shared), node, plan.batch_size)
         else:
-            box = map_rows(one, node, plan.batch_size, fractions[index])
+            box = map_rows(one, node, plan.batch_size, own)
         found = shaped(box, node)
         if index in outputs:
             outputs[index] = found
@@ -218,6 +219,29 @@ def fraction_bounds(
 
     intervals(plan, swept, Passage())
     return [outputs[i] for i in plan.outputs]
+
+
+def _free_steps(
+    plan: Plan, index: int, view: View, default: Choice, fractions: Mapping[int, Free]
+) -> dict[int, Step]:
+    """How rows pass a relaxation with the fractions of all nodes whose rows come to it.
+
+    It is relaxed once, for all of them: for each alone, a compiler would see it as often.
+    """
+
+    def one(free: Free) -> Step:
+        choice = default._replace(lower=free.below, upper=free.above)
+        return relaxed_step(plan, index, view, choice)
+
+    every = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *fractions.values())
+    steps = jax.vmap(jax.vmap(one))(every)
+    counts = [jax.tree.leaves(free)[0].shape[0] for free in fractions.values()]
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+
+    def of(end: int, count: int) -> Step:
+        return jax.tree.map(lambda leaf: leaf[end - count : end], steps)
+
+    return {i: of(*part) for i, *part in zip(fractions, ends, counts, strict=True)}
 
 
 def _met(found: Box, known: Box) -> Box:
@@ -240,15 +264,6 @@ def _larger_jvp(values: tuple[Array, Array], slopes: tuple[Array, Array]) -> tup
     slack = 64 * float(jnp.finfo(first.dtype).eps) * (jnp.abs(first) + jnp.abs(second))
     near = jnp.isfinite(first) & (first >= second - slack)
     return _larger(first, second), jnp.where(near, *slopes)
-
-
-def _free_steps(
-    plan: Plan, view: View, default: Choice, free: Mapping[int, Free]
-) -> dict[int, Step]:
-    return {
-        i: relaxed_step(plan, i, view, default._replace(lower=each.below, upper=each.above))
-        for i, each in free.items()
-    }
 
 
 def _repeated(choice: Choice, rows: int) -> Free:

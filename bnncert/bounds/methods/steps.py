@@ -21,8 +21,8 @@ from bnncert.bounds.merging import Run
 from bnncert.bounds.ops import Choice
 from bnncert.bounds.plan import Plan
 from bnncert.bounds.rounding import EXACT, Errors
-from bnncert.bounds.runs import composed_planes
 from bnncert.bounds.rows import AnyStep, Apart, Charged, Step, Steps, Ways, planes_step
+from bnncert.bounds.runs import composed_planes
 from bnncert.sets import Box
 
 
@@ -155,10 +155,7 @@ def default_step(
         return made(views[0], choice)
     if _keeps_weights(plan, index):
         return Apart(
-            tuple(
-                made(views[view], choice._replace(variant=variant))
-                for view, variant in ways
-            )
+            tuple(made(views[view], choice._replace(variant=variant)) for view, variant in ways)
         )
     node, (last, *_) = plan.graph.nodes[index], views[::-1]
     places = sorted({*node.refs, index})
@@ -200,9 +197,7 @@ def relaxed_step(plan: Plan, index: int, view: View, choice: Choice) -> Step:
     return planes_step(graph, index, planes)
 
 
-def _affine(
-    plan: Plan, charged: Mapping[int, Array], run: Run | None = None
-) -> dict[int, AnyStep]:
+def _affine(plan: Plan, charged: Mapping[int, Array], run: Run | None = None) -> dict[int, AnyStep]:
     """How to pass affine nodes that are off by so much."""
     passed = plan.affine() if run is None else run.passed
     whole = run is None or run.whole

@@ -24,8 +24,8 @@ from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph, Node, Ref
 from bnncert.bounds.graph.operands import Operand
-from bnncert.bounds.ops.operation import Affine, Operation, Roundings, one_bounded
 from bnncert.bounds.ops.boxes import stacked, unstacked
+from bnncert.bounds.ops.operation import Affine, Operation, Roundings, one_bounded
 from bnncert.sets import Box
 
 MIXING = ("dot_general", "conv_general_dilated")

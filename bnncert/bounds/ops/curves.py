@@ -270,9 +270,7 @@ def _touching_points(
     return of_l, of_u
 
 
-def _touching_point(
-    curve: Curve, x: Array, target: Array, safe: Array, unsafe: Array
-) -> Touching:
+def _touching_point(curve: Curve, x: Array, target: Array, safe: Array, unsafe: Array) -> Touching:
     """The point whose tangent passes through (x, target), or one next to it that passes below.
 
     Between `safe`, farther from x, and `unsafe`: on a convex part, the tangent's height at x rises

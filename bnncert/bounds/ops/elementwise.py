@@ -12,12 +12,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph, Node, Ref
 from bnncert.bounds.ops import curves
+from bnncert.bounds.ops.affine import at_ends
 from bnncert.bounds.ops.boxes import sides, stacked, unstacked
 from bnncert.bounds.ops.extremes import (
     least,
@@ -127,12 +127,7 @@ def guarded(rule: IntervalRule, rounding: Rounding) -> IntervalRule:
 
 def increasing(node: Node, *boxes: Box) -> Box:
     """Evaluated at the lower ends, and at the upper ends."""
-    return unstacked(_at_ends(node, *map(stacked, boxes)))
-
-
-def _at_ends(node: Node, *ends: Array) -> Array:
-    """An operation's values, at several points each on a leading axis."""
-    return jax.vmap(lambda *values: node.evaluate(*node.fill(values)))(*ends)
+    return unstacked(at_ends(node, *map(stacked, boxes)))
 
 
 def hull(node: Node, box: Box) -> Box:
@@ -214,8 +209,8 @@ def enclosing_lines(
     slope, offset, constant = jnp.moveaxis(jnp.stack(parts).reshape(2, 3, *ends.shape[1:]), 1, 0)
     # 3. Piecewise linear functions have closed forms, which lose nothing but to the range; those of
     # a leaky ReLU cancel where its slope is steep.
-    at_ends = () if operation.kinked else zip(ends, _at_ends(node, ends), strict=True)
-    holds = _holds(slope, offset, size, at_ends)
+    points = () if operation.kinked else zip(ends, at_ends(node, ends), strict=True)
+    holds = _holds(slope, offset, size, points)
     # A line that is what would take its place may keep its gradient.
     holds |= (slope == 0) & (offset == constant)
     below, above = _either(usual & holds, slope, offset, constant)
@@ -242,7 +237,7 @@ def _either(line: Array, slope: Array, offset: Array, constant: Array) -> Array:
 
 
 def _holds(
-    slope: Array, offset: Array, size: Array, at_ends: Iterable[tuple[Array, Array]]
+    slope: Array, offset: Array, size: Array, points: Iterable[tuple[Array, Array]]
 ) -> Array:
     """Whether lines are below a function and its negative, as far as values at ends can say."""
     sign = sides(1.0, -1.0, like=slope)
@@ -251,8 +246,8 @@ def _holds(
     # An underflow of the slope counts by the operand, one of the operand by the slope.
     reach = jnp.where(jnp.abs(slope) * eps < lost, size, 0) + jnp.abs(slope)
     holds = jnp.isfinite(terms) & (lost * (1 + reach) <= eps * terms)
-    for end, value in at_ends:
-        holds &= ~(slope * end + offset - sign * value > 16 * eps * (terms + jnp.abs(value)))
+    for x, value in points:
+        holds &= ~(slope * x + offset - sign * value > 16 * eps * (terms + jnp.abs(value)))
     return holds
 
 

@@ -39,9 +39,7 @@ def off_subnormal(box: Box) -> Box:
     if least(box.lower.dtype) < tiny:
         return box
     ends = stacked(box)
-    moved = jnp.where(
-        jnp.signbit(ends), sides(-tiny, -0.0, like=ends), sides(0.0, tiny, like=ends)
-    )
+    moved = jnp.where(jnp.signbit(ends), sides(-tiny, -0.0, like=ends), sides(0.0, tiny, like=ends))
     return unstacked(jnp.where(_subnormal(ends), moved, ends))
 
 

@@ -104,7 +104,6 @@ def mccormick(
         y: box of the second.
         choice: variant 0 is t = 1 in both sides, variant 1 is t = 0.
     """
-
     if choice.lower is None and choice.upper is None:
         return _from_corner(product, operands, x, y, choice.variant)
 
