@@ -42,6 +42,8 @@ from bnncert.bounds.rows import (
 from bnncert.sets import Box
 
 _MOST_FRACTIONS = 2**22
+_FEW_FRACTIONS = 2**12
+"""Fractions of one relaxation that are dearer to compile than to relax by."""
 _LEARNING_RATE = 0.1
 _DECAY = 0.98
 
@@ -181,7 +183,7 @@ def fraction_bounds(
     graph = plan.graph
     outputs: dict[int, Box] = {i: boxes[i] for i in plan.outputs}
     default = Choice(lower_slope=lower_slope)
-    free: dict[int, dict[int, Step]] = {}  # by relaxation, by the node whose rows pass it
+    free: dict[int, Mapping[int, Step | Free]] = {}  # by relaxation, by the node that is bounded
 
     def swept(index: int, tighter: list[Box], known: Passage) -> tuple[Box, Passage]:
         if index not in fractions:
@@ -197,11 +199,14 @@ def fraction_bounds(
         known = Passage(errors, fixed)
         unfree = steps_of(plan, known)
 
-        def one(row: Array, free: dict[int, Step]) -> Box:
+        def one(row: Array, free: dict[int, Step | Free]) -> Box:
             exact = pull_back(start(index, row, unfree), unfree, {*fixed, *free})
 
-            def lower(sign: Array, free: dict[int, Step]) -> Array:
-                return least(pull_back(signed(exact, sign), unfree.and_relaxed(free)), plan.regions)
+            def lower(sign: Array, free: dict[int, Step | Free]) -> Array:
+                steps = {i: _free_step(plan, i, view, default, each) for i, each in free.items()}
+                return least(
+                    pull_back(signed(exact, sign), unfree.and_relaxed(steps)), plan.regions
+                )
 
             low, high = jax.vmap(lower)(SIGNS, free)
             return drop_nan(Box(low, -high))
@@ -223,18 +228,16 @@ def fraction_bounds(
 
 def _free_steps(
     plan: Plan, index: int, view: View, default: Choice, fractions: Mapping[int, Free]
-) -> dict[int, Step]:
-    """How rows pass a relaxation with the fractions of all nodes whose rows come to it.
+) -> Mapping[int, Step | Free]:
+    """How rows pass a relaxation with the fractions of each node that is bounded.
 
-    It is relaxed once, for all of them: for each alone, a compiler would see it as often.
+    Of few it is relaxed once, for all of them: for each alone, a compiler would see it as often.
     """
-
-    def one(free: Free) -> Step:
-        choice = default._replace(lower=free.below, upper=free.above)
-        return relaxed_step(plan, index, view, choice)
-
+    size = sum(leaf.size for leaf in jax.tree.leaves(fractions))
+    if len(fractions) < 2 or size > _FEW_FRACTIONS:
+        return fractions
     every = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *fractions.values())
-    steps = jax.vmap(jax.vmap(one))(every)
+    steps = jax.vmap(jax.vmap(partial(_free_step, plan, index, view, default)))(every)
     counts = [jax.tree.leaves(free)[0].shape[0] for free in fractions.values()]
     ends = [sum(counts[: i + 1]) for i in range(len(counts))]
 
@@ -242,6 +245,13 @@ def _free_steps(
         return jax.tree.map(lambda leaf: leaf[end - count : end], steps)
 
     return {i: of(*part) for i, *part in zip(fractions, ends, counts, strict=True)}
+
+
+def _free_step(plan: Plan, index: int, view: View, default: Choice, free: Step | Free) -> Step:
+    if isinstance(free, Step):
+        return free
+    choice = default._replace(lower=free.below, upper=free.above)
+    return relaxed_step(plan, index, view, choice)
 
 
 def _met(found: Box, known: Box) -> Box:

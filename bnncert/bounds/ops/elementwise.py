@@ -197,6 +197,7 @@ def enclosing_lines(
     """
     assert operation.lines is not None
     ends = stacked(off_subnormal(Box(*_ends(node, operand))))
+    signs = sides(1.0, -1.0, like=ends)
     size = jnp.maximum(jnp.abs(ends[0]), jnp.abs(ends[1]))
     # 1. The lines, where the box is not so large that they would overflow.
     usual = size <= 0.25 * float(jnp.finfo(node.dtype).max)
@@ -205,12 +206,12 @@ def enclosing_lines(
     # 2. Both as lines from below: that above, of the negated function. Constants beside them.
     value = operation.interval(node, operand) if value is None else value
     lower, low, upper, high = found
-    parts = jnp.broadcast_arrays(lower, low, value.lower, -upper, -high, -value.upper)
-    slope, offset, constant = jnp.moveaxis(jnp.stack(parts).reshape(2, 3, *ends.shape[1:]), 1, 0)
+    both = jnp.stack(jnp.broadcast_arrays(lower, -upper, low, -high))
+    (slope, offset), constant = both.reshape(2, 2, *both.shape[1:]), signs * stacked(value)
     # 3. Piecewise linear functions have closed forms, which lose nothing but to the range; those of
     # a leaky ReLU cancel where its slope is steep.
     points = () if operation.kinked else zip(ends, at_ends(node, ends), strict=True)
-    holds = _holds(slope, offset, size, points)
+    holds = _holds(slope, offset, size, [(x, signs * v) for x, v in points])
     # A line that is what would take its place may keep its gradient.
     holds |= (slope == 0) & (offset == constant)
     below, above = _either(usual & holds, slope, offset, constant)
@@ -239,15 +240,14 @@ def _either(line: Array, slope: Array, offset: Array, constant: Array) -> Array:
 def _holds(
     slope: Array, offset: Array, size: Array, points: Iterable[tuple[Array, Array]]
 ) -> Array:
-    """Whether lines are below a function and its negative, as far as values at ends can say."""
-    sign = sides(1.0, -1.0, like=slope)
+    """Whether lines are below a function, as far as its values at some points and the range say."""
     eps, lost = float(jnp.finfo(size.dtype).eps), 8 * least(size.dtype)
     terms = jnp.abs(slope) * size + jnp.abs(offset)
     # An underflow of the slope counts by the operand, one of the operand by the slope.
     reach = jnp.where(jnp.abs(slope) * eps < lost, size, 0) + jnp.abs(slope)
     holds = jnp.isfinite(terms) & (lost * (1 + reach) <= eps * terms)
     for x, value in points:
-        holds &= ~(slope * x + offset - sign * value > 16 * eps * (terms + jnp.abs(value)))
+        holds &= ~(slope * x + offset - value > 16 * eps * (terms + jnp.abs(value)))
     return holds
 
 
