@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import NamedTuple
 
-from bnncert.bounds.arithmetic import Arithmetic
+from bnncert.bounds.arithmetic import Arithmetic, Real
 from bnncert.bounds.graph import Graph
 from bnncert.bounds.merging import Merged, merged
 from bnncert.bounds.ops import Operation
 from bnncert.bounds.rows import Step, affine_steps
+from bnncert.bounds.runs import composed_steps
 from bnncert.sets import Set
 
 
@@ -41,7 +42,8 @@ class Plan(NamedTuple):
         acted_on: the nodes that a relaxed one acts on.
         merged: what is bounded as one affine map.
         regions: what a row that ends on a set is concretised over, by set.
-        affine: how rows pass affine nodes; made when first asked for.
+        affine: how rows pass each affine node by itself; made when first asked for.
+        passing: how they pass an affine node, with all of its run where that is one map (`runs`).
     """
 
     graph: Graph
@@ -54,11 +56,14 @@ class Plan(NamedTuple):
     merged: Merged
     regions: tuple[Set, ...]
     affine: Callable[[], Mapping[int, Step]]
+    passing: Callable[[int], Step]
 
 
 def make_plan(graph: Graph, options: Options) -> Plan:
     """The plan of a traced function."""
     arithmetic = options.arithmetic
+    affine = cache(partial(affine_steps, graph))
+    composed = composed_steps(graph, affine)
     relaxed = frozenset(i for i, node in enumerate(graph.nodes) if node.is_relaxed)
     return Plan(
         graph,
@@ -70,7 +75,8 @@ def make_plan(graph: Graph, options: Options) -> Plan:
         graph.acted_on,
         merged(graph, options.margins),
         tuple(arithmetic.region(graph, region) for region in graph.inputs),
-        cache(partial(affine_steps, graph)),
+        affine,
+        composed if isinstance(arithmetic, Real) else lambda index: affine()[index],
     )
 
 

@@ -114,6 +114,11 @@ class Step:
     rank: int = field(metadata={"static": True})
     operands: tuple[int, ...] = field(metadata={"static": True})
 
+    @property
+    def by_lines(self) -> bool:
+        """Whether it is of a function of one value, passed by a multiplication."""
+        return getattr(self.through, "func", None) is _past_lines
+
     def __call__(self, a: Array) -> Passed:
         """Passes a row, or several."""
         return self.through(a) if a.ndim == self.rank else jax.vmap(self.through)(a)
@@ -335,15 +340,19 @@ def row_box(target: int, row: Array, steps: Steps, sets: Sets, at_once: bool) ->
         return least(pull_back(row, steps), sets)
 
     if at_once:
-        low, high = jax.vmap(lower)(both_signs(exact))
+        low, high = jax.vmap(lambda sign: lower(signed(exact, sign)))(SIGNS)
     else:
         low, high = lower(exact), lower(negative(exact))
     return Box(low, -high)
 
 
-def both_signs(row: Row) -> Row:
-    """A row and its negative, stacked."""
-    return jax.tree.map(lambda *v: jnp.stack(v), row, negative(row))
+def signed(row: Row, sign: Array) -> Row:
+    """A row that is exact, or its negative."""
+    return Row({i: sign * a for i, a in row.coefficients.items()}, sign * row.offset, row.lost)
+
+
+SIGNS: Any = np.array([1, -1], np.int8)
+"""Those of a row and its negative, to be mapped over: by a stack, both would be written out."""
 
 
 def row_bounds(
@@ -462,22 +471,42 @@ def planes_step(graph: Graph, index: int, planes: Planes) -> Step:
         return Step(Partial(_past_lines, planes.lines), rank, planes.operands)
     zeros = _zeros(graph, planes.operands)
     convolves = _convolves(graph.nodes[index])
+    if planes.corner is not None:
+        product, (corner, below, above) = graph.nodes[index].evaluate, planes.corner
+        of_first = [
+            _transposed(lambda v, end=end: product(v, end), zeros[:1], convolves)
+            for end in (below, above)
+        ]
+        of_second = _transposed(lambda w: product(corner, w), zeros[1:], convolves)
+        return Step(Partial(_past_corner, corner, of_second, *of_first), rank, planes.operands)
     below, above = (_transposed(f, zeros, convolves) for f in (planes.lower, planes.upper))
     return Step(Partial(_past_planes, below, above), rank, planes.operands)
 
 
 def _past_lines(lines: Lines, a: Array) -> Passed:
     slopes = jnp.maximum(a, 0) * lines.lower_slope + jnp.minimum(a, 0) * lines.upper_slope
-    return Passed((slopes,), _weighed(a, lines.lower_offset, lines.upper_offset))
+    return Passed((slopes,), weighed(a, lines.lower_offset, lines.upper_offset))
 
 
 def _past_planes(below: Transposed, above: Transposed, a: Array) -> Passed:
     low, high = below.coefficients(jnp.maximum(a, 0)), above.coefficients(jnp.minimum(a, 0))
     passed = tuple(p + n for p, n in zip(low, high, strict=True))
-    return Passed(passed, _weighed(a, below.at_zero, above.at_zero))
+    return Passed(passed, weighed(a, below.at_zero, above.at_zero))
 
 
-def _weighed(a: Array, positive: Array, negative: Array) -> Array:
+def _past_corner(
+    corner: Array, of_second: Transposed, below: Transposed, above: Transposed, a: Array
+) -> Passed:
+    (second,) = of_second.coefficients(a)
+    (low,), (high,) = (
+        below.coefficients(jnp.maximum(a, 0)),
+        above.coefficients(jnp.minimum(a, 0)),
+    )
+    first = low + high
+    return Passed((first, second), -jnp.sum(corner * first))
+
+
+def weighed(a: Array, positive: Array, negative: Array) -> Array:
     """`<max(a, 0), positive> + <min(a, 0), negative>`.
 
     A sum and no product: XLA fuses it with what made `a`, which a product would have to write out.

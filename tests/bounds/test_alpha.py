@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bnncert.bounds import CROWN, AlphaCROWN, bound
+from bnncert.bounds.methods.alpha_crown import _met
 from bnncert.sets import Box
 
 
@@ -117,6 +118,20 @@ def test_it_is_differentiable(float64):
     rate = 1e-3 * float(value) / steepness  # a thousandth of the width, to first order
     moved = jax.tree.map(lambda p, s: p - rate * s, params, weights)
     assert value_and_slope(moved, x)[0] < value - 0.5e-3 * value
+
+
+def test_it_learns_from_bounds_that_differ_by_rounding_alone():
+    """Where it starts they are CROWN's: rounding puts them on either side."""
+
+    def ends(shift, known):
+        found = Box(shift - 1.0, shift + 1.0)
+        box = _met(found, known)
+        return box.upper - box.lower + shift
+
+    known = Box(jnp.asarray(-1.0), jnp.asarray(1.0))
+    for shift in (-2e-7, 0.0, 2e-7):
+        assert jax.grad(ends)(shift, known) == 1.0  # both ends move
+    assert jax.grad(ends)(0.5, known) == 0.0  # the lower end, and the known upper one
 
 
 @pytest.mark.parametrize("steps", [0, -1])

@@ -14,9 +14,9 @@ from tests.bounds.architectures import Plan, build
 
 VECTOR, IMAGE = (4,), (4, 3, 2)
 LIMITS = {
-    "relu": (VECTOR, ("dense", "relu", "dense", "relu"), 930, 1260),
-    "attention": (VECTOR, ("dense", "attention", "arctan"), 2420, 3750),
-    "gate": (IMAGE, ("conv", "silu", "squeeze_excite"), 1920, 3020),
+    "relu": (VECTOR, ("dense", "relu", "dense", "relu"), 830, 1120),
+    "attention": (VECTOR, ("dense", "attention", "arctan"), 2230, 3380),
+    "gate": (IMAGE, ("conv", "silu", "squeeze_excite"), 1650, 2540),
 }
 """By name: the shape of the input, layers, and the most equations by CROWN-IBP and by CROWN."""
 

@@ -30,18 +30,20 @@ from bnncert.bounds.ops import Choice, check_lower_slope
 from bnncert.bounds.ops.boxes import drop_nan, intersect
 from bnncert.bounds.plan import Plan
 from bnncert.bounds.rows import (
-    Row,
+    SIGNS,
     Step,
-    both_signs,
     least,
     map_rows,
     pull_back,
     shaped,
+    signed,
     start,
 )
 from bnncert.sets import Box
 
 _MOST_FRACTIONS = 2**22
+_FEW_FRACTIONS = 2**12
+"""Fractions of one relaxation that are dearer to compile than to relax by."""
 _LEARNING_RATE = 0.1
 _DECAY = 0.98
 
@@ -111,7 +113,8 @@ def optimized(plan: Plan, boxes: Sequence[Box], method: AlphaCROWN) -> list[Box]
         boxes: of all nodes, by CROWN.
         method: its options. Each step costs about three times CROWN.
     """
-    plan.affine()  # made before the loop: what is made inside may not leave it
+    for i in plan.affine():  # made before the loop: what is made inside may not leave it
+        plan.passing(i)
     # Each device has its own: those that they shared would share their derivatives.
     axes = axes_of(plan.graph.inputs)
     fractions, boxes = varying((initial_fractions(plan, boxes), list(boxes)), axes)
@@ -180,51 +183,97 @@ def fraction_bounds(
     graph = plan.graph
     outputs: dict[int, Box] = {i: boxes[i] for i in plan.outputs}
     default = Choice(lower_slope=lower_slope)
+    free: dict[int, Mapping[int, Step | Free]] = {}  # by relaxation, by the node that is bounded
 
     def swept(index: int, tighter: list[Box], known: Passage) -> tuple[Box, Passage]:
         if index not in fractions:
             return boxes[index], known
         errors = plan.arithmetic.errors(graph, tighter, known.errors)
-        fixed = dict(known.relaxed)
+        view, fixed = View(tighter, errors), dict(known.relaxed)
         for i in ancestors(graph, index):
-            if i not in fixed and i not in fractions[index] and i in plan.relaxed:
-                fixed[i] = relaxed_step(plan, i, View(tighter, errors), default)
+            if i in fractions[index]:
+                own = {begin: each[i] for begin, each in fractions.items() if i in each}
+                free[i] = free.get(i) or _free_steps(plan, i, view, default, own)
+            elif i not in fixed and i in plan.relaxed:
+                fixed[i] = relaxed_step(plan, i, view, default)
         known = Passage(errors, fixed)
         unfree = steps_of(plan, known)
 
-        def one(row: Array, free: dict[int, Free]) -> Box:
+        def one(row: Array, free: dict[int, Step | Free]) -> Box:
             exact = pull_back(start(index, row, unfree), unfree, {*fixed, *free})
 
-            def lower(row: Row, free: dict[int, Free]) -> Array:
-                steps = unfree.and_relaxed(_free_steps(plan, View(tighter, errors), default, free))
-                return least(pull_back(row, steps), plan.regions)
+            def lower(sign: Array, free: dict[int, Step | Free]) -> Array:
+                steps = {i: _free_step(plan, i, view, default, each) for i, each in free.items()}
+                return least(
+                    pull_back(signed(exact, sign), unfree.and_relaxed(steps)), plan.regions
+                )
 
-            low, high = jax.vmap(lower)(both_signs(exact), free)
+            low, high = jax.vmap(lower)(SIGNS, free)
             return drop_nan(Box(low, -high))
 
-        node = graph.nodes[index]
-        leading = {leaf.shape[0] for leaf in jax.tree.leaves(fractions[index])}
-        if leading == {1}:
-            shared = jax.tree.map(lambda leaf: leaf[0], fractions[index])
+        node, own = graph.nodes[index], {i: free[i][index] for i in fractions[index]}
+        if {leaf.shape[0] for leaf in jax.tree.leaves(fractions[index])} == {1}:
+            shared = jax.tree.map(lambda leaf: leaf[0], own)
             box = map_rows(lambda row: one(row, shared), node, plan.batch_size)
         else:
-            box = map_rows(one, node, plan.batch_size, fractions[index])
+            box = map_rows(one, node, plan.batch_size, own)
         found = shaped(box, node)
         if index in outputs:
             outputs[index] = found
-        return intersect(found, boxes[index]), known
+        return _met(found, boxes[index]), known
 
     intervals(plan, swept, Passage())
     return [outputs[i] for i in plan.outputs]
 
 
 def _free_steps(
-    plan: Plan, view: View, default: Choice, free: Mapping[int, Free]
-) -> dict[int, Step]:
-    return {
-        i: relaxed_step(plan, i, view, default._replace(lower=each.below, upper=each.above))
-        for i, each in free.items()
-    }
+    plan: Plan, index: int, view: View, default: Choice, fractions: Mapping[int, Free]
+) -> Mapping[int, Step | Free]:
+    """How rows pass a relaxation with the fractions of each node that is bounded.
+
+    Of few it is relaxed once, for all of them: for each alone, a compiler would see it as often.
+    """
+    size = sum(leaf.size for leaf in jax.tree.leaves(fractions))
+    if len(fractions) < 2 or size > _FEW_FRACTIONS:
+        return fractions
+    every = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *fractions.values())
+    steps = jax.vmap(jax.vmap(partial(_free_step, plan, index, view, default)))(every)
+    counts = [jax.tree.leaves(free)[0].shape[0] for free in fractions.values()]
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+
+    def of(end: int, count: int) -> Step:
+        return jax.tree.map(lambda leaf: leaf[end - count : end], steps)
+
+    return {i: of(*part) for i, *part in zip(fractions, ends, counts, strict=True)}
+
+
+def _free_step(plan: Plan, index: int, view: View, default: Choice, free: Step | Free) -> Step:
+    if isinstance(free, Step):
+        return free
+    choice = default._replace(lower=free.below, upper=free.above)
+    return relaxed_step(plan, index, view, choice)
+
+
+def _met(found: Box, known: Box) -> Box:
+    """The intersection; where both agree but for rounding, its derivative is that of the first.
+
+    So it is where the optimiser starts: of the other one it would learn nothing.
+    """
+    lower, upper = _larger(found.lower, known.lower), -_larger(-found.upper, -known.upper)
+    return Box(jnp.minimum(lower, upper), jnp.maximum(lower, upper))
+
+
+@jax.custom_jvp
+def _larger(first: Array, second: Array) -> Array:
+    return jnp.maximum(first, second)
+
+
+@_larger.defjvp
+def _larger_jvp(values: tuple[Array, Array], slopes: tuple[Array, Array]) -> tuple[Array, Array]:
+    first, second = values
+    slack = 64 * float(jnp.finfo(first.dtype).eps) * (jnp.abs(first) + jnp.abs(second))
+    near = jnp.isfinite(first) & (first >= second - slack)
+    return _larger(first, second), jnp.where(near, *slopes)
 
 
 def _repeated(choice: Choice, rows: int) -> Free:

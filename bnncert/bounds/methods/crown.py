@@ -12,14 +12,17 @@ Sources: Zhang et al., NeurIPS 2018 (CROWN); Zhang et al., ICLR 2020 (CROWN-IBP)
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from bnncert.bounds.graph.facts import ancestors
 from bnncert.bounds.methods.ibp import interval_bounds, intervals
 from bnncert.bounds.methods.steps import (
     Passage,
@@ -148,18 +151,19 @@ def intermediate_bounds(
         The boxes, and how rows pass every node over them.
     """
     choice, changed = Choice(lower_slope=method.lower_slope), swept(plan)
+    often = _passed_often(plan)
 
     def sweep(index: int, tighter: list[Box], known: Passage) -> tuple[Box, Passage]:
         found = boxes[index]
         if not _is_swept(plan, index):
             return found, known
-        known = further(plan, tighter, known, choice, wider, changed)
+        known = further(plan, tighter, known, choice, wider, changed, often)
         rows = _rows(plan, index, steps_of(plan, known), found, method.unstable_only)
         return intersect(found, rows), known
 
     unchanged = {i: box for i, box in enumerate(boxes) if i not in changed}
     found, known = intervals(plan, sweep, Passage(), unchanged)
-    return found, further(plan, found, known, choice, wider, changed)
+    return found, further(plan, found, known, choice, wider, changed, often)
 
 
 def swept(plan: Plan) -> frozenset[int]:
@@ -171,6 +175,13 @@ def swept(plan: Plan) -> frozenset[int]:
     return frozenset(found)
 
 
+def _passed_often(plan: Plan) -> frozenset[int]:
+    """The nonlinearities that rows of several nodes pass."""
+    targets = [i for i in range(len(plan.graph.nodes)) if _is_swept(plan, i) or i in plan.outputs]
+    before = Counter(i for target in targets for i in ancestors(plan.graph, target) if i != target)
+    return frozenset(i for i in plan.relaxed if before[i] > 1)
+
+
 def _is_swept(plan: Plan, index: int) -> bool:
     return index in plan.acted_on and index not in plan.merged.exact
 
@@ -179,8 +190,8 @@ def output_bounds(plan: Plan, boxes: Sequence[Box], steps: Steps) -> list[Box]:
     """The boxes, those of the outputs intersected with linear bounds over the others.
 
     Where they cost much, neither end is computed from the other, so that XLA drops the end that
-    nobody asks for, and half of the cost; of few products both are computed as one. Both enclose
-    the value at the centres of the sets, which keeps them in order.
+    nobody asks for, and half of the cost: both enclose the value at the centres of the sets, which
+    keeps them in order. Of few products both are computed as one.
 
     Args:
         plan: of the function.
@@ -188,13 +199,16 @@ def output_bounds(plan: Plan, boxes: Sequence[Box], steps: Steps) -> list[Box]:
         steps: how rows pass every node over these boxes.
     """
     graph = plan.graph
-    found, values = list(boxes), values_at(graph, [region.center for region in graph.inputs])
+    found, values = list(boxes), cache(lambda: values_at(graph, [s.center for s in graph.inputs]))
     for index in plan.outputs:
         few = math.prod(graph.nodes[index].shape) * plan.merged.forward <= _FEW
         rows = row_bounds(graph, index, steps, plan.regions, plan.batch_size, at_once=few)
+        if few:
+            found[index] = intersect(found[index], rows)
+            continue
         lower = jnp.maximum(found[index].lower, rows.lower)
         upper = jnp.minimum(found[index].upper, rows.upper)
-        value = values[index]
+        value = values()[index]
         # Where f has no value there (NaN), fmin and fmax let it be.
         found[index] = Box(jnp.fmin(lower, value), jnp.fmax(upper, value))
     return found

@@ -143,6 +143,8 @@ def forward_bounds(plan: Plan, boxes: Sequence[Box], choice: Choice) -> list[Box
                 ),
             )
             return Enclosed(between, boxes[index])
+        own = arithmetic.interval(graph, node, [found[i] for i in node.refs])
+        found[index] = intersect(boxes[index], own)
         planes = node.operation.relaxation.planes(graph, index, found, choice)
         planes = arithmetic.planes(graph, index, planes, found, {}, free=False)
         operands = [known[i].between for i in planes.operands]

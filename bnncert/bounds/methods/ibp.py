@@ -65,8 +65,7 @@ def interval_bounds(plan: Plan) -> list[Box]:
         if index not in runs:
             return None, errors
         errors = arithmetic.errors(graph, boxes, errors)
-        steps = steps_of(plan, Passage(errors))
-        steps = steps._replace(affine={i: steps.affine[i] for i in runs[index].passed})
+        steps = steps_of(plan, Passage(errors), runs[index])
         ends = dict(enumerate(plan.regions))
         for i in ends_of(graph, runs[index]) - set(ends):
             ends[i] = arithmetic.region(graph, boxes[i])

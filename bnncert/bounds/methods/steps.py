@@ -16,10 +16,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from bnncert.bounds.arithmetic import Real
+from bnncert.bounds.merging import Run
 from bnncert.bounds.ops import Choice
 from bnncert.bounds.plan import Plan
 from bnncert.bounds.rounding import EXACT, Errors
 from bnncert.bounds.rows import AnyStep, Apart, Charged, Step, Steps, Ways, planes_step
+from bnncert.bounds.runs import composed_planes
 from bnncert.sets import Box
 
 
@@ -61,6 +64,7 @@ def further(
     choice: Choice,
     wider: View | None = None,
     changed: frozenset[int] = frozenset(),
+    often: frozenset[int] = frozenset(),
 ) -> Passage:
     """The passage of all nodes that have boxes.
 
@@ -71,6 +75,7 @@ def further(
         choice: of the default planes: all variants are taken.
         wider: another view, over which they are relaxed as well.
         changed: the nodes of which it knows other boxes.
+        often: the nodes that rows pass again and again.
     """
     own = view_of(plan, boxes, known.errors)
     relaxed, both = dict(known.relaxed), dict(known.both)
@@ -79,17 +84,18 @@ def further(
             continue
         differ = wider is not None and not changed.isdisjoint(plan.graph.nodes[i].refs)
         views = [wider, own] if wider is not None and differ else [own]
-        both[i] = step = default_step(plan, i, views, choice)
+        both[i] = step = default_step(plan, i, views, choice, i in often)
         if isinstance(step, Ways | Apart) and differ:
             step = step.last(step.number // 2)
         relaxed[i] = step
     return Passage(own.errors, relaxed, both)
 
 
-def steps_of(plan: Plan, known: Passage) -> Steps:
-    """How to pass the nodes of a passage."""
+def steps_of(plan: Plan, known: Passage, run: Run | None = None) -> Steps:
+    """How to pass the nodes of a passage, or of one run alone."""
     errors = known.errors
-    return Steps(_affine(plan, errors.charged), known.relaxed, errors.carried, errors.floors)
+    affine = _affine(plan, errors.charged, run)
+    return Steps(affine, known.relaxed, errors.carried, errors.floors)
 
 
 def steps_of_both(plan: Plan, known: Passage, wider: View, changed: frozenset[int]) -> Steps:
@@ -128,18 +134,28 @@ def steps_over(plan: Plan, boxes: Sequence[Box], choice: Choice) -> Steps:
     return steps_of(plan, further(plan, boxes, Passage(), choice))
 
 
-def default_step(plan: Plan, index: int, views: Sequence[View], choice: Choice) -> AnyStep:
-    """Passes a relaxed node by its default planes, all that it has, over each view."""
+def default_step(
+    plan: Plan, index: int, views: Sequence[View], choice: Choice, often: bool = False
+) -> AnyStep:
+    """Passes a relaxed node by its default planes, all that it has, over each view.
+
+    Where rows pass it often, of a small function by one matrix.
+    """
     variants = plan.variants[index]
     ways = list(product(range(len(views)), range(variants)))
+
+    as_one = often and isinstance(plan.arithmetic, Real)
+    affine = {i: plan.passing(i) for i in plan.affine()} if as_one else {}
+
+    def made(view: View, choice: Choice) -> Step:
+        step = relaxed_step(plan, index, view, choice)
+        return composed_planes(plan.graph, index, step, affine) if as_one else step
+
     if len(ways) == 1:
-        return relaxed_step(plan, index, views[0], choice)
+        return made(views[0], choice)
     if _keeps_weights(plan, index):
         return Apart(
-            tuple(
-                relaxed_step(plan, index, views[view], choice._replace(variant=variant))
-                for view, variant in ways
-            )
+            tuple(made(views[view], choice._replace(variant=variant)) for view, variant in ways)
         )
     node, (last, *_) = plan.graph.nodes[index], views[::-1]
     places = sorted({*node.refs, index})
@@ -152,7 +168,7 @@ def default_step(plan: Plan, index: int, views: Sequence[View], choice: Choice) 
         for place, box in zip(places, boxes, strict=True):
             found[place] = box
         errors = last.errors._replace(carried={**last.errors.carried, **carried})
-        return relaxed_step(plan, index, View(found, errors), choice._replace(variant=variant))
+        return made(View(found, errors), choice._replace(variant=variant))
 
     variant = jnp.array([variant for _, variant in ways]) if variants > 1 else 0
     if len(views) == 1:
@@ -181,10 +197,12 @@ def relaxed_step(plan: Plan, index: int, view: View, choice: Choice) -> Step:
     return planes_step(graph, index, planes)
 
 
-def _affine(plan: Plan, charged: Mapping[int, Array]) -> dict[int, AnyStep]:
+def _affine(plan: Plan, charged: Mapping[int, Array], run: Run | None = None) -> dict[int, AnyStep]:
     """How to pass affine nodes that are off by so much."""
-    steps = plan.affine()
-    return {**steps, **{i: Charged(steps[i], error) for i, error in charged.items()}}
+    passed = plan.affine() if run is None else run.passed
+    whole = run is None or run.whole
+    steps = {i: plan.passing(i) if whole else plan.affine()[i] for i in passed}
+    return {**steps, **{i: Charged(steps[i], charged[i]) for i in charged if i in steps}}
 
 
 def _keeps_weights(plan: Plan, index: int) -> bool:

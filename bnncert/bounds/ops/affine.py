@@ -24,6 +24,7 @@ from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph, Node, Ref
 from bnncert.bounds.graph.operands import Operand
+from bnncert.bounds.ops.boxes import stacked, unstacked
 from bnncert.bounds.ops.operation import Affine, Operation, Roundings, one_bounded
 from bnncert.sets import Box
 
@@ -32,9 +33,12 @@ MIXING = ("dot_general", "conv_general_dilated")
 
 
 def _order_preserving(node: Node, *boxes: Box) -> Box:
-    lower = node.evaluate(*node.fill([box.lower for box in boxes]))
-    upper = node.evaluate(*node.fill([box.upper for box in boxes]))
-    return Box(lower, upper)
+    return unstacked(at_ends(node, *map(stacked, boxes)))
+
+
+def at_ends(node: Node, *ends: Array) -> Array:
+    """An operation's values, at several points each on a leading axis."""
+    return jax.vmap(lambda *values: node.evaluate(*node.fill(values)))(*ends)
 
 
 def _negate(node: Node, box: Box) -> Box:

@@ -1,6 +1,8 @@
 """Boxes of values: around sets, intersected, and where overflow left nothing."""
 
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
 
 from bnncert.sets import Box, LpBall, Set
 
@@ -29,3 +31,19 @@ def drop_nan(box: Box) -> Box:
     """No bound where overflow left none: NaN, or an end beyond all numbers, becomes an open end."""
     lower = jnp.where(box.lower < jnp.inf, box.lower, -jnp.inf)
     return Box(lower, jnp.where(box.upper > -jnp.inf, box.upper, jnp.inf))
+
+
+def stacked(box: Box) -> Array:
+    """Both ends on a leading axis: what is done to both is compiled once."""
+    return jnp.stack(jnp.broadcast_arrays(box.lower, box.upper))
+
+
+def unstacked(ends: Array) -> Box:
+    """The box of two ends on a leading axis."""
+    return Box(ends[0], ends[1])
+
+
+def sides(below: float, above: float, *, like: Array) -> Array:
+    """A number for the lower ends and one for the upper, to go with ends on a leading axis."""
+    shape = (2, *[1] * (like.ndim - 1))
+    return jnp.asarray(np.array([below, above], like.dtype).reshape(shape))

@@ -51,6 +51,7 @@ class Curve(NamedTuple):
         reach: of the default tangent below, the largest distance from l.
         edge: no tangent is taken left of it: for a monotone function that is convex or concave on
             all of a domain with a singular end.
+        one_end: whether the convex part has one end at most.
     """
 
     value: Elementwise
@@ -59,6 +60,7 @@ class Curve(NamedTuple):
     end: End = math.inf
     reach: float = math.inf
     edge: float = -math.inf
+    one_end: bool = False
 
 
 class Tangents(NamedTuple):
@@ -75,15 +77,21 @@ def lines(curve: Curve, l: Array, u: Array, choice: Choice) -> Lines:
 
     Where either side is searched for, both are at once: one loop for a compiler, not two.
     """
-    given = [fraction for fraction in (choice.lower, choice.upper) if fraction is not None]
-    if _is_searched(curve) and len(given) != 1:
-        both, l, u = _both_sides(curve, l, u)
-        fraction = jnp.stack(jnp.broadcast_arrays(*given)) if given else None
-        slope, offset = below(both, l, u, fraction, choice.variant)
-        return Lines(slope[0], offset[0], -slope[1], -offset[1])
+    if _is_searched(curve) and (choice.lower is None) == (choice.upper is None):
+        return lines_of_sides(curve, negative(curve, l, u), l, u, choice)
     lower = below(curve, l, u, choice.lower, choice.variant)
     slope, offset = below(negative(curve, l, u), l, u, choice.upper, choice.variant)
     return Lines(*lower, -slope, -offset)
+
+
+def lines_of_sides(curve: Curve, other: Curve, l: Array, u: Array, choice: Choice) -> Lines:
+    """The lines around a curve, from the parts where it and its negative, `other`, are convex."""
+    fraction = None
+    if choice.lower is not None and choice.upper is not None:
+        fraction = jnp.stack(jnp.broadcast_arrays(choice.lower, choice.upper))
+    both, l, u = _both_sides(curve, other, l, u)
+    slope, offset = below(both, l, u, fraction, choice.variant)
+    return Lines(slope[0], offset[0], -slope[1], -offset[1])
 
 
 def _is_searched(curve: Curve) -> bool:
@@ -92,9 +100,13 @@ def _is_searched(curve: Curve) -> bool:
     return not everywhere and not _is(curve.start, math.inf)
 
 
-def _both_sides(curve: Curve, l: Array, u: Array) -> tuple[Curve, Array, Array]:
+def _has_one_end(curve: Curve) -> bool:
+    return _is(curve.start, -math.inf) or _is(curve.end, math.inf)
+
+
+def _both_sides(curve: Curve, other: Curve, l: Array, u: Array) -> tuple[Curve, Array, Array]:
     """A curve and its negative as one, on a leading axis, and the interval for each."""
-    other, ones = negative(curve, l, u), [1] * l.ndim
+    ones = [1] * l.ndim
     sign = jnp.array([1, -1], l.dtype).reshape(2, *ones)
 
     def both(a: End, b: End) -> Array:
@@ -108,6 +120,7 @@ def _both_sides(curve: Curve, l: Array, u: Array) -> tuple[Curve, Array, Array]:
         both(curve.start, other.start),
         both(curve.end, other.end),
         edge=curve.edge,
+        one_end=_has_one_end(curve) and _has_one_end(other),
     )
     wide = (2, *l.shape)
     return sides, jnp.broadcast_to(l, wide), jnp.broadcast_to(u, wide)
@@ -117,25 +130,26 @@ def below(
     curve: Curve, l: Array, u: Array, fraction: Array | None, variant: int | Array
 ) -> tuple[Array, Array]:
     """The line below a curve: slope and offset."""
-    h, dh = curve.value, curve.slope
-    chord = chord_slope(curve, l, u)
-    under_chord = jnp.minimum(h(l) - chord * l, h(u) - chord * u)
+    ends = jnp.stack([l, u])
+    values = curve.value(ends)
     if _is(curve.start, math.inf):
-        return chord, under_chord
-    first, last, at, exist = tangents(curve, l, u, variant)
+        chord = _chord_slope(curve, ends, values, curve.slope(_middle(curve, ends)))
+        return chord, jnp.minimum(*(values - chord * ends))
+    first, last, at, exist = _tangents(curve, ends, values, variant)
     if fraction is not None:
         at = jnp.where(exist, jnp.clip(first + fraction * (last - first), first, last), at)
     if curve.edge > -math.inf:
         at = jnp.maximum(at, curve.edge)
-    slope = dh(at)
+    derivative, slope = curve.slope(jnp.stack([_middle(curve, ends), at]))
+    chord = _chord_slope(curve, ends, values, derivative)
     slope, offset = (
         jnp.where(exist, slope, chord),
-        jnp.where(exist, h(at) - slope * at, under_chord),
+        jnp.where(exist, curve.value(at) - slope * at, jnp.minimum(*(values - chord * ends))),
     )
     if curve.edge > -math.inf:
         # Left of the edge: the smaller value, for a function that is monotone there.
         constant = u <= curve.edge
-        return jnp.where(constant, 0, slope), jnp.where(constant, jnp.minimum(h(l), h(u)), offset)
+        return jnp.where(constant, 0, slope), jnp.where(constant, jnp.minimum(*values), offset)
     return slope, offset
 
 
@@ -155,19 +169,32 @@ def fractions(curve: Curve, l: Array, u: Array, variant: int = 0) -> Choice:
 
 def chord_slope(curve: Curve, l: Array, u: Array) -> Array:
     """(h(u) - h(l)) / (u - l); the derivative where the ends are too close for a difference."""
-    low, high = curve.value(l), curve.value(u)
+    ends = jnp.stack([l, u])
+    return _chord_slope(curve, ends, curve.value(ends), curve.slope(_middle(curve, ends)))
+
+
+def _chord_slope(curve: Curve, ends: Array, values: Array, derivative: Array) -> Array:
+    (l, u), (low, high) = ends, values
     root = math.sqrt(jnp.finfo(l.dtype).eps)
     rises = jnp.abs(high - low) > root * (jnp.abs(low) + jnp.abs(high))
     wide = (u > l) & (rises | (u - l > root * (1 + jnp.abs(l) + jnp.abs(u))))
-    derivative = curve.slope(jnp.maximum(0.5 * (l + u), curve.edge))
     return jnp.where(wide, (high - low) / jnp.where(wide, u - l, 1), derivative)
+
+
+def _middle(curve: Curve, ends: Array) -> Array:
+    return jnp.maximum(0.5 * (ends[0] + ends[1]), curve.edge)
 
 
 def negative(curve: Curve, l: Array, u: Array) -> Curve:
     """-h, convex where h is concave: left of its convex part, or right of it."""
-    value, slope, start, end, _, edge = curve
-    start, end = _other_part(start, end, l, u)
-    return Curve(lambda x: -value(x), lambda x: -slope(x), start, end, edge=edge)
+    start, end = _other_part(curve.start, curve.end, l, u)
+    return curve._replace(
+        value=lambda x: -curve.value(x),
+        slope=lambda x: -curve.slope(x),
+        start=start,
+        end=end,
+        reach=math.inf,
+    )
 
 
 def _other_part(start: End, end: End, l: Array, u: Array) -> tuple[End, End]:
@@ -188,19 +215,23 @@ def _is(end: End, value: float) -> bool:
 
 def tangents(curve: Curve, l: Array, u: Array, variant: int | Array) -> Tangents:
     """The points of [l, u] whose tangents lie below a curve."""
-    start, end = curve.start, curve.end
+    ends = jnp.stack([l, u])
+    return _tangents(curve, ends, curve.value(ends), variant)
+
+
+def _tangents(curve: Curve, ends: Array, values: Array, variant: int | Array) -> Tangents:
+    (l, u), start, end = ends, curve.start, curve.end
     middle = 0.5 * (l + u)
     if _is(start, math.inf):
         return Tangents(middle, middle, middle, jnp.zeros(l.shape, bool))
     a, b = jnp.maximum(l, start), jnp.minimum(u, end)
     exist, first, last = a <= b, l, u
-    a, b = jax.lax.stop_gradient((jnp.where(exist, a, middle), jnp.where(exist, b, middle)))
-    from_l, from_u = not _is(start, -math.inf), not _is(end, math.inf)
-    points, touches = _touching_points(curve, l, u, a, b, from_l, from_u)
-    if from_u:
-        last, exist = jnp.where(u > end, points[-1], u), exist & ((u <= end) | touches[-1])
-    if from_l:
-        first, exist = jnp.where(l < start, points[0], l), exist & ((l >= start) | touches[0])
+    if not _is(start, -math.inf) or not _is(end, math.inf):
+        a, b = jnp.where(exist, a, middle), jnp.where(exist, b, middle)
+        before, after = l < start, u > end
+        of_l, of_u = _touching_points(curve, ends, values, a, b)
+        first, last = jnp.where(before, of_l.point, l), jnp.where(after, of_u.point, u)
+        exist &= (of_l.touches | ~before) & (of_u.touches | ~after)
     exist &= first <= last
     first, last = jnp.where(exist, first, middle), jnp.where(exist, last, middle)
     default = jnp.clip(middle, first, last)
@@ -212,41 +243,48 @@ def tangents(curve: Curve, l: Array, u: Array, variant: int | Array) -> Tangents
     return Tangents(first, last, default, exist)
 
 
-def _touching_points(
-    curve: Curve, l: Array, u: Array, a: Array, b: Array, from_l: bool, from_u: bool
-) -> tuple[list[Array], list[Array]]:
-    """Those of the tangents through the ends of [l, u] that are asked for, in one search.
+class Touching(NamedTuple):
+    """The tangent through an end of [l, u]: where it touches the convex part, and whether it does.
 
-    On [a, b], where the curve is convex; seen from l the safe end is b, from u it is a.
+    Beyond the far end of that part, a tangent passes above the end.
     """
-    ends = [*([(l, b, a)] if from_l else []), *([(u, a, b)] if from_u else [])]
-    sides = jax.lax.stop_gradient([(x, curve.value(x), *rest) for x, *rest in ends])
-    if len(sides) < 2:
-        found = [_touching_point(curve, *side) for side in sides]
-        return [point for point, _ in found], [touches for _, touches in found]
-    both = (jnp.stack(jnp.broadcast_arrays(*each)) for each in zip(*sides, strict=True))
-    points, touches = _touching_point(curve, *both)
-    return list(points), list(touches)
+
+    point: Array
+    touches: Array
 
 
-def _touching_point(
-    curve: Curve, x: Array, target: Array, safe: Array, unsafe: Array
-) -> tuple[Array, Array]:
+def _touching_points(
+    curve: Curve, ends: Array, values: Array, a: Array, b: Array
+) -> tuple[Touching, Touching]:
+    """The tangents through l and through u, in one search on [a, b], where the curve is convex.
+
+    Seen from l the safe end is b, from u it is a. What is not asked for may be anything.
+    """
+    if curve.one_end or _has_one_end(curve):  # only one of the two is asked for
+        left = jnp.broadcast_to(ends[0] < curve.start, a.shape)
+        x, value = (jnp.where(left, pair[0], pair[1]) for pair in (ends, values))
+        found = _touching_point(curve, x, value, jnp.where(left, b, a), jnp.where(left, a, b))
+        return found, found
+    found = _touching_point(curve, ends, values, jnp.stack([b, a]), jnp.stack([a, b]))
+    of_l, of_u = (Touching(*(each[side] for each in found)) for side in (0, 1))
+    return of_l, of_u
+
+
+def _touching_point(curve: Curve, x: Array, target: Array, safe: Array, unsafe: Array) -> Touching:
     """The point whose tangent passes through (x, target), or one next to it that passes below.
 
     Between `safe`, farther from x, and `unsafe`: on a convex part, the tangent's height at x rises
-    as its point comes closer to x. Also, whether the tangent at `safe` passes below.
+    as its point comes closer to x. First `safe` itself is tried.
     """
-    h, dh = curve.value, curve.slope
 
-    def passes_below(point: Array) -> Array:
-        return h(point) + dh(point) * (x - point) <= target
+    def halve(i: Array, found: Array) -> Array:
+        safe, unsafe, touches = found
+        point = jnp.where(i == 0, safe, 0.5 * (safe + unsafe))
+        below = curve.value(point) + curve.slope(point) * (x - point) <= target
+        touches = jnp.where(i == 0, below, touches)
+        return jnp.stack([jnp.where(below, point, safe), jnp.where(below, unsafe, point), touches])
 
-    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        safe, unsafe = ends
-        middle = 0.5 * (safe + unsafe)
-        below = passes_below(middle)
-        return jnp.where(below, middle, safe), jnp.where(below, unsafe, middle)
-
-    found = jax.lax.fori_loop(0, _BISECTIONS, halve, (safe, unsafe))[0]
-    return jax.lax.stop_gradient((found, passes_below(safe)))
+    x, target, *given = jax.lax.stop_gradient((x, target, safe, unsafe))
+    begin = jnp.stack(jnp.broadcast_arrays(*given, jnp.zeros((), given[0].dtype)))
+    found = jax.lax.fori_loop(0, _BISECTIONS + 1, halve, begin)
+    return jax.lax.stop_gradient(Touching(found[0], found[2] > 0))

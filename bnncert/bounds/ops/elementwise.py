@@ -9,7 +9,7 @@
 `elementwise` makes the record of a function from such a rule, and from its lines or its curve.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from jaxtyping import Array
 
 from bnncert.bounds.graph import Graph, Node, Ref
 from bnncert.bounds.ops import curves
+from bnncert.bounds.ops.affine import at_ends
+from bnncert.bounds.ops.boxes import sides, stacked, unstacked
 from bnncert.bounds.ops.extremes import (
     least,
     off_overflow,
@@ -97,7 +99,9 @@ def relaxed_by_lines(operation: Operation) -> Operation:
     def planes(graph: Graph, index: int, boxes: Sequence[Box], choice: Choice) -> Planes:
         node = graph.nodes[index]
         (operand,) = node.refs
-        return from_lines(operand, enclosing_lines(operation, node, boxes[operand], choice))
+        value = boxes[index] if index < len(boxes) else None
+        lines = enclosing_lines(operation, node, boxes[operand], choice, value)
+        return from_lines(operand, lines)
 
     def start(graph: Graph, index: int, boxes: Sequence[Box]) -> Choice | None:
         node = graph.nodes[index]
@@ -123,9 +127,7 @@ def guarded(rule: IntervalRule, rounding: Rounding) -> IntervalRule:
 
 def increasing(node: Node, *boxes: Box) -> Box:
     """Evaluated at the lower ends, and at the upper ends."""
-    lower = node.evaluate(*node.fill([box.lower for box in boxes]))
-    upper = node.evaluate(*node.fill([box.upper for box in boxes]))
-    return Box(lower, upper)
+    return unstacked(at_ends(node, *map(stacked, boxes)))
 
 
 def hull(node: Node, box: Box) -> Box:
@@ -175,7 +177,9 @@ def where_defined(rule: IntervalRule, defined: Callable[[Node, Box], Array]) -> 
     return within
 
 
-def enclosing_lines(operation: Operation, node: Node, operand: Box, choice: Choice) -> Lines:
+def enclosing_lines(
+    operation: Operation, node: Node, operand: Box, choice: Choice, value: Box | None = None
+) -> Lines:
     """Lines around a function of one value that enclose it whatever was lost in computing them.
 
     Where what they are computed from over- or underflows, they are those of slope 0 at the ends of
@@ -183,31 +187,41 @@ def enclosing_lines(operation: Operation, node: Node, operand: Box, choice: Choi
     underflow meets an operand so large that they count, where a line of a curve is not on its side
     of it at an end of the operand's box, and where that box reaches to a quarter of the largest
     number, beyond which its width, its middle and multiples of either may overflow.
+
+    Args:
+        operation: with lines.
+        node: that applies it.
+        operand: the box of what it is applied to.
+        choice: which lines.
+        value: the box of its value; None: not known yet.
     """
     assert operation.lines is not None
-    l, u = _ends(node, off_subnormal(operand))
-    size = jnp.maximum(jnp.abs(l), jnp.abs(u))
+    ends = stacked(off_subnormal(Box(*_ends(node, operand))))
+    signs = sides(1.0, -1.0, like=ends)
+    size = jnp.maximum(jnp.abs(ends[0]), jnp.abs(ends[1]))
     # 1. The lines, where the box is not so large that they would overflow.
     usual = size <= 0.25 * float(jnp.finfo(node.dtype).max)
-    inside = with_finite_gradients(jnp.where(usual, l, 1), jnp.where(usual, u, 1))
+    inside = with_finite_gradients(*_chosen(usual, ends, jnp.ones_like(ends)))
     found = operation.lines(*inside, *_constants(operation, node), choice=choice)
     # 2. Both as lines from below: that above, of the negated function. Constants beside them.
-    slope, offset = _both(found.lower_slope, found.upper_slope), _both(*found[1::2])
-    constant = _both(*vars(operation.interval(node, Box(l, u))).values())
-    slope, offset, constant = jnp.broadcast_arrays(slope, offset, constant)
+    value = operation.interval(node, operand) if value is None else value
+    lower, low, upper, high = found
+    both = jnp.stack(jnp.broadcast_arrays(lower, -upper, low, -high))
+    (slope, offset), constant = both.reshape(2, 2, *both.shape[1:]), signs * stacked(value)
     # 3. Piecewise linear functions have closed forms, which lose nothing but to the range; those of
     # a leaky ReLU cancel where its slope is steep.
-    ends = [] if operation.kinked else [(x, node.evaluate(*node.fill([x]))) for x in (l, u)]
-    holds = _holds(slope, offset, size, [(x, _both(value, value)) for x, value in ends])
+    points = () if operation.kinked else zip(ends, at_ends(node, ends), strict=True)
+    holds = _holds(slope, offset, size, [(x, signs * v) for x, v in points])
     # A line that is what would take its place may keep its gradient.
     holds |= (slope == 0) & (offset == constant)
     below, above = _either(usual & holds, slope, offset, constant)
     return Lines(*below, *(-above))
 
 
-def _both(below: Array, above: Array) -> Array:
-    """Two sides on a leading axis, both seen from below."""
-    return jnp.stack(jnp.broadcast_arrays(below, -above))
+def _chosen(condition: Array, first: Array, second: Array) -> Array:
+    """One of two, by a sum: of an elementwise result a compiler makes a copy in all that use it."""
+    both = jnp.stack([condition, ~condition]), jnp.stack([first, second], 1)
+    return jnp.where(both[0], both[1], 0).sum(1)
 
 
 def _either(line: Array, slope: Array, offset: Array, constant: Array) -> Array:
@@ -224,16 +238,16 @@ def _either(line: Array, slope: Array, offset: Array, constant: Array) -> Array:
 
 
 def _holds(
-    slope: Array, offset: Array, size: Array, at_ends: Sequence[tuple[Array, Array]]
+    slope: Array, offset: Array, size: Array, points: Iterable[tuple[Array, Array]]
 ) -> Array:
-    """Whether a line is below a function, as far as its values at ends and the range say."""
+    """Whether lines are below a function, as far as its values at some points and the range say."""
     eps, lost = float(jnp.finfo(size.dtype).eps), 8 * least(size.dtype)
     terms = jnp.abs(slope) * size + jnp.abs(offset)
     # An underflow of the slope counts by the operand, one of the operand by the slope.
     reach = jnp.where(jnp.abs(slope) * eps < lost, size, 0) + jnp.abs(slope)
     holds = jnp.isfinite(terms) & (lost * (1 + reach) <= eps * terms)
-    for end, value in at_ends:
-        holds &= ~(slope * end + offset - value > 16 * eps * (terms + jnp.abs(value)))
+    for x, value in points:
+        holds &= ~(slope * x + offset - value > 16 * eps * (terms + jnp.abs(value)))
     return holds
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from bnncert.bounds.ops.boxes import sides, stacked, unstacked
 from bnncert.sets import Box
 
 
@@ -37,22 +38,22 @@ def off_subnormal(box: Box) -> Box:
     tiny = float(jnp.finfo(box.lower.dtype).tiny)
     if least(box.lower.dtype) < tiny:
         return box
-    below, above = _subnormal(box.lower), _subnormal(box.upper)
-    lower = jnp.where(below, jnp.where(jnp.signbit(box.lower), -tiny, 0.0), box.lower)
-    return Box(lower, jnp.where(above, jnp.where(jnp.signbit(box.upper), -0.0, tiny), box.upper))
+    ends = stacked(box)
+    moved = jnp.where(jnp.signbit(ends), sides(-tiny, -0.0, like=ends), sides(0.0, tiny, like=ends))
+    return unstacked(jnp.where(_subnormal(ends), moved, ends))
 
 
 def off_underflow(box: Box, humped: bool) -> Box:
     """A function's values, those moved outward that may have lost all of what they are."""
-    dtype = box.lower.dtype
-    lost = _lost(humped, dtype)
+    ends = stacked(box)
+    lost = _lost(humped, ends.dtype)
     # Of values below `near` a difference may be subnormal, and flushed as well.
-    near = lost if dtype == jnp.float16 else lost / float(jnp.finfo(dtype).eps)
-    low, high = jnp.abs(box.lower), jnp.abs(box.upper)
-    below = (low < near) & (jnp.signbit(box.lower) | (low >= lost))
-    above = (high < near) & (~jnp.signbit(box.upper) | (high >= lost))
-    # Sums: a selection would cut off the gradient at 0.
-    return Box(box.lower - jnp.where(below, lost, 0), box.upper + jnp.where(above, lost, 0))
+    near = lost if ends.dtype == jnp.float16 else lost / float(jnp.finfo(ends.dtype).eps)
+    size = jnp.abs(ends)
+    outward = jnp.signbit(ends) ^ (sides(0.0, 1.0, like=ends) > 0)
+    moved = (size < near) & (outward | (size >= lost))
+    # A sum: a selection would cut off the gradient at 0.
+    return unstacked(ends + jnp.where(moved, sides(-lost, lost, like=ends), 0))
 
 
 def off_overflow(box: Box, *operands: Box) -> Box:
@@ -60,9 +61,9 @@ def off_overflow(box: Box, *operands: Box) -> Box:
     finite = jnp.ones((), bool)
     for operand in operands:
         finite &= jnp.isfinite(operand.lower) & jnp.isfinite(operand.upper)
-    lost = jnp.isnan(box.lower) | (finite & (box.lower == jnp.inf))
-    above = jnp.isnan(box.upper) | (finite & (box.upper == -jnp.inf))
-    return Box(jnp.where(lost, -jnp.inf, box.lower), jnp.where(above, jnp.inf, box.upper))
+    ends, none = stacked(box), sides(-jnp.inf, jnp.inf, like=box.lower[None])
+    lost = jnp.isnan(ends) | (finite & (ends == -none))
+    return unstacked(jnp.where(lost, none, ends))
 
 
 def _lost(humped: bool, dtype: jnp.dtype) -> float:

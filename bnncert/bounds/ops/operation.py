@@ -115,7 +115,8 @@ class Relaxation(NamedTuple):
     """The planes that enclose an operation on the boxes of its operands.
 
     Attributes:
-        planes: `(graph, index, boxes, choice) -> Planes`.
+        planes: `(graph, index, boxes, choice) -> Planes`; the boxes are those of its operands, and,
+            where it is known, that of its own value.
         start: `(graph, index, boxes) -> Choice`: where an optimisation of the fractions may start;
             None of a node that has but one choice.
         variants: how many defaults it has, none of which is always the better: 1 or 2; or

@@ -14,6 +14,23 @@ from jaxtyping import Array
 from bnncert.bounds.ops.lines import Lines
 
 
+class Corner(NamedTuple):
+    """Planes of a product P of two values that meet in one corner of their box.
+
+        lower(v, w) = P(corner, w) + P(v - corner, below)
+        upper(v, w) = P(corner, w) + P(v - corner, above)
+
+    Attributes:
+        corner: of the first operand.
+        below: of the second.
+        above: of the second.
+    """
+
+    corner: Array
+    below: Array
+    above: Array
+
+
 class Planes(NamedTuple):
     """Two affine functions of the values of nodes.
 
@@ -23,12 +40,14 @@ class Planes(NamedTuple):
         upper: likewise.
         lines: where they are elementwise functions of one value, their slopes and offsets: rows
             then pass by a multiplication.
+        corner: where they are those of a product, from one corner: what they share is passed once.
     """
 
     operands: tuple[int, ...]
     lower: Callable[..., Array]
     upper: Callable[..., Array]
     lines: Lines | None = None
+    corner: Corner | None = None
 
 
 def from_lines(operand: int, lines: Lines) -> Planes:

@@ -45,7 +45,7 @@ from bnncert.bounds.ops.operation import (
     Roundings,
     of_two_values,
 )
-from bnncert.bounds.ops.planes import Planes
+from bnncert.bounds.ops.planes import Corner, Planes
 from bnncert.sets import Box
 
 _FEW = 2**14
@@ -104,12 +104,11 @@ def mccormick(
         y: box of the second.
         choice: variant 0 is t = 1 in both sides, variant 1 is t = 0.
     """
+    if choice.lower is None and choice.upper is None:
+        return _from_corner(product, operands, x, y, choice.variant)
 
     def plane(t: Array | None, near: Array, far: Array) -> Callable[[Array, Array], Array]:
-        if t is None:
-            a = by_variant(choice.variant, x.lower, x.upper)
-            b = by_variant(choice.variant, near, far)
-            return lambda v, w: product(a, w) + product(v - a, b)
+        t = jnp.asarray(1 - choice.variant, near.dtype) if t is None else t
         corner = t * x.lower + (1 - t) * x.upper
 
         def mixed(v: Array, w: Array) -> Array:
@@ -123,6 +122,21 @@ def mccormick(
 
     lower = plane(choice.lower, y.lower, y.upper)
     return Planes(operands, lower, plane(choice.upper, y.upper, y.lower))
+
+
+def _from_corner(
+    product: Product, operands: tuple[int, int], x: Box, y: Box, variant: int | Array
+) -> Planes:
+    """McCormick's planes for t = 1, or for t = 0."""
+    corner = by_variant(variant, x.lower, x.upper)
+    below = by_variant(variant, y.lower, y.upper)
+    above = by_variant(variant, y.upper, y.lower)
+    return Planes(
+        operands,
+        lambda v, w: product(corner, w) + product(v - corner, below),
+        lambda v, w: product(corner, w) + product(v - corner, above),
+        corner=Corner(corner, below, above),
+    )
 
 
 def _planes(graph: Graph, index: int, boxes: Sequence[Box], choice: Choice) -> Planes:

@@ -30,8 +30,8 @@ _WAVES = {
 
 def image(value: curves.Elementwise, lowest: float, l: Array, u: Array) -> Box:
     """The interval of a wave of period 2 pi, which is -1 at `lowest` and 1 half a period on."""
-    low = jnp.minimum(value(l), value(u))
-    high = jnp.maximum(value(l), value(u))
+    values = value(jnp.stack([l, u]))
+    low, high = jnp.minimum(*values), jnp.maximum(*values)
     far = _is_far(l, u)
     return Box(
         jnp.where(far | _contains(l, u, lowest), -1, low),
@@ -47,10 +47,22 @@ def fractions(name: str, l: Array, u: Array) -> Choice:
 
 
 def _wave(name: str, l: Array, u: Array, choice: Choice) -> Lines:
-    (lower, start), (upper, upper_start) = _sides(*_WAVES[name])
-    below = _below(lower, start, l, u, choice.lower, choice.variant)
-    slope, offset = _below(upper, upper_start, l, u, choice.upper, choice.variant)
-    return Lines(*below, -slope, -offset)
+    curve, start = _WAVES[name]
+    lower, upper = (_single(side, start, l) for side, start in _sides(curve, start))
+    if (choice.lower is None) == (choice.upper is None):
+        found = curves.lines_of_sides(lower, upper, l, u, choice)
+    else:
+        slope, offset = curves.below(upper, l, u, choice.upper, choice.variant)
+        found = Lines(*curves.below(lower, l, u, choice.lower, choice.variant), -slope, -offset)
+    # Where an interval meets two convex parts, the constant minimum.
+    box, far = image(curve.value, start + 0.5 * math.pi, l, u), _is_far(l, u)
+    minima, maxima = ((u > side.start + _PERIOD) | far for side in (lower, upper))
+    return Lines(
+        jnp.where(minima, 0, found.lower_slope),
+        jnp.where(minima, box.lower, found.lower_offset),
+        jnp.where(maxima, 0, found.upper_slope),
+        jnp.where(maxima, box.upper, found.upper_offset),
+    )
 
 
 def _sides(curve: Curve, convex_from: float) -> tuple[tuple[Curve, float], tuple[Curve, float]]:
@@ -65,21 +77,6 @@ def _single(curve: Curve, convex_from: float, l: Array) -> Curve:
     start = convex_from + _PERIOD * jnp.floor((l - convex_from) / _PERIOD)
     start = jnp.where(l > start + math.pi, start + _PERIOD, start)
     return curve._replace(start=start, end=start + math.pi)
-
-
-def _below(
-    curve: Curve,
-    convex_from: float,
-    l: Array,
-    u: Array,
-    fraction: Array | None,
-    variant: int | Array,
-) -> tuple[Array, Array]:
-    single = _single(curve, convex_from, l)
-    several = (u > single.start + _PERIOD) | _is_far(l, u)
-    slope, offset = curves.below(single, l, u, fraction, variant)
-    least = image(curve.value, convex_from + 0.5 * math.pi, l, u).lower
-    return jnp.where(several, 0, slope), jnp.where(several, least, offset)
 
 
 def _contains(l: Array, u: Array, point: float) -> Array:
