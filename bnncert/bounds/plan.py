@@ -9,7 +9,7 @@ from bnncert.bounds.graph import Graph
 from bnncert.bounds.merging import Merged, merged
 from bnncert.bounds.ops import Operation
 from bnncert.bounds.rows import Step, affine_steps
-from bnncert.bounds.runs import composed_steps
+from bnncert.bounds.runs import composed_step
 from bnncert.sets import Set
 
 
@@ -63,7 +63,7 @@ def make_plan(graph: Graph, options: Options) -> Plan:
     """The plan of a traced function."""
     arithmetic = options.arithmetic
     affine = cache(partial(affine_steps, graph))
-    composed = composed_steps(graph, affine)
+    composed = partial(composed_step, graph, affine, {})
     relaxed = frozenset(i for i, node in enumerate(graph.nodes) if node.is_relaxed)
     return Plan(
         graph,

@@ -17,7 +17,7 @@ allow for it passes them as they are executed.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -36,28 +36,27 @@ _FEW_OF_PLANES = 2**10
 """Likewise of planes, which would be passed by fewer products than that."""
 
 
-def composed_steps(graph: Graph, steps: Callable[[], Mapping[int, Step]]) -> Callable[[int], Step]:
+def composed_step(
+    graph: Graph, steps: Callable[[], Mapping[int, Step]], known: dict[int, Step], index: int
+) -> Step:
     """How rows pass an affine node: with all of its run, where a nonlinearity acts on it.
 
     Args:
         graph: the traced function.
         steps: how they pass each affine node by itself.
-
-    Returns:
-        `(index of an affine node) -> step`, each made when first asked for.
+        known: what was found before, which this is added to.
+        index: of the node.
     """
-
-    @cache
-    def step(index: int) -> Step:
+    if index not in known:
         run, sources = run_of(graph, index)
         size = math.prod(graph.nodes[index].shape)
         width = sum(math.prod(graph.nodes[i].shape) for i in sources)
-        if index not in graph.acted_on or _is_short(graph, run) or size * (width + 1) > _FEW:
-            return steps()[index]
-        passed = {i: steps()[i] if i == index else step(i) for i in run}
-        return _composed(graph, index, Steps(passed), sources)
-
-    return step
+        step = steps()[index]
+        if index in graph.acted_on and not _is_short(graph, run) and size * (width + 1) <= _FEW:
+            before = {i: composed_step(graph, steps, known, i) for i in run if i != index}
+            step = _composed(graph, index, Steps({**before, index: step}), sources)
+        known[index] = step
+    return known[index]
 
 
 def composed_planes(graph: Graph, index: int, step: Step, affine: Mapping[int, Step]) -> Step:

@@ -33,7 +33,11 @@ MIXING = ("dot_general", "conv_general_dilated")
 
 
 def _order_preserving(node: Node, *boxes: Box) -> Box:
-    return unstacked(at_ends(node, *map(stacked, boxes)))
+    if node.op in SUMMING:  # others are fused with what comes next, as they are
+        return unstacked(at_ends(node, *map(stacked, boxes)))
+    lower = node.evaluate(*node.fill([box.lower for box in boxes]))
+    upper = node.evaluate(*node.fill([box.upper for box in boxes]))
+    return Box(lower, upper)
 
 
 def at_ends(node: Node, *ends: Array) -> Array:
