@@ -21,7 +21,8 @@ NETWORKS = {
 @pytest.mark.parametrize("region", ["box", "l2"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_bounds_are_those_of_operation_by_operation(name, region, monkeypatch, float64):
-    network = build(Plan(*NETWORKS[name], region, False, 1))
+    sizes, parts = NETWORKS[name]
+    network = build(Plan(sizes, parts, region, False, 1))
 
     def crown():
         whole = bound(lambda *sets: network.apply(network.params, *sets), "crown")
