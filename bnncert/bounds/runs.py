@@ -52,7 +52,8 @@ def composed_step(
         size = math.prod(graph.nodes[index].shape)
         width = sum(math.prod(graph.nodes[i].shape) for i in sources)
         step = steps()[index]
-        if index in graph.acted_on and not _is_short(graph, run) and size * (width + 1) <= _FEW:
+        small = size * (width + 1) <= _FEW and _of_one_dtype(graph, [*run, *sources])
+        if index in graph.acted_on and not _is_short(graph, run) and small:
             before = {i: composed_step(graph, steps, known, i) for i in run if i != index}
             step = _composed(graph, index, Steps({**before, index: step}), sources)
         known[index] = step
@@ -71,10 +72,12 @@ def composed_planes(graph: Graph, index: int, step: Step, affine: Mapping[int, S
     node, size = graph.nodes[index], math.prod(graph.nodes[index].shape)
     runs = [run_of(graph, i) for i in step.operands]
     sources = sorted({source for _, found in runs for source in found})
+    passed = sorted({i for run, _ in runs for i in run})
     width = sum(math.prod(graph.nodes[i].shape) for i in sources)
-    if step.by_lines or not sources or 2 * size * width > _FEW_OF_PLANES:
+    few = sources and 2 * size * width <= _FEW_OF_PLANES
+    if step.by_lines or not few or not _of_one_dtype(graph, [index, *passed, *sources]):
         return step
-    steps = Steps({i: affine[i] for run, _ in runs for i in run}, {index: step})
+    steps = Steps({i: affine[i] for i in passed}, {index: step})
 
     def signed(sign: Array) -> Row:
         return jax.vmap(lambda row: pull_back(start(index, sign * row, steps), steps))(_unit(node))
@@ -98,6 +101,11 @@ def run_of(graph: Graph, index: int) -> tuple[list[int], list[int]]:
             run.add(i)
             waiting.extend(graph.nodes[i].refs)
     return sorted(run), sorted(sources)
+
+
+def _of_one_dtype(graph: Graph, indices: Sequence[int]) -> bool:
+    """Whether no value is cast between: a matrix has one format."""
+    return len({graph.nodes[i].dtype for i in indices}) == 1
 
 
 def _is_short(graph: Graph, run: list[int]) -> bool:
