@@ -10,6 +10,7 @@ can be checked point by point; a violation stops the run.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -119,20 +120,26 @@ def evaluate(
 
 
 def certified_accuracy(
-    config: EvalConfig, apply: Apply, samples: PyTree, test: Split
-) -> tuple[float, float]:
-    """Clean and certified accuracy of the deployed samples, without an attack.
+    config: EvalConfig, apply: Apply
+) -> Callable[[PyTree, Split], tuple[float, float]]:
+    """Clean and certified accuracy as a function of deployed samples, without an attack.
 
     Args:
         config: radius, bounds and batch size.
         apply: `(params, x) -> logits` for one image.
-        samples: the deployed weights, stacked.
-        test: the images.
+
+    Returns:
+        `(samples, test) -> (clean, certified)`, of stacked weights and images; compiled once.
     """
-    size = min(config.batch_size, len(test.y))
-    decision = _over(_certifier(config, apply, samples), test, size, config.eps)
-    correct = decision.predicted == test.y
-    return float(correct.mean()), float((correct & decision.robust).mean())
+    decide = _decisions(config, apply)
+
+    def accuracies(samples: PyTree, test: Split) -> tuple[float, float]:
+        size = min(config.batch_size, len(test.y))
+        decision = _over(lambda x, y, i, eps: decide(samples, x, eps), test, size, config.eps)
+        correct = decision.predicted == test.y
+        return float(correct.mean()), float((correct & decision.robust).mean())
+
+    return accuracies
 
 
 def describe_attack(config: EvalConfig) -> str:
@@ -181,17 +188,17 @@ def accuracy_over_eps(
 
 
 def predict(apply: Apply, samples: PyTree, test: Split, size: int) -> np.ndarray:
-    """Class probabilities of each sample on each image, (S, N, C)."""
-
-    @jax.jit
-    def batch(samples: PyTree, x: Any) -> Any:
-        def one(params: PyTree) -> Any:
-            return jax.nn.softmax(jax.vmap(apply, (None, 0))(params, x))
-
-        return jnp.swapaxes(jax.lax.map(one, samples), 0, 1)  # the images first
-
-    found = _over(lambda x, y, i, eps: batch(samples, x), test, size, 0.0, "predict")
+    """Class probabilities of each sample on each image, (S, N, C); compiled once for `apply`."""
+    found = _over(lambda x, y, i, eps: _probs(apply, samples, x), test, size, 0.0, "predict")
     return np.swapaxes(found, 0, 1)
+
+
+@partial(jax.jit, static_argnums=0)
+def _probs(apply: Apply, samples: PyTree, x: Any) -> Any:
+    def one(params: PyTree) -> Any:
+        return jax.nn.softmax(jax.vmap(apply, (None, 0))(params, x))
+
+    return jnp.swapaxes(jax.lax.map(one, samples), 0, 1)  # the images first
 
 
 def _order(
@@ -209,6 +216,11 @@ def _order(
 
 
 def _certifier(config: EvalConfig, apply: Apply, samples: PyTree) -> OnBatch:
+    decide = _decisions(config, apply)
+    return lambda x, y, i, eps: decide(samples, x, eps)
+
+
+def _decisions(config: EvalConfig, apply: Apply) -> Callable[..., certify.Decision]:
     @jax.jit
     def batch(samples: PyTree, x: Any, eps: Any) -> certify.Decision:
         def one(x: Any) -> certify.Decision:
@@ -217,7 +229,7 @@ def _certifier(config: EvalConfig, apply: Apply, samples: PyTree) -> OnBatch:
 
         return jax.vmap(one)(x)
 
-    return lambda x, y, i, eps: batch(samples, x, eps)
+    return batch
 
 
 def _attacker(config: EvalConfig, apply: Apply, samples: PyTree, key: Any) -> OnBatch:

@@ -19,9 +19,11 @@ Sources: `bnncert.gaussian.margins`; Wicker et al., UAI 2020 (P_safe).
 """
 
 import argparse
+import hashlib
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +37,7 @@ from bnncert.gaussian import Margins, margins
 from bnncert.gaussian.weights import leaves_of
 from bnncert.sets import Box
 from bnncert.types import Apply
+from experiments.pipeline.finished import Finished
 from experiments.setup.data import Split
 from experiments.setup.settings import PIXELS
 
@@ -79,6 +82,23 @@ class Subject(NamedTuple):
         """What a row is of: rows of the same are not computed again."""
         kept = ("name", "kind", "eps", "method", "against", "digest")
         return {name: getattr(self, name) for name in kept} | {"images": len(self.images.y)}
+
+
+def of_run(run: Finished, method: str | None = None) -> Subject:
+    """A finished run's posterior at the radius of its tests, against the labels.
+
+    Args:
+        run: whose posterior is a Gaussian.
+        method: of the bounds; of fully connected networks "crown" by default, else "crown-ibp".
+    """
+    method = method or ("crown" if run.config.model == "mlp" else "crown-ibp")
+    return Subject(run.folder.resolve().name, "run", run.apply, run.posterior, run.test, "label",
+                   run.config.eval.eps, method, digest(run.folder / "posterior.npz"))  # fmt: skip
+
+
+def digest(path: Path) -> str:
+    """The first 16 hex digits of a file's SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def proved_and_drawn(subject: Subject, options: argparse.Namespace) -> Row:

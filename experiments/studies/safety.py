@@ -20,7 +20,6 @@ missing), safety.md and safety.png.
 """
 
 import argparse
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -36,7 +35,14 @@ from experiments.pipeline.allocator import keep_freed_pages
 from experiments.pipeline.finished import open_run
 from experiments.setup.data import Split, load
 from experiments.studies import released
-from experiments.studies.proved_and_drawn import Row, Subject, proved_and_drawn, right_of
+from experiments.studies.proved_and_drawn import (
+    Row,
+    Subject,
+    digest,
+    of_run,
+    proved_and_drawn,
+    right_of,
+)
 from experiments.studies.safety_figures import contradiction, picture, summary, table
 
 
@@ -107,7 +113,7 @@ def subjects(options: argparse.Namespace) -> Iterator[Subject]:
             images = Split(images.x, np.asarray(mean.argmax(-1), np.int32))
         for eps in options.eps or known.eps:
             yield Subject(file.stem, "released", released.apply, posterior, images, known.against,
-                          eps, options.method or "crown", _digest(file))  # fmt: skip
+                          eps, options.method or "crown", digest(file))  # fmt: skip
     for folder in options.runs:
         run = open_run(folder, options.data_dir, options.images or 1000)
         if not isinstance(run.posterior, MeanField | LowRank | Gaussian):
@@ -115,11 +121,9 @@ def subjects(options: argparse.Namespace) -> Iterator[Subject]:
                 f"{folder}: its posterior is a {type(run.posterior).__name__}, and no Gaussian. "
                 "What it deploys is certified by python -m experiments.certify"
             )
-        dense = run.config.model == "mlp"
-        method = options.method or ("crown" if dense else "crown-ibp")
-        for eps in options.eps or (run.config.eval.eps,):
-            yield Subject(folder.resolve().name, "run", run.apply, run.posterior, run.test,
-                          "label", eps, method, _digest(folder / "posterior.npz"))  # fmt: skip
+        found = of_run(run, options.method)
+        for eps in options.eps or (found.eps,):
+            yield found._replace(eps=eps)
 
 
 def write(path: Path, settings: Mapping[str, Any], rows: Sequence[Row]) -> None:
@@ -134,10 +138,6 @@ def _first(test: Any, images: int) -> Split:
     if images > len(test.y):
         raise ValueError(f"--images {images}: the test set has {len(test.y)}")
     return Split(test.x[:images], test.y[:images])
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:

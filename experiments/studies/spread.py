@@ -62,12 +62,13 @@ def curve(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     dataset = load(config.dataset, options.data_dir)
     test = Split(dataset.test.x[: options.images], dataset.test.y[: options.images])
     apply = build(config.model, dataset).apply
+    accuracies = certified_accuracy(config.eval, apply)
     inference = name_of(config.inference)
     mean, draws = posterior.moments()[0], deploy(posterior, config.eval.num_samples, config.seed)
     rows = []
     for factor in options.factors:
         wider = widened(draws, mean, factor)
-        clean, certified = certified_accuracy(config.eval, apply, wider, test)
+        clean, certified = accuracies(wider, test)
         rows.append({"factor": factor, "clean": clean, "certified": certified})
         print(f"{inference:12}x {factor:<5g}clean {clean:.1%}  certified {certified:.1%}")
     widest = largest_factor(rows)
