@@ -362,7 +362,7 @@ def quantile_categorical(
     apply: Apply,
     *,
     depth: float = 3.0,
-    method: str = "ibp",
+    method: str | Method = "ibp",
     clip: tuple[float, float] | None = None,
     delta: float = 1e-3,
 ) -> OfPosterior:

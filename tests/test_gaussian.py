@@ -12,6 +12,7 @@ from scipy.special import ndtr
 import bnncert as bc
 from bnncert.bounds.arithmetic import Float, Real
 from bnncert.bounds.graph import UnsupportedPrimitiveError
+from bnncert.bounds.methods import Method
 from bnncert.certify import Constraints, class_stays, outputs_within, safety
 from bnncert.gaussian import Margins, margins
 from bnncert.gaussian.folded import folded_mean
@@ -24,7 +25,7 @@ DELTA = 1e-9
 DRAWS = 40_000
 
 
-def bounded(apply, delta, q, region, rows, method="crown", arithmetic=None):
+def bounded(apply, delta, q, region, rows, method: str | Method = "crown", arithmetic=None):
     found = margins(
         apply, q, region, *rows, method=method, rounding=arithmetic or Real(), delta=delta
     )
@@ -552,3 +553,15 @@ def test_rounding_is_on_the_safe_side_of_float64(kind, method):
     less = 1 - 1e-6 if method == "ibp" else 0.9
     assert (lipschitz >= less * lipschitz64).all()
     assert (mean >= mean64 - (0.5 if kind == "cancels" else 0.05)).all(), mean64 - mean
+
+
+def test_methods_by_name_and_as_objects():
+    apply, loc, spread, x = network("dense", 0.1)
+    q, region = bc.MeanField(loc, spread), Box(x - REACH, x + REACH)
+    for method in (bc.IBP(), bc.CROWNIBP(), bc.CROWN()):
+        one = bounded(apply, 1e-4, q, region, ROWS, method)
+        other = bounded(apply, 1e-4, q, region, ROWS, method.name)
+        np.testing.assert_array_equal(one.mean, other.mean)
+    for bad in ("forward", bc.Forward(), bc.CROWN(lower_slope="zero")):
+        with pytest.raises(ValueError, match="without options"):
+            bounded(apply, 1e-4, q, region, ROWS, bad)

@@ -212,7 +212,7 @@ def posterior_radius(
     steps: int = 8,
     p: float | int = jnp.inf,
     clip: tuple[float, float] | None = None,
-    method: str = "crown",
+    method: str | Method = "crown",
     rounding: Rounding = "outward",
     delta: float = 1e-3,
 ) -> CertifiedRadius:

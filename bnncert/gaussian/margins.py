@@ -77,6 +77,7 @@ from scipy.special import ndtri
 from bnncert import prior as priors
 from bnncert.bounds.api import DEFAULT_BATCH_SIZE
 from bnncert.bounds.arithmetic import Arithmetic, Rounding, arithmetic_of
+from bnncert.bounds.methods import Method, method_of
 from bnncert.bounds.plan import Options, make_plan
 from bnncert.bounds.rows import map_rows
 from bnncert.bounds.tracing import trace
@@ -196,7 +197,7 @@ def margins(
     matrix: Float[ArrayLike, "rows outputs"],
     offset: Float[ArrayLike, " rows"],
     *,
-    method: str = "crown",
+    method: str | Method = "crown",
     rounding: Rounding = "outward",
     delta: float = 1e-3,
 ) -> Margins:
@@ -213,7 +214,8 @@ def margins(
         matrix: of the forms, e.g. `bnncert.certify.class_stays(label, num_classes).matrix`.
         offset: of the forms.
         method: "ibp": forward alone; "crown-ibp": rows pull the outputs back to the set;
-            "crown": and every hidden unit.
+            "crown": and every hidden unit. Or the method itself, without options: each row takes
+            the better of two slopes.
         rounding: as for `bnncert.bound`; "outward" is sound for the float32 network as well.
         delta: the probability that some hidden unit leaves the interval that it is relaxed on.
 
@@ -245,16 +247,24 @@ def margins(
         >>> print(f"{found.mean[0]:.2f} {found.lipschitz[0]:.2f} {found.probability():.4f}")
         2.00 0.21 0.9990
     """
-    if method not in METHODS:
-        raise ValueError(f"method = {method!r}: choose one of {', '.join(map(repr, METHODS))}.")
     if not 0 < delta < 1:
         raise ValueError(f"delta = {delta}: give a probability in (0, 1), e.g. 1e-3.")
     leaves = leaves_of(posterior)
-    how = How(method, arithmetic_of(rounding), delta)
+    how = How(_named(method), arithmetic_of(rounding), delta)
     rows = jnp.asarray(matrix), jnp.asarray(offset)
     q: Any = posterior
     found = row_margins(apply, how, q.loc, leaves, x_set, rows)
     return Margins(found.mean, found.lipschitz, delta)
+
+
+def _named(method: str | Method) -> str:
+    """The name of a method, which has no options here."""
+    name = method if isinstance(method, str) else method.name
+    if name not in METHODS or not (isinstance(method, str) or method == method_of(name)):
+        raise ValueError(
+            f"method = {method!r}: choose one of {', '.join(map(repr, METHODS))}, without options."
+        )
+    return name
 
 
 class How(NamedTuple):
