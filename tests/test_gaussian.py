@@ -125,6 +125,8 @@ OWN = {
     "negative": (negative, "acrs", {"r": (2,)}),
     "sliced": (sliced, "ac", {"a": (2, 6)}),
 }
+FEW = ("dense", "convolution", "twice", "normalised")
+MANY = [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in OWN]
 MATRIX = jnp.array([[1.0, -1.0], [-1.0, 1.0], [0.5, 0.0]])
 ROWS = Constraints(MATRIX, jnp.array([2.0, 2.5, 1.0]))
 
@@ -208,7 +210,7 @@ def test_no_draw_contradicts_it(name, scale, arithmetic):
 
 
 @pytest.mark.parametrize("method", ["ibp", "crown-ibp"])
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", MANY)
 def test_no_draw_contradicts_cheaper_methods(name, method):
     apply, q, region, least = drawn(name, 0.2, "factorised")
     found = bounded(apply, DELTA, q, region, ROWS, method)
@@ -222,7 +224,7 @@ def test_no_draw_contradicts_cheaper_methods(name, method):
 
 @pytest.mark.parametrize("arithmetic", [Real(), Float()], ids=["real", "float"])
 @pytest.mark.parametrize("kind", ["low rank", "full"])
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", MANY)
 def test_no_draw_of_correlated_weights_contradicts_it(name, kind, arithmetic):
     apply, q, region, least = drawn(name, 0.2, kind)
     check_draws(bounded(apply, DELTA, q, region, ROWS, "crown", arithmetic), least)

@@ -12,7 +12,8 @@ whose means are at most m_j and variances at most v_j:
 
 (softmax's log has a Hessian H with y' H y <= sum y_j^2 / 2, and sigma'' < 1/10). They are vacuous
 where the v_j are far above the squares of the m_j: a posterior that has gone back to its prior
-cannot be bounded so.
+cannot be bounded so. `bnncert.gaussian.Margins.class_probability` bounds the expected softmax of
+one class another way: from the tail of bounds that are linear in the weights, which rows tighten.
 
 What holds is the expectation in real arithmetic; what is computed gives way by its own rounding.
 
