@@ -379,7 +379,7 @@ def quantile_categorical(
     draws. It is no expected log-likelihood: what follows is a generalised posterior.
 
     Args:
-        apply: `(params, x) -> logits (C,)` for one example, C >= 2.
+        apply: `(params, x) -> logits (C,)` for one example; one logit z of two classes is (0, z).
         depth: how many Lipschitz constants below its mean a margin is taken at, >= 0.
         method: as for `bnncert.gaussian.margins`: "ibp" costs some 4 evaluations of the network.
         clip: `(low, high)`: the adversary stays in this range of values.
@@ -411,17 +411,17 @@ def quantile_categorical(
     """
     if not depth >= 0:
         raise ValueError(f"depth = {depth}: give a number that is not negative, e.g. 3.")
-    watched(apply, "logits")
+    network = watched(apply, "logits")
 
     def log_prob(q: Any, x: Array, y: Array, threat: Threat) -> Array:
         gaussian.leaves_of(q)  # raises for another posterior
-        (classes,) = jax.eval_shape(apply, q.loc, x).shape
+        (classes,) = jax.eval_shape(network, q.loc, x).shape
         unit = jnp.eye(classes, dtype=jnp.result_type(x))
         rows = unit[y] - unit, jnp.zeros(classes, unit.dtype)
 
         def at(region: Set) -> Array:
             found = gaussian.margins(
-                apply, q, region, *rows, method=method, rounding="nearest", delta=delta
+                network, q, region, *rows, method=method, rounding="nearest", delta=delta
             )
             low = found.mean - depth * found.lipschitz
             return -jax.nn.logsumexp(jnp.where(jnp.arange(classes) == y, 0.0, -low))

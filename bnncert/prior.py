@@ -117,6 +117,9 @@ def fitted(prior: Prior, mean: Params, deviation: Params) -> Prior:
     Returns:
         A prior of that structure; no derivative passes it (at the least KL there is none).
 
+    Raises:
+        NotImplementedError: a leaf whose prior is not normal; names it.
+
     Source: MacKay, "A Practical Bayesian Framework for Backpropagation Networks", 1992, section 3;
     the closed form is the maximum of the ELBO over sigma.
 
@@ -126,6 +129,15 @@ def fitted(prior: Prior, mean: Params, deviation: Params) -> Prior:
         [12.5, 12.5]
     """
     locs, scales = named(mean), named(deviation)
+    for name, given in sites(prior).items():
+        base: Any = given
+        while hasattr(base, "base_dist"):
+            base = base.base_dist
+        if not isinstance(base, dist.Normal):
+            raise NotImplementedError(
+                f"the prior of leaf {name!r} is a {type(base).__name__}: a scale is fitted to "
+                "normal priors alone (bnncert.prior.normal); keep this one by fit_prior=False."
+            )
 
     def leaf(name: str) -> dist.Distribution:
         loc = jnp.asarray(locs[name])

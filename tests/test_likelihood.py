@@ -519,6 +519,26 @@ def test_it_has_derivatives_and_radii_and_an_elbo(params):
         assert q.kl(other) > fitted.kl
 
 
+def test_one_logit_of_two_classes_under_a_posterior():
+    q = MeanField({"w": jnp.ones(2)}, {"w": jnp.full(2, 0.1)})
+    datum = jnp.array([0.5, -0.2]), threat(0.1)
+    two = likelihood.quantile_categorical(lambda p, x: jnp.stack([jnp.zeros(()), p["w"] @ x]))
+    for shape in ((), (1,)):
+        one = likelihood.quantile_categorical(lambda p, x, s=shape: (p["w"] @ x).reshape(s))
+        found = [[f(KEY, q, datum[0], jnp.array(y), datum[1]) for y in (0, 1)] for f in (one, two)]
+        np.testing.assert_allclose(*found, rtol=1e-5)
+        assert all(value < -0.1 for value in found[0])
+
+
+def test_a_scale_is_fitted_to_normal_priors_alone(params):
+    laplace = jax.tree.map(
+        lambda v: dist.Laplace(0.0, 1.0).expand(v.shape).to_event(v.ndim), params
+    )
+    mean, deviation = q_of(params).moments()
+    with pytest.raises(NotImplementedError, match="is a Laplace"):
+        prior.fitted(laplace, mean, deviation)
+
+
 def test_a_posterior_of_its_own_is_asked_for(params):
     fit = likelihood.quantile_categorical(mlp)
     datum = jnp.zeros(SIZE), jnp.array(0), threat(0.1)

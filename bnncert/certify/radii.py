@@ -33,7 +33,7 @@ from bnncert.bounds.methods import Method
 from bnncert.certify.exact.decision import Decision, decision
 from bnncert.certify.sampled.decision import statistical
 from bnncert.gaussian import leaves_of, margins
-from bnncert.outputs import logits_of, look_at_ending
+from bnncert.outputs import logits_of, look_at_ending, watched
 from bnncert.posterior.leaves import check_stacked
 from bnncert.sets import Set, ball, check_radius
 from bnncert.types import Apply, Key, Posterior, Stacked
@@ -224,7 +224,7 @@ def posterior_radius(
     with c the class of the network at the posterior's means: the formal tier.
 
     Args:
-        apply: `(params, x) -> logits (C,)` for one example, C >= 2.
+        apply: `(params, x) -> logits (C,)` for one example; one logit z of two classes is (0, z).
         posterior: a `bnncert.posterior.MeanField`, `LowRank` or `Gaussian`.
         x: one input; `jax.vmap` for a batch.
         largest: as for `radius`.
@@ -261,13 +261,14 @@ def posterior_radius(
         )
     q: Any = posterior
     leaves_of(q)  # raises for another posterior
-    predicted = jnp.argmax(apply(q.loc, x))
-    classes = jax.eval_shape(apply, q.loc, x).shape[-1]
+    network, x = watched(apply, "logits"), jnp.asarray(x)
+    logits = network(q.loc, x)
+    predicted, classes = jnp.argmax(logits), logits.size
 
     def certify(region: Set) -> _Kept:
         unit = jnp.eye(classes, dtype=region.center.dtype)
         rows = unit[predicted] - unit, jnp.zeros(classes, unit.dtype)
-        found = margins(apply, q, region, *rows, method=method, rounding=rounding, delta=delta)
+        found = margins(network, q, region, *rows, method=method, rounding=rounding, delta=delta)
         lost = jnp.where(
             (found.mean > 0) & (found.mean < jnp.inf) & (found.lipschitz < jnp.inf),
             ndtr(-(1 - 1e-4) * found.mean / found.lipschitz),  # less than rounding may take

@@ -69,9 +69,10 @@ class Slack(NamedTuple):
         return self.plan.arithmetic.allow(value, lambda v, _: v * (1 + self._gamma(v, terms)))
 
     def size(self, value: Array, sizes: Array, terms: int) -> Array:
-        """The magnitude of sums, from those of their terms."""
+        """Rounds the magnitude of sums up, by those of their terms, which may underflow."""
+        lost = 8 * (terms + 2) * float(jnp.finfo(value.dtype).tiny)
         return self.plan.arithmetic.allow(
-            jnp.abs(value), lambda v, _: v + self._gamma(v, terms) * sizes
+            jnp.abs(value), lambda v, _: v + self._gamma(v, terms) * sizes + lost
         )
 
     def less(self, value: Array, size: Array, terms: int) -> Array:
@@ -216,7 +217,7 @@ def forward_through(layer: Layer, box: Box, slack: Slack) -> tuple[Box, Array]:
     leaf = layer.leaf
     center, radius = slack.middle(box)
     terms = leaf.loc.size
-    size = slack.up(folded_mean(leaf.loc, leaf.variance), 64)
+    size = slack.up(folded_mean(leaf.loc, slack.squares(leaf.variance, 4)), 64)
     middle, reach = layer(center, leaf.loc), layer(radius, size)
     largest = jnp.square(jnp.abs(center) + radius)
     own = jnp.square(leaf.scale)

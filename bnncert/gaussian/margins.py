@@ -65,7 +65,6 @@ probability).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -205,7 +204,8 @@ def margins(
 
         matrix f(w, x) + offset  >=  F(w)    for all x of the set, with probability 1 - delta
 
-    Pure: `jit`, `vmap` (over sets) and `grad` (by the posterior) compose with it.
+    Pure: `jit`, `vmap` (over sets) and `grad` (by the posterior) compose with it; under `jit` it is
+    many times faster.
 
     Args:
         apply: `(params, x) -> outputs` for one example; outputs are taken as one flat vector.
@@ -281,7 +281,6 @@ class How(NamedTuple):
     delta: float
 
 
-@partial(jax.jit, static_argnums=(0, 1))
 def row_margins(
     apply: Apply,
     how: How,
@@ -290,7 +289,7 @@ def row_margins(
     x_set: Set,
     rows: tuple[Array, Array],
 ) -> Margin:
-    """As `margins`, of params some leaves of which are random; compiled once for `apply`."""
+    """Bounds the rows, as `margins` says, of params some leaves of which are random."""
     matrix, offset = rows
 
     def outputs(params: Params, x: Array) -> Array:

@@ -39,7 +39,6 @@ import numpy as np
 
 from bnncert import metrics
 from bnncert.gaussian import Margins
-from bnncert.gaussian.margins import METHODS
 from bnncert.posterior import MeanField, spread
 from experiments.pipeline.allocator import keep_freed_pages
 from experiments.pipeline.deployment import deploy
@@ -47,7 +46,15 @@ from experiments.pipeline.evaluation import certified_accuracy, predict
 from experiments.pipeline.finished import Finished, open_run
 from experiments.setup.data import Split
 from experiments.studies.frontier_figures import picture, table
-from experiments.studies.proved_and_drawn import SAFE, Row, Subject, of_run, right_of, stays
+from experiments.studies.proved_and_drawn import (
+    SAFE,
+    Row,
+    Subject,
+    add_bound_options,
+    of_run,
+    right_of,
+    stays,
+)
 
 FACTORS = (0.1, 0.316, 1.0, 3.16, 10.0, 31.6, 100.0)
 OPEN = 0.05
@@ -246,17 +253,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, ar
                         "0: none (default: 8)")  # fmt: skip
     parser.add_argument("--images", type=int, default=500, metavar="N",
                         help="the first N test images (default: 500)")  # fmt: skip
-    parser.add_argument("--method", choices=METHODS,
-                        help="how the bounds are found (default: crown for fully connected "
-                        "networks, crown-ibp for others)")  # fmt: skip
-    parser.add_argument("--rounding", choices=("outward", "nearest"), default="outward",
-                        help="outward: sound for the float32 network; nearest: for the real one, "
-                        "up to the bounds' own rounding (default: outward)")  # fmt: skip
-    parser.add_argument("--delta", type=float, default=1e-3, metavar="P",
-                        help="probability that hidden units leave their intervals: no P_safe "
-                        "is proved above 1 - P (default: 0.001)")  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N",
-                        help="images bounded at once (default: 8)")  # fmt: skip
+    add_bound_options(parser)
     options = parser.parse_args(arguments)
     for name, least in (("images", 1), ("batch_size", 1), ("refine", 0)):
         if (value := getattr(options, name)) < least:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from bnncert import attack, ball, certify
 from bnncert.gaussian import Margins, margins
+from bnncert.gaussian.margins import METHODS
 from bnncert.gaussian.weights import leaves_of
 from bnncert.sets import Box
 from bnncert.types import Apply
@@ -51,6 +52,21 @@ DRAWS_AT_ONCE = 32
 """Networks drawn between two steps of the progress bar."""
 
 Row = dict[str, Any]
+
+
+def add_bound_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of how P_safe is bounded."""
+    parser.add_argument("--method", choices=METHODS,
+                        help="how the bounds are found (default: crown for fully connected "
+                        "networks, crown-ibp for others)")  # fmt: skip
+    parser.add_argument("--rounding", choices=("outward", "nearest"), default="outward",
+                        help="outward: sound for the float32 network; nearest: for the real one, "
+                        "up to the bounds' own rounding (default: outward)")  # fmt: skip
+    parser.add_argument("--delta", type=float, default=1e-3, metavar="P",
+                        help="probability that hidden units leave their intervals: no P_safe is "
+                        "proved above 1 - P (default: 0.001)")  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N",
+                        help="images bounded at once (default: 8)")  # fmt: skip
 
 
 class Subject(NamedTuple):

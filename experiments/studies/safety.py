@@ -29,7 +29,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from bnncert.gaussian.margins import METHODS
 from bnncert.posterior import Gaussian, LowRank, MeanField
 from experiments.pipeline.allocator import keep_freed_pages
 from experiments.pipeline.finished import open_run
@@ -38,6 +37,7 @@ from experiments.studies import released
 from experiments.studies.proved_and_drawn import (
     Row,
     Subject,
+    add_bound_options,
     digest,
     of_run,
     proved_and_drawn,
@@ -168,20 +168,11 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, ar
                         "below, and the runs' own)")  # fmt: skip
     parser.add_argument("--images", type=int, metavar="N",
                         help="the first N test images (default: below; 1000 of runs)")  # fmt: skip
-    parser.add_argument("--method", choices=METHODS,
-                        help="how the bounds are found (default: crown; crown-ibp for runs with "
-                        "convolutions)")  # fmt: skip
-    parser.add_argument("--rounding", choices=("outward", "nearest"), default="outward",
-                        help="outward: sound for the float32 network; nearest: for the real one, "
-                        "up to the bounds' own rounding (default: outward)")  # fmt: skip
-    parser.add_argument("--delta", type=float, default=1e-3, metavar="P",
-                        help="probability that hidden units leave their intervals: no lower bound "
-                        "is above 1 - P (default: 0.001)")  # fmt: skip
+    add_bound_options(parser)
     for name, default, text in (
         ("draws", 200_000, "attacked draws for each posterior and radius, divided among the images "
          "of which something is proved (the others get as many each); 0: none"),
         ("attack-steps", 20, "of each attack on the mean network"),
-        ("batch-size", 8, "images bounded at once"),
         ("seed", 0, "of attacks and draws"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N",

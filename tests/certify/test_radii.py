@@ -170,3 +170,20 @@ def test_what_a_radius_under_a_posterior_refuses():
     with pytest.raises(TypeError, match="Samples"):
         posterior_radius(relu, Samples(q.sample(KEY, 2)), x, largest=1.0)
     assert not posterior_radius(relu, q, x, largest=1.0).robust  # all logits are 0
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_one_logit_of_two_classes_under_a_posterior(shape):
+    """z stands for (0, z): it loses its sign at x = 0, one unit away."""
+    q = MeanField({"w": jnp.ones(1)}, {"w": jnp.full(1, 0.01)})
+
+    def one(p, x):
+        return (p["w"] @ x).reshape(shape)
+
+    def two(p, x):
+        return jnp.stack([jnp.zeros(()), p["w"] @ x])
+
+    for at in (1.0, -1.0):
+        found = [posterior_radius(f, q, jnp.full(1, at), largest=4.0) for f in (one, two)]
+        assert [int(f.predicted) for f in found] == [int(at > 0)] * 2
+        assert found[0].radius == found[1].radius and 0.9 < float(found[0].radius) < 1

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from numpy import ndarray
 
 from bnncert import prior as priors
@@ -54,7 +54,7 @@ from bnncert.certify.formal.claims import (
     claim_at,
 )
 from bnncert.certify.inputs import check_region
-from bnncert.gaussian import margins
+from bnncert.gaussian import Margins, margins
 from bnncert.gaussian.weights import leaves_of
 from bnncert.posterior import MeanField
 from bnncert.posterior.leaves import check_structure, flatten, unflatten
@@ -143,8 +143,8 @@ def safety(
     The first answer for any number of weights, boxes for few, and for any function of them.
 
     Call it outside `jit`: masses are summed on the host. What it compiles is kept for the same
-    `apply` and shapes, so define `apply` once. For many sets, `bnncert.gaussian.margins` is jitted
-    and mapped.
+    `apply` and shapes, so define `apply` once, and change nothing that it refers to. For many sets,
+    `bnncert.gaussian.margins` is jitted and mapped.
 
     Args:
         key: a PRNG key: where boxes start and how the attack does; the bounds hold for any.
@@ -260,7 +260,7 @@ def _by_boxes(key: Key, task: Task, data: Data, q: MeanField, options: Search) -
 
 def _by_linear_bounds(key: Key, task: Task, data: Data, posterior: Any, delta: float) -> Safety:
     """Of all rows over the set, and of the row that an attack on the mean network breaks."""
-    bounded = partial(margins, task.apply, posterior, rounding=task.rounding, delta=delta)
+    bounded = partial(_margins, task.apply, (task.rounding, delta), posterior)
     # 1. The set is safe.
     lower = float(bounded(data.x_set, *data.constraints).probability())
     # 2. One row is violated at one point.
@@ -281,6 +281,14 @@ def _by_linear_bounds(key: Key, task: Task, data: Data, posterior: Any, delta: f
         np.array([int(row)] if found else [], int),
         arithmetic_name(task.rounding, loc.dtype, task.apply, posterior.loc, x),
     )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _margins(
+    apply: Apply, options: tuple[Rounding, float], posterior: Any, x_set: Set, *rows: Array
+) -> Margins:
+    rounding, delta = options
+    return margins(apply, posterior, x_set, *rows, rounding=rounding, delta=delta)
 
 
 def _methods(method: Any) -> list[Any]:
