@@ -116,7 +116,7 @@ class Step:
 
     @property
     def by_lines(self) -> bool:
-        """Whether it is of a function of one value, passed by a multiplication."""
+        """Says whether it is of a function of one value, passed by a multiplication."""
         return getattr(self.through, "func", None) is _past_lines
 
     def __call__(self, a: Array) -> Passed:
@@ -347,7 +347,7 @@ def row_box(target: int, row: Array, steps: Steps, sets: Sets, at_once: bool) ->
 
 
 def signed(row: Row, sign: Array) -> Row:
-    """A row that is exact, or its negative."""
+    """Gives a row that is exact, or its negative."""
     return Row({i: sign * a for i, a in row.coefficients.items()}, sign * row.offset, row.lost)
 
 

@@ -39,7 +39,7 @@ _FEW_OF_PLANES = 2**10
 def composed_step(
     graph: Graph, steps: Callable[[], Mapping[int, Step]], known: dict[int, Step], index: int
 ) -> Step:
-    """How rows pass an affine node: with all of its run, where a nonlinearity acts on it.
+    """Finds how rows pass an affine node: with its run, where a nonlinearity acts on it.
 
     Args:
         graph: the traced function.
@@ -61,7 +61,7 @@ def composed_step(
 
 
 def composed_planes(graph: Graph, index: int, step: Step, affine: Mapping[int, Step]) -> Step:
-    """How rows pass a nonlinearity with the runs before it, where they are of few coefficients.
+    """Finds how rows pass a nonlinearity with the runs before it, of few coefficients.
 
     Args:
         graph: the traced function.
@@ -91,7 +91,7 @@ def composed_planes(graph: Graph, index: int, step: Step, affine: Mapping[int, S
 
 
 def run_of(graph: Graph, index: int) -> tuple[list[int], list[int]]:
-    """The affine nodes between a node and its sources, itself included; and the sources."""
+    """Finds the affine nodes between a node and its sources, itself included; and these."""
     run, sources, waiting = set(), set(), [index]
     while waiting:
         i = waiting.pop()
@@ -104,12 +104,12 @@ def run_of(graph: Graph, index: int) -> tuple[list[int], list[int]]:
 
 
 def _of_one_dtype(graph: Graph, indices: Sequence[int]) -> bool:
-    """Whether no value is cast between: a matrix has one format."""
+    """Says whether no value is cast between: a matrix has one format."""
     return len({graph.nodes[i].dtype for i in indices}) == 1
 
 
 def _is_short(graph: Graph, run: list[int]) -> bool:
-    """Whether a run is one operation, beside those that only move values."""
+    """Says whether a run is one operation, beside those that only move values."""
     return sum(graph.nodes[i].op not in MOVING for i in run) < 2
 
 
@@ -141,7 +141,7 @@ def _times(row: Array, matrix: Array) -> Array:
 
 
 def _parted(row: Array, shapes: Sequence[tuple[int, ...]]) -> tuple[Array, ...]:
-    """The coefficients of one source after another."""
+    """Gives the coefficients of one source after another."""
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     parts = (row[end - math.prod(shape) : end] for end, shape in zip(ends, shapes, strict=True))
     return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))

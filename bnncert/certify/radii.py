@@ -282,7 +282,7 @@ def posterior_radius(
 
 
 class _Kept(NamedTuple):
-    """What a bisection reads off a certificate."""
+    """Holds what a bisection reads off a certificate."""
 
     predicted: Int[Array, ""]
     robust: Bool[Array, ""]

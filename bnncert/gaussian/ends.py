@@ -14,13 +14,13 @@ from bnncert.sets import LpBall, Set, dual_norm
 
 
 def each(f: Callable[..., Any], rank: int, *values: Array) -> Any:
-    """Of values of this rank, or of each way's."""
+    """Applies a function to values of this rank, or to those of each way."""
     axes = tuple(0 if v.ndim > rank else None for v in values)
     return jax.vmap(f, axes)(*values) if any(axis == 0 for axis in axes) else f(*values)
 
 
 def least_mean(region: Set, slack: Slack, a: Array, variance: Array | None = None) -> Array:
-    """The mean of the least value of `(a + g) . x` over a set, g Gaussian of these variances."""
+    """Bounds E min (a + g) . x over a set from below, g Gaussian of these variances."""
     if isinstance(region, LpBall):
         middle = dot(a, region.center)
         if variance is None:

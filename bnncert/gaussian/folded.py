@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 
 def folded_mean(mean: Array, variance: Array) -> Array:
-    """The mean of |z|, z ~ N(mean, variance): t sqrt(2/pi) exp(-m^2 / 2 t^2) + m erf(m / t sqrt 2).
+    """Computes E |z|, z ~ N(m, t^2): t sqrt(2/pi) exp(-m^2 / 2 t^2) + m erf(m / t sqrt 2).
 
     Args:
         mean: any shape.

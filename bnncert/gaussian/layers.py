@@ -30,7 +30,7 @@ SHARED = SPREAD - 1
 
 
 def beside(index: int) -> int:
-    """Where a row collects the variances of its coefficients at a node."""
+    """Gives the place where a row collects the variances of its coefficients at a node."""
     return -1 - index
 
 
@@ -51,7 +51,7 @@ class Spread(NamedTuple):
 
 
 def settled(box: Box) -> Spread:
-    """Of a value that lies in a box."""
+    """Says what is known of a value that lies in a box."""
     return Spread(box.lower, box.upper, jnp.zeros_like(box.lower), frozenset())
 
 
@@ -65,7 +65,7 @@ class Slack(NamedTuple):
     plan: Plan
 
     def up(self, value: Array, terms: int) -> Array:
-        """Sums of so many numbers that are not negative, rounded up."""
+        """Rounds sums of so many numbers, none of them negative, up."""
         return self.plan.arithmetic.allow(value, lambda v, _: v * (1 + self._gamma(v, terms)))
 
     def size(self, value: Array, sizes: Array, terms: int) -> Array:
@@ -76,24 +76,24 @@ class Slack(NamedTuple):
         )
 
     def less(self, value: Array, size: Array, terms: int) -> Array:
-        """Sums whose terms have magnitudes of this sum, rounded down."""
+        """Rounds sums down whose terms have magnitudes of this sum."""
         return self.plan.arithmetic.allow(value, lambda v, _: v - self._gamma(v, terms) * size)
 
     def middle(self, box: Box) -> tuple[Array, Array]:
-        """The centre and the radius of a box, which hold it."""
+        """Gives the centre and the radius of a box, which hold it."""
         center = box.center
         return center, self.plan.arithmetic.allow(
             box.radius, lambda r, _: r + self._gamma(r, 4) * (jnp.abs(center) + r)
         )
 
     def squares(self, value: Array, terms: int, *factors: Array) -> Array:
-        """Sums of products with squares, which may have underflowed."""
+        """Rounds sums of products with squares, which may have underflowed, up."""
         largest = sum((jnp.max(jnp.abs(f), initial=0.0) for f in factors), 1.0)
         lost = 8 * (terms + 2) * float(jnp.finfo(value.dtype).tiny) * largest
         return self.up(value, terms) + lost
 
     def affine(self, index: int, mean: Box, boxes: Sequence[Box]) -> Box:
-        """Means of bounds on an affine node, wider by what it is off by."""
+        """Widens means of bounds on an affine node by what it is off by."""
         graph, node = self.plan.graph, self.plan.graph.nodes[index]
 
         def charge(box: Box, precision: Precision) -> Box:
@@ -103,7 +103,7 @@ class Slack(NamedTuple):
         return self.plan.arithmetic.allow(mean, charge)
 
     def product(self, index: int, mean: Box, boxes: Sequence[Box]) -> Box:
-        """Means of bounds on a layer, wider by what it and its own two products are off by."""
+        """Widens means of bounds on a layer by what it and their two products are off by."""
         graph = self.plan.graph
 
         def charge(box: Box, precision: Precision) -> Box:
@@ -112,7 +112,7 @@ class Slack(NamedTuple):
         return self.plan.arithmetic.allow(mean, charge)
 
     def charged(self, index: int, step: Step, boxes: Sequence[Box]) -> AnyStep:
-        """How rows pass a layer, what it is off by included."""
+        """Charges rows that pass a layer with what it is off by."""
         graph, exact = self.plan.graph, step
         given: Any = step  # a step, or one that is charged
 
@@ -127,7 +127,7 @@ class Slack(NamedTuple):
 
 
 def row_through(layer: Layer, box: Box, inner: bool, slack: Slack) -> Step:
-    """How rows pass a layer.
+    """Finds how rows pass a layer.
 
     Args:
         layer: the layer.
@@ -162,7 +162,7 @@ def row_through(layer: Layer, box: Box, inner: bool, slack: Slack) -> Step:
 
 
 def _square(layer: Layer, center: Array, radius: Array, slack: Slack) -> Callable[[Array], Array]:
-    """What a row gains of L^2, by weights' own deviations."""
+    """Finds what a row gains of L^2, by weights' own deviations."""
     leaf, largest = layer.leaf, jnp.abs(center) + radius
     terms = math.prod(layer.node.shape)
     if layer.once:
@@ -187,7 +187,7 @@ def _square(layer: Layer, center: Array, radius: Array, slack: Slack) -> Callabl
 def _shared(
     layer: Layer, factors: Array, center: Array, radius: Array, slack: Slack
 ) -> Callable[[Array], tuple[Array, Array]]:
-    """What a row's coefficients move by with each factor, and what it gains of derivatives."""
+    """Finds what a row's coefficients move by with each factor, and its derivatives."""
     terms, total = math.prod(layer.node.shape), jnp.abs(factors).sum(0)
     signed = jax.vmap(lambda u: layer(center, u))(factors)
     sizes = layer(jnp.abs(center), total)
@@ -204,7 +204,7 @@ def _shared(
 
 
 def forward_through(layer: Layer, box: Box, slack: Slack) -> tuple[Box, Array]:
-    """Means of bounds on a layer's value, and L^2.
+    """Computes the means of bounds on a layer's value, and L^2.
 
     A coordinate meets each of its weights once, in a convolution as well, so that the weights' own
     deviations add up as squares.
@@ -232,7 +232,7 @@ def forward_through(layer: Layer, box: Box, slack: Slack) -> tuple[Box, Array]:
 
 
 def forward_affine(plan: Plan, index: int, operands: list[Spread], apart: bool) -> Spread:
-    """Of an affine node, before what it is off by.
+    """Computes what is known of an affine node, before what it is off by.
 
     Args:
         plan: of the network.
@@ -254,13 +254,13 @@ def forward_affine(plan: Plan, index: int, operands: list[Spread], apart: bool) 
 
 
 def own_spread(index: int, leaf: Leaf, slack: Slack) -> Spread:
-    """Of weights themselves."""
+    """Says what is known of weights themselves."""
     variance = slack.squares(leaf.variance, 4)
     return Spread(leaf.loc, leaf.loc, variance, frozenset({index}))
 
 
 def root(v: Array) -> Array:
-    """The square root, with a derivative of 0 at 0; of what overflowed, infinite."""
+    """Computes the square root, of derivative 0 at 0; of what overflowed it is infinite."""
     positive = v > 0
     found = jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1.0)), 0.0)
     return jnp.where(jnp.isnan(v), jnp.inf, found)

@@ -258,7 +258,7 @@ def margins(
 
 
 def _named(method: str | Method) -> str:
-    """The name of a method, which has no options here."""
+    """Gives the name of a method, which has no options here."""
     name = method if isinstance(method, str) else method.name
     if name not in METHODS or not (isinstance(method, str) or method == method_of(name)):
         raise ValueError(
@@ -268,7 +268,7 @@ def _named(method: str | Method) -> str:
 
 
 class How(NamedTuple):
-    """How bounds linear in the weights are found; `margins` says more.
+    """Says how bounds linear in the weights are found (`margins`).
 
     Attributes:
         method: one of `METHODS`.
@@ -325,12 +325,12 @@ def _is_float(value: Array) -> bool:
 
 
 def _far(numbers: int, probability: float) -> float:
-    """How far so many Gaussian numbers reach to either side, but for a probability."""
+    """Computes how far so many Gaussian numbers reach, but for a probability."""
     return float(-ndtri(probability / (2 * max(numbers, 1)))) * (1 + 1e-9)
 
 
 def _box(leaf: Leaf, widest: float) -> Box:
-    """Where weights lie, each of them rounded to their format."""
+    """Finds where weights lie, each of them rounded to their format."""
     unit = 4 * float(jnp.finfo(leaf.loc.dtype).eps)
     reach = widest * leaf.deviation
     reach = reach + unit * (jnp.abs(leaf.loc) + reach) + float(jnp.finfo(leaf.loc.dtype).tiny)
@@ -338,7 +338,7 @@ def _box(leaf: Leaf, widest: float) -> Box:
 
 
 def _ratio(found: Margin) -> Array:
-    """How many Lipschitz constants a mean lies above 0."""
+    """Computes how many Lipschitz constants a mean lies above 0."""
     tiny = float(jnp.finfo(found.mean.dtype).tiny)
     return found.mean / jnp.maximum(found.lipschitz, tiny)
 

@@ -98,12 +98,12 @@ class Network(NamedTuple):
     rows: bool
 
     def units(self) -> int:
-        """How many hidden values are random."""
+        """Counts the hidden values that are random."""
         nodes = self.plan.graph.nodes
         return sum(math.prod(nodes[i].shape) for i in self.hidden & self.weights.random)
 
     def bounds(self, reach: float) -> tuple[list[Box], Passage]:
-        """The boxes of all nodes, and how rows pass them.
+        """Finds the boxes of all nodes, and how rows pass them.
 
         Args:
             reach: how many Lipschitz constants below its mean a bound is taken to be.
@@ -129,7 +129,7 @@ class Network(NamedTuple):
         return boxes, self.further(boxes, passage)
 
     def _start(self, index: int) -> Known:
-        """What is known of a weight, or of a set."""
+        """Says what is known of a weight, or of a set."""
         box = hull(self.plan.graph.inputs[index])
         if index not in self.weights.random:
             return Known(box, settled(box))
@@ -137,7 +137,7 @@ class Network(NamedTuple):
         return Known(box if index in self.known else _everything(box), spread)
 
     def _apply(self, index: int, values: list[Known]) -> Known:
-        """What is known of a node, from what it acts on."""
+        """Says what is known of a node, from what it acts on."""
         graph, plan, slack = self.plan.graph, self.plan, Slack(self.plan)
         node = graph.nodes[index]
         boxes = [value.box for value in values]
@@ -160,7 +160,7 @@ class Network(NamedTuple):
         return Known(box, found._replace(lower=mean.lower, upper=mean.upper))
 
     def further(self, boxes: Sequence[Box], known: Passage) -> Passage:
-        """How rows pass the nodes that have boxes."""
+        """Finds how rows pass the nodes that have boxes."""
         plan, slack = self.plan, Slack(self.plan)
         errors = plan.arithmetic.errors(plan.graph, boxes, known.errors)
         view, steps = View(boxes, errors), dict(known.relaxed)
@@ -179,7 +179,7 @@ class Network(NamedTuple):
         return Passage(errors, steps)
 
     def _is_inner(self, index: int) -> bool:
-        """Whether deviations of what acts on a value stay behind there, and meet no coefficients.
+        """Says whether deviations of what acts on a value meet no coefficients of a set there.
 
         So it is inside the network; and where two layers act on one set whose weights are not
         independent, so that the variances of their coefficients do not add up.
@@ -192,7 +192,7 @@ class Network(NamedTuple):
         return not self._ends_on(index) or index in self.weights.random or together
 
     def _ends_on(self, index: int) -> bool:
-        """Whether rows end on a node."""
+        """Says whether rows end on a node."""
         if index < len(self.plan.graph.inputs):
             return True
         if index in self.plan.relaxed and index not in self.weights.layers:
@@ -200,7 +200,7 @@ class Network(NamedTuple):
         return index in self.plain and index not in self.weights.random
 
     def _relaxed(self, index: int, view: View) -> AnyStep:
-        """How rows pass a nonlinearity, in several ways at once."""
+        """Finds how rows pass a nonlinearity, in several ways at once."""
         last = self.plan.variants[index] - 1
         steps = [
             relaxed_step(
@@ -213,7 +213,7 @@ class Network(NamedTuple):
         return Ways(jax.tree.map(lambda *v: jnp.stack(v), *steps), len(steps))
 
     def _ends(self, lower: Array, upper: Array, deviation: Array) -> Box:
-        """Bounds with so much less than their means, rounded outward."""
+        """Moves means of bounds apart by so much, rounded outward."""
 
         def charge(box: Box, _: object) -> Box:
             unit = 4 * float(jnp.finfo(deviation.dtype).eps)
@@ -223,7 +223,7 @@ class Network(NamedTuple):
         return self.plan.arithmetic.allow(Box(lower - deviation, upper + deviation), charge)
 
     def _by_rows(self, index: int, boxes: list[Box], passage: Passage, reach: float) -> Box:
-        """The interval of a hidden node that holds but for a probability."""
+        """Finds the interval of a hidden node that holds but for a probability."""
         node = self.plan.graph.nodes[index]
 
         def least(found: Margin) -> Array:
@@ -244,7 +244,7 @@ class Network(NamedTuple):
         row: Array,
         score: Callable[[Margin], Array],
     ) -> Margin:
-        """A lower bound on `<row, value of a node>`: of all ways that with the highest score."""
+        """Bounds `<row, value of a node>` from below: of all ways by that of the highest score."""
         found = self._bounded(index, boxes, passage, row)
         if found.mean.ndim == 0:
             return found
@@ -253,7 +253,7 @@ class Network(NamedTuple):
         return jax.tree.map(lambda v: v[way], found)
 
     def _bounded(self, index: int, boxes: Sequence[Box], passage: Passage, row: Array) -> Margin:
-        """Of each way: the mean and the Lipschitz constant."""
+        """Computes the mean and the Lipschitz constant of each way."""
         slack, errors = Slack(self.plan), passage.errors
         steps = Steps({}, passage.relaxed, errors.carried, errors.floors)
         found = pull_back(start(index, row, steps), steps)
@@ -281,7 +281,7 @@ class Network(NamedTuple):
         return Margin(*jnp.broadcast_arrays(mean, root(square)))
 
     def _of_leaf(self, index: int, a: Array) -> tuple[Array, Array, Array]:
-        """What a row gains where it ends on weights: a mean, a square, derivatives by factors."""
+        """Computes what a row gains where it ends on weights: mean, square, derivatives."""
         leaf, slack = self.weights.leaves[index], Slack(self.plan)
         size = dot(jnp.abs(a), self._magnitude(index))
         mean = slack.less(dot(a, leaf.loc), size, a.size)
@@ -305,7 +305,7 @@ class Network(NamedTuple):
 
 
 def network_of(plan: Plan, weights: Weights, method: str) -> Network:
-    """What has to be bounded of a network, and by what.
+    """Finds what has to be bounded of a network, and by what.
 
     Args:
         plan: of the network over a `Box` for each random leaf, and the set of inputs.
@@ -347,7 +347,7 @@ _ALONE = ("places", "repeats")
 
 
 def _plain(plan: Plan, weights: Weights) -> frozenset[int]:
-    """The nodes of which forward bounds are what rows would find: one layer over one box."""
+    """Finds the nodes whose forward bounds are what rows would find: one layer over one box."""
     inputs, found = plan.graph.inputs, set[int]()
     of_set: set[int] = set()
     for i, node in enumerate(plan.graph.nodes):

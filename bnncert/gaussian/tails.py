@@ -146,7 +146,7 @@ def _in_float64(*values: ArrayLike) -> tuple[ndarray, ...]:
 
 
 def _less(mean: ndarray, by: ndarray) -> ndarray:
-    """The difference, rounded down; -inf where it is none."""
+    """Subtracts, rounded down; -inf where there is no difference."""
     with np.errstate(invalid="ignore", over="ignore"):
         found = np.nextafter(mean - by, -np.inf)
     return np.where(np.isnan(found), -np.inf, found)

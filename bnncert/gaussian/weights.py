@@ -39,13 +39,13 @@ class Leaf(NamedTuple):
 
     @property
     def variance(self) -> Array:
-        """s^2 + sum_r u_r^2."""
+        """Computes s^2 + sum_r u_r^2."""
         own = jnp.square(self.scale)
         return own if self.factors is None else own + jnp.square(self.factors).sum(0)
 
     @property
     def deviation(self) -> Array:
-        """The root of that, of numbers whose squares would underflow as well."""
+        """Computes the root of that, of numbers whose squares would underflow as well."""
         if self.factors is None:
             return self.scale
         largest = jnp.maximum(self.scale, jnp.abs(self.factors).max(0, initial=0.0))
@@ -55,7 +55,7 @@ class Leaf(NamedTuple):
 
 
 def leaves_of(posterior: Posterior) -> dict[str, Leaf]:
-    """The random leaves of a Gaussian posterior, by name.
+    """Lists the random leaves of a Gaussian posterior, by name.
 
     Args:
         posterior: factorised, of shared factors, or with full covariance.
@@ -109,7 +109,7 @@ class Weights(NamedTuple):
 
     @property
     def correlated(self) -> bool:
-        """Whether weights of different layers depend on each other."""
+        """Says whether weights of different layers depend on each other."""
         return any(leaf.factors is not None for leaf in self.leaves)
 
 
@@ -172,23 +172,23 @@ class Layer(NamedTuple):
     once: bool
 
     def __call__(self, value: Array, weight: Array) -> Array:
-        """The product."""
+        """Multiplies a value and weights."""
         weight = self.arranged(weight)
         return self.node.evaluate(*((weight, value) if self.first else (value, weight)))
 
     def to_value(self, weight: Array, row: Array, like: Array) -> Array:
-        """Its transpose as a function of the value, which is of the shape of `like`."""
+        """Passes a row back to the value, which is of the shape of `like`."""
         _, pull = jax.vjp(lambda v: self(v, weight), jnp.zeros_like(like))
         return canonical(pull)(row)[0]
 
     def to_weights(self, value: Array, row: Array) -> Array:
-        """Its transpose as a function of the weights."""
+        """Passes a row back to the weights."""
         _, pull = jax.vjp(lambda w: self(value, w), jnp.zeros_like(self.leaf.loc))
         return canonical(pull)(row)[0]
 
 
 def layer_of(graph: Graph, weights: Weights, index: int) -> Layer:
-    """The layer that a node is."""
+    """Gives the layer that a node is."""
     node, place = graph.nodes[index], weights.layers[index]
     moved, value = node.refs[place], node.refs[1 - place]
     leaf = weights.leaf[moved]
@@ -202,7 +202,7 @@ def layer_of(graph: Graph, weights: Weights, index: int) -> Layer:
 
 
 def _moves_once(graph: Graph, node: Node, moved: int) -> bool:
-    """Whether a node moves each number to one place at most; a broadcast may add axes of size 1."""
+    """Says whether a node moves each number to one place at most; axes of size 1 may be new."""
     same = math.prod(node.shape) == math.prod(graph.nodes[moved].shape)
     return node.affine.spreads == "places" or (node.op == "broadcast_in_dim" and same)
 
@@ -216,7 +216,7 @@ def _used_twice(node: Node, before: Node) -> UnsupportedPrimitiveError:
 
 
 def _rearranged(graph: Graph, index: int, leaf: int, weight: Array) -> Array:
-    """A leaf's numbers as a node that rearranges it has them."""
+    """Gives a leaf's numbers as a node that rearranges it has them."""
     if index == leaf:
         return weight
     node = graph.nodes[index]
@@ -225,7 +225,7 @@ def _rearranged(graph: Graph, index: int, leaf: int, weight: Array) -> Array:
 
 
 def _terms(node: Node, graph: Graph, side: int) -> int:
-    """How many weights a coordinate of a product sums over; 0 of a convolution: it shares them."""
+    """Counts the weights that a coordinate of a product sums over; 0 of a convolution."""
     if node.op == "mul":
         return 1
     if node.op == "dot_general":

@@ -229,7 +229,7 @@ def fraction_bounds(
 def _free_steps(
     plan: Plan, index: int, view: View, default: Choice, fractions: Mapping[int, Free]
 ) -> Mapping[int, Step | Free]:
-    """How rows pass a relaxation with the fractions of each node that is bounded.
+    """Finds how rows pass a relaxation, with the fractions of each node that is bounded.
 
     Of few it is relaxed once, for all of them: for each alone, a compiler would see it as often.
     """
@@ -255,7 +255,7 @@ def _free_step(plan: Plan, index: int, view: View, default: Choice, free: Step |
 
 
 def _met(found: Box, known: Box) -> Box:
-    """The intersection; where both agree but for rounding, its derivative is that of the first.
+    """Intersects; where both agree but for rounding, the derivative is that of the first.
 
     So it is where the optimiser starts: of the other one it would learn nothing.
     """

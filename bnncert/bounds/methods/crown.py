@@ -176,7 +176,7 @@ def swept(plan: Plan) -> frozenset[int]:
 
 
 def _passed_often(plan: Plan) -> frozenset[int]:
-    """The nonlinearities that rows of several nodes pass."""
+    """Finds the nonlinearities that rows of several nodes pass."""
     targets = [i for i in range(len(plan.graph.nodes)) if _is_swept(plan, i) or i in plan.outputs]
     before = Counter(i for target in targets for i in ancestors(plan.graph, target) if i != target)
     return frozenset(i for i in plan.relaxed if before[i] > 1)

@@ -92,7 +92,7 @@ def further(
 
 
 def steps_of(plan: Plan, known: Passage, run: Run | None = None) -> Steps:
-    """How to pass the nodes of a passage, or of one run alone."""
+    """Says how to pass the nodes of a passage, or of one run alone."""
     errors = known.errors
     affine = _affine(plan, errors.charged, run)
     return Steps(affine, known.relaxed, errors.carried, errors.floors)

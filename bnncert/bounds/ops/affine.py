@@ -41,7 +41,7 @@ def _order_preserving(node: Node, *boxes: Box) -> Box:
 
 
 def at_ends(node: Node, *ends: Array) -> Array:
-    """An operation's values, at several points each on a leading axis."""
+    """Evaluates an operation at several points, each on a leading axis."""
     return jax.vmap(lambda *values: node.evaluate(*node.fill(values)))(*ends)
 
 

@@ -34,16 +34,16 @@ def drop_nan(box: Box) -> Box:
 
 
 def stacked(box: Box) -> Array:
-    """Both ends on a leading axis: what is done to both is compiled once."""
+    """Puts both ends on a leading axis: what is done to both is compiled once."""
     return jnp.stack(jnp.broadcast_arrays(box.lower, box.upper))
 
 
 def unstacked(ends: Array) -> Box:
-    """The box of two ends on a leading axis."""
+    """Makes the box of two ends on a leading axis."""
     return Box(ends[0], ends[1])
 
 
 def sides(below: float, above: float, *, like: Array) -> Array:
-    """A number for the lower ends and one for the upper, to go with ends on a leading axis."""
+    """Puts a number for lower and one for upper ends on a leading axis, to go with ends there."""
     shape = (2, *[1] * (like.ndim - 1))
     return jnp.asarray(np.array([below, above], like.dtype).reshape(shape))

@@ -85,7 +85,7 @@ def lines(curve: Curve, l: Array, u: Array, choice: Choice) -> Lines:
 
 
 def lines_of_sides(curve: Curve, other: Curve, l: Array, u: Array, choice: Choice) -> Lines:
-    """The lines around a curve, from the parts where it and its negative, `other`, are convex."""
+    """Finds the lines around a curve, from the parts where it or its negative, `other`, is convex."""
     fraction = None
     if choice.lower is not None and choice.upper is not None:
         fraction = jnp.stack(jnp.broadcast_arrays(choice.lower, choice.upper))
@@ -244,7 +244,7 @@ def _tangents(curve: Curve, ends: Array, values: Array, variant: int | Array) ->
 
 
 class Touching(NamedTuple):
-    """The tangent through an end of [l, u]: where it touches the convex part, and whether it does.
+    """Finds the tangent through an end of [l, u]: where it touches the convex part, if it does.
 
     Beyond the far end of that part, a tangent passes above the end.
     """
@@ -256,7 +256,7 @@ class Touching(NamedTuple):
 def _touching_points(
     curve: Curve, ends: Array, values: Array, a: Array, b: Array
 ) -> tuple[Touching, Touching]:
-    """The tangents through l and through u, in one search on [a, b], where the curve is convex.
+    """Finds the tangents through l and u, in one search on [a, b], where the curve is convex.
 
     Seen from l the safe end is b, from u it is a. What is not asked for may be anything.
     """

@@ -219,7 +219,7 @@ def enclosing_lines(
 
 
 def _chosen(condition: Array, first: Array, second: Array) -> Array:
-    """One of two, by a sum: of an elementwise result a compiler makes a copy in all that use it."""
+    """Chooses one of two by a sum: an elementwise result is copied into all that use it."""
     both = jnp.stack([condition, ~condition]), jnp.stack([first, second], 1)
     return jnp.where(both[0], both[1], 0).sum(1)
 
@@ -240,7 +240,7 @@ def _either(line: Array, slope: Array, offset: Array, constant: Array) -> Array:
 def _holds(
     slope: Array, offset: Array, size: Array, points: Iterable[tuple[Array, Array]]
 ) -> Array:
-    """Whether lines are below a function, as far as its values at some points and the range say."""
+    """Says whether lines are below a function, as far as values at points and the range tell."""
     eps, lost = float(jnp.finfo(size.dtype).eps), 8 * least(size.dtype)
     terms = jnp.abs(slope) * size + jnp.abs(offset)
     # An underflow of the slope counts by the operand, one of the operand by the slope.

@@ -127,7 +127,7 @@ def mccormick(
 def _from_corner(
     product: Product, operands: tuple[int, int], x: Box, y: Box, variant: int | Array
 ) -> Planes:
-    """McCormick's planes for t = 1, or for t = 0."""
+    """Makes McCormick's planes for t = 1, or for t = 0."""
     corner = by_variant(variant, x.lower, x.upper)
     below = by_variant(variant, y.lower, y.upper)
     above = by_variant(variant, y.upper, y.lower)

@@ -94,7 +94,7 @@ def network_error(
 
 
 def product_error(graph: Graph, index: int, boxes: Sequence[Box], precision: Precision) -> Array:
-    """What a product of a value and weights is off by, and a row that passes it by exact weights.
+    """Bounds what a product of a value and weights is off by, and a row that passes it.
 
     The network's weights are those rounded to their format: one rounding more of each term.
 

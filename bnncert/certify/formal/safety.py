@@ -217,7 +217,7 @@ def safety(
 
 
 class Search(NamedTuple):
-    """How many boxes are looked for, and how long each; `safety` says more."""
+    """Says how many boxes are looked for, and how long each (`safety`)."""
 
     num_boxes: int
     rounds: int
@@ -225,7 +225,7 @@ class Search(NamedTuple):
 
 
 def _by_boxes(key: Key, task: Task, data: Data, q: MeanField, options: Search) -> Safety:
-    """Of disjoint boxes of weights."""
+    """Bounds P_safe by disjoint boxes of weights."""
     gaussian = Gaussian(
         np.asarray(flatten(q.loc, task.names)), np.asarray(flatten(q.scale, task.names), np.float64)
     )
@@ -259,7 +259,7 @@ def _by_boxes(key: Key, task: Task, data: Data, q: MeanField, options: Search) -
 
 
 def _by_linear_bounds(key: Key, task: Task, data: Data, posterior: Any, delta: float) -> Safety:
-    """Of all rows over the set, and of the row that an attack on the mean network breaks."""
+    """Bounds P_safe by all rows over the set, and by the row that an attack breaks."""
     bounded = partial(_margins, task.apply, (task.rounding, delta), posterior)
     # 1. The set is safe.
     lower = float(bounded(data.x_set, *data.constraints).probability())
