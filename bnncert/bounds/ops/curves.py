@@ -85,7 +85,7 @@ def lines(curve: Curve, l: Array, u: Array, choice: Choice) -> Lines:
 
 
 def lines_of_sides(curve: Curve, other: Curve, l: Array, u: Array, choice: Choice) -> Lines:
-    """Finds the lines around a curve, from the parts where it or its negative, `other`, is convex."""
+    """Finds the lines around a curve from where it, and its negative `other`, are convex."""
     fraction = None
     if choice.lower is not None and choice.upper is not None:
         fraction = jnp.stack(jnp.broadcast_arrays(choice.lower, choice.upper))
