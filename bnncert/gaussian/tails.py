@@ -36,7 +36,8 @@ def probability(
         Numbers in [0, 1]; NaN and infinite constants prove nothing.
 
     Example:
-        >>> print(f"{probability([5.0, 8.0], [1.0, 1.0], 1e-6):.7f}")
+        >>> mean, lipschitz = np.array([5.0, 8.0]), np.ones(2)
+        >>> print(f"{probability(mean, lipschitz, 1e-6):.7f}")
         0.9999987
     """
     mean, spread = _in_float64(mean, lipschitz)
@@ -66,7 +67,7 @@ def quantile(
         ValueError: a level out of range.
 
     Example:
-        >>> quantile([2.0], [0.5], 0.001, 0.051).round(3).tolist()
+        >>> quantile(np.array([2.0]), np.array([0.5]), 0.001, 0.051).round(3).tolist()
         [1.178]
     """
     if not delta < level < 1:
@@ -101,7 +102,7 @@ def cvar(
         ValueError: a level out of range.
 
     Example:
-        >>> cvar([2.0], [0.5], 0.05).round(3).tolist()
+        >>> cvar(np.array([2.0]), np.array([0.5]), 0.05).round(3).tolist()
         [0.969]
     """
     if not 0 < level <= 1:
@@ -128,7 +129,8 @@ def class_probability(
         Numbers in [0, 1].
 
     Example:
-        >>> print(f"{class_probability([2.0, 3.0], [1e-9, 1e-9], 0.0):.3f}")
+        >>> mean, lipschitz = np.array([2.0, 3.0]), np.full(2, 1e-9)
+        >>> print(f"{class_probability(mean, lipschitz, 0.0):.3f}")
         0.844
     """
     mean, spread = _in_float64(mean, lipschitz)
