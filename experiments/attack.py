@@ -22,11 +22,12 @@ import numpy as np
 import tyro
 
 from bnncert import attack
-from experiments.pipeline.finished import Finished, Rows, Stage, in_stages, open_run
-from experiments.setup.command import read, rows
-from experiments.setup.requirements import AtLeast1, Requirement, check, check_name
-from experiments.setup.settings import PIXELS
-from experiments.tasks.additions import (
+
+from .pipeline.finished import Finished, Rows, Stage, in_stages, open_run
+from .setup.command import read, rows
+from .setup.requirements import AtLeast1, Requirement, check, check_name
+from .setup.settings import PIXELS
+from .tasks.additions import (
     NORMS,
     BatchSize,
     DataDir,

@@ -23,12 +23,13 @@ import tyro
 from bnncert import Float, certify
 from bnncert.certify.exact.cascade import STAGES, stage_of
 from bnncert.sets import ball
-from experiments.pipeline.finished import Finished, Rows, Stage, in_stages, open_run
-from experiments.setup.command import read
-from experiments.setup.requirements import check
-from experiments.setup.settings import PIXELS
-from experiments.setup.spelling import method_of, slug
-from experiments.tasks.additions import (
+
+from .pipeline.finished import Finished, Rows, Stage, in_stages, open_run
+from .setup.command import read
+from .setup.requirements import check
+from .setup.settings import PIXELS
+from .setup.spelling import method_of, slug
+from .tasks.additions import (
     NORMS,
     BatchSize,
     DataDir,

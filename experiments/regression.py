@@ -7,11 +7,11 @@ writes one new folder (`experiments.tasks.regression.run` says what is in it).
 
 from collections.abc import Sequence
 
-from experiments.pipeline.evaluation import SoundnessError
-from experiments.pipeline.training import TrainingError
-from experiments.setup.command import RESUME, attempt
-from experiments.tasks.regression.run import run, summary
-from experiments.tasks.regression.settings import parse
+from .pipeline.evaluation import SoundnessError
+from .pipeline.training import TrainingError
+from .setup.command import RESUME, attempt
+from .tasks.regression.run import run, summary
+from .tasks.regression.settings import parse
 
 EXPECTED = (OSError, TypeError, ValueError, TrainingError, SoundnessError)
 

@@ -7,12 +7,12 @@ writes one new folder (`experiments.tasks.images` says what is in it).
 
 from collections.abc import Sequence
 
-from experiments.pipeline.allocator import keep_freed_pages
-from experiments.pipeline.evaluation import SoundnessError
-from experiments.pipeline.training import TrainingError
-from experiments.setup.command import RESUME, attempt
-from experiments.setup.presets import parse
-from experiments.tasks import images
+from .pipeline.allocator import keep_freed_pages
+from .pipeline.evaluation import SoundnessError
+from .pipeline.training import TrainingError
+from .setup.command import RESUME, attempt
+from .setup.presets import parse
+from .tasks import images
 
 EXPECTED = (OSError, TypeError, ValueError, TrainingError, SoundnessError)
 

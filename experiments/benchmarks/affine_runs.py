@@ -27,8 +27,9 @@ from bnncert import ball, bound
 from bnncert.bounds.arithmetic import ROUNDINGS
 from bnncert.likelihood import clean_categorical, robust_categorical
 from bnncert.types import Threat
-from experiments.benchmarks.training_step import interleaved
-from experiments.pipeline.allocator import keep_freed_pages
+
+from ..pipeline.allocator import keep_freed_pages
+from .training_step import interleaved
 
 EPS = 0.01
 CLASSES = 10

@@ -45,9 +45,10 @@ import numpy as np
 from bnncert import ball, bound
 from bnncert.bounds.arithmetic import ROUNDINGS
 from bnncert.bounds.methods import METHODS, AlphaCROWN
-from experiments.pipeline.allocator import keep_freed_pages
-from experiments.setup.data import Dataset, Split
-from experiments.setup.models import build, ibp_normal
+
+from ..pipeline.allocator import keep_freed_pages
+from ..setup.data import Dataset, Split
+from ..setup.models import build, ibp_normal
 
 CLASSES = 10
 EPS = 0.01

@@ -20,9 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from bnncert import ball, certify
-from experiments.pipeline.allocator import keep_freed_pages
-from experiments.pipeline.finished import open_run
-from experiments.setup.settings import PIXELS
+
+from ..pipeline.allocator import keep_freed_pages
+from ..pipeline.finished import open_run
+from ..setup.settings import PIXELS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from experiments.benchmarks.training_step import NUM_DATA, interleaved, mnist_model, stepper
-from experiments.pipeline.allocator import keep_freed_pages
-from experiments.pipeline.inference import Problem, build_algorithm
-from experiments.setup.data import Split
-from experiments.setup.presets import preset
-from experiments.tasks.images import error_model
+from ..pipeline.allocator import keep_freed_pages
+from ..pipeline.inference import Problem, build_algorithm
+from ..setup.data import Split
+from ..setup.presets import preset
+from ..tasks.images import error_model
+from .training_step import NUM_DATA, interleaved, mnist_model, stepper
 
 METHODS = ("bbb", "map", "vogn", "noisy-adam", "ivon", "swag", "sgld", "sghmc")
 

@@ -23,10 +23,11 @@ from bnncert import prior as priors
 from bnncert.infer import svi
 from bnncert.likelihood import clean_categorical, robust_categorical
 from bnncert.types import Algorithm, Batch, Threat
-from experiments.pipeline.allocator import keep_freed_pages
-from experiments.setup.data import Dataset, Split
-from experiments.setup.models import Model, build
-from experiments.setup.settings import PIXELS
+
+from ..pipeline.allocator import keep_freed_pages
+from ..setup.data import Dataset, Split
+from ..setup.models import Model, build
+from ..setup.settings import PIXELS
 
 NUM_DATA = 60_000
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from experiments.setup.logs import errors_only
+from ..setup.logs import errors_only
 
 KEEP = 2
 """Checkpoints that are kept: were the last one damaged on disk, the one before would be there."""

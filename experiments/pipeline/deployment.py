@@ -6,8 +6,9 @@ import jax
 from jaxtyping import PyTree
 
 from bnncert.posterior import Samples
-from experiments.setup.data import Split
-from experiments.setup.models import Model, freeze
+
+from ..setup.data import Split
+from ..setup.models import Model, freeze
 
 FROZEN_ON = 2048
 """Training images, the first ones, that give deployed networks the statistics of batch-norm."""

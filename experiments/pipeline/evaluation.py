@@ -22,8 +22,9 @@ from tqdm import tqdm
 from bnncert import attack, certify, metrics
 from bnncert.sets import ball
 from bnncert.types import Apply
-from experiments.setup.data import Split
-from experiments.setup.settings import PIXELS, EvalConfig
+
+from ..setup.data import Split
+from ..setup.settings import PIXELS, EvalConfig
 
 OnBatch = Callable[[np.ndarray, np.ndarray, np.ndarray, np.float32], Any]
 """`(images, labels, positions, eps) -> pytree` with the images as the leading axis."""

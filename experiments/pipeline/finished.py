@@ -21,12 +21,13 @@ from jaxtyping import PyTree
 from tqdm import tqdm
 
 from bnncert.types import Apply
-from experiments.pipeline.deployment import deploy
-from experiments.pipeline.evaluation import SoundnessError
-from experiments.pipeline.posteriors import load as load_posterior
-from experiments.setup.config import RunConfig, from_dict
-from experiments.setup.data import Split, load
-from experiments.setup.models import build
+
+from ..setup.config import RunConfig, from_dict
+from ..setup.data import Split, load
+from ..setup.models import build
+from .deployment import deploy
+from .evaluation import SoundnessError
+from .posteriors import load as load_posterior
 
 Rows = dict[str, np.ndarray]
 Stage = Callable[[np.ndarray, np.ndarray, np.ndarray], Mapping[str, Any]]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.setup.config import Run, from_dict, options_of, output_folder, to_dict
+from ..setup.config import Run, from_dict, options_of, output_folder, to_dict
 
 PLACES = ("out", "data_dir", "resume")
 """Settings that decide where things are, and no number."""

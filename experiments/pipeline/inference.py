@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
 from bnncert.types import Algorithm, LogLikelihood, Posterior, Threat
-from experiments.setup.data import Split
-from experiments.setup.methods import Inference, Refining, Task
-from experiments.setup.methods.task import normal_prior
-from experiments.setup.models import Model
-from experiments.setup.schedule import kl_weight_schedule, learning_rate_schedule
-from experiments.setup.settings import TrainConfig
+
+from ..setup.data import Split
+from ..setup.methods import Inference, Refining, Task
+from ..setup.methods.task import normal_prior
+from ..setup.models import Model
+from ..setup.schedule import kl_weight_schedule, learning_rate_schedule
+from ..setup.settings import TrainConfig
 
 Measure = Callable[[Any, PRNGKeyArray], dict[str, float | None]]
 """`(posterior, key) -> numbers`, such as accuracies on data that are held out."""

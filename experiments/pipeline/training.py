@@ -19,18 +19,19 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
 from bnncert.types import Algorithm, Batch, Threat
-from experiments.pipeline import checkpoint
-from experiments.pipeline.inference import Problem, build_algorithm
-from experiments.setup.data import epoch_batches
-from experiments.setup.methods import Inference
-from experiments.setup.requirements import flag
-from experiments.setup.schedule import (
+
+from ..setup.data import epoch_batches
+from ..setup.methods import Inference
+from ..setup.requirements import flag
+from ..setup.schedule import (
     kl_weight_schedule,
     learning_rate_schedule,
     power_schedule,
     threat_schedule,
 )
-from experiments.setup.settings import TrainConfig
+from ..setup.settings import TrainConfig
+from . import checkpoint
+from .inference import Problem, build_algorithm
 
 IN_NATS = ("loss", "log_likelihood", "log_prior", "kl")
 """What the methods' infos have in nats over all data; logged per datum."""

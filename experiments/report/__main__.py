@@ -7,8 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from experiments.report.files import summary_picture, write_report
-from experiments.setup.command import attempt, read
+from ..setup.command import attempt, read
+from .files import summary_picture, write_report
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
 from bnncert.metrics import Reliability
-from experiments.pipeline.outcomes import OUTCOMES
-from experiments.report.palette import LIGHT
+
+from ..pipeline.outcomes import OUTCOMES
+from .palette import LIGHT
 
 SMALL = (4.6, 3.3)  # inches; small, so that 9 pt text stays readable on a phone
 LOW = (4.6, 1.7)

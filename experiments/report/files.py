@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.pipeline.finished import results_of
-from experiments.report import figures, gallery
-from experiments.report.page import Run, page
+from ..pipeline.finished import results_of
+from . import figures, gallery
+from .page import Run, page
 
 FILES = ("config.json", "metrics.jsonl", "results.json", "certificates.npz", "gallery.npz")
 

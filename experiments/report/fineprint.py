@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from experiments.report.figures import radius_text
-from experiments.setup.config import options_of, to_dict
-from experiments.setup.methods import METHODS
-from experiments.setup.presets import PRESETS, preset
-from experiments.setup.requirements import flag
-from experiments.setup.upgrade import upgraded
+from ..setup.config import options_of, to_dict
+from ..setup.methods import METHODS
+from ..setup.presets import PRESETS, preset
+from ..setup.requirements import flag
+from ..setup.upgrade import upgraded
+from .figures import radius_text
 
 
 def statement(results: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
-from experiments.pipeline.outcomes import OUTCOMES, Certificates, outcomes
+from ..pipeline.outcomes import OUTCOMES, Certificates, outcomes
 
 
 class Gallery(NamedTuple):

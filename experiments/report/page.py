@@ -16,9 +16,10 @@ import numpy as np
 from matplotlib.figure import FigureBase
 
 from bnncert import metrics
-from experiments.pipeline.outcomes import OUTCOMES, by_class, outcomes
-from experiments.report import additions, figures, fineprint, gallery, palette
-from experiments.setup.methods import METHODS, about
+
+from ..pipeline.outcomes import OUTCOMES, by_class, outcomes
+from ..setup.methods import METHODS, about
+from . import additions, figures, fineprint, gallery, palette
 
 
 class Run(NamedTuple):

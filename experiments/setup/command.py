@@ -9,8 +9,8 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from experiments.setup.methods import about
-from experiments.setup.requirements import check, check_name
+from .methods import about
+from .requirements import check, check_name
 
 Settings = TypeVar("Settings")
 

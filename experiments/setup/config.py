@@ -9,12 +9,12 @@ from typing import Annotated, Any, Protocol, TypeVar, overload, runtime_checkabl
 
 import tyro
 
-from experiments.setup.data import DATASETS
-from experiments.setup.methods import BBB, MAP, Checked, Inference, method_of, name_of
-from experiments.setup.models import MODELS
-from experiments.setup.requirements import Seed, check, one_of
-from experiments.setup.settings import EvalConfig, TrainConfig
-from experiments.setup.upgrade import upgraded
+from .data import DATASETS
+from .methods import BBB, MAP, Checked, Inference, method_of, name_of
+from .models import MODELS
+from .requirements import Seed, check, one_of
+from .settings import EvalConfig, TrainConfig
+from .upgrade import upgraded
 
 
 @runtime_checkable

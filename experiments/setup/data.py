@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from experiments.setup.logs import errors_only
-from experiments.setup.requirements import check_name
+from .logs import errors_only
+from .requirements import check_name
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 

@@ -24,8 +24,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from bnncert.types import Prepare, Stacked
-from experiments.setup.data import Dataset
-from experiments.setup.requirements import check_name
+
+from .data import Dataset
+from .requirements import check_name
 
 EPSILON = 1e-5
 """Added to the variances of batch-norm."""

@@ -6,12 +6,12 @@ python -m experiments.run PRESET [--inference NAME] [--seed N] [--train.epochs N
 import dataclasses
 from collections.abc import Sequence
 
-from experiments.setup import command
-from experiments.setup.config import RunConfig, validate
-from experiments.setup.methods import METHODS, method_of, name_of
-from experiments.setup.requirements import flag
-from experiments.setup.settings import EvalConfig, TrainConfig
-from experiments.setup.upgrade import MOVED, place_of
+from . import command
+from .config import RunConfig, validate
+from .methods import METHODS, method_of, name_of
+from .requirements import flag
+from .settings import EvalConfig, TrainConfig
+from .upgrade import MOVED, place_of
 
 PRESETS: dict[str, RunConfig] = {
     "digits": RunConfig(

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from experiments.setup.settings import TrainConfig
+from .settings import TrainConfig
 
 Step = int | Int[Array, ""]
 

@@ -7,7 +7,7 @@ value has to be (`experiments.setup.requirements`).
 from dataclasses import dataclass
 from typing import Annotated
 
-from experiments.setup.requirements import (
+from .requirements import (
     AtLeast0,
     AtLeast1,
     AtLeast2,

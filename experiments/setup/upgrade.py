@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.setup.methods import METHODS
+from .methods import METHODS
 
 MOVED: Mapping[str, str] = {
     "clip_norm": "clip_norm",

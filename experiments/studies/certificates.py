@@ -32,12 +32,13 @@ from tqdm import tqdm
 from bnncert import attack, ball, certify, metrics
 from bnncert.posterior import MeanField
 from bnncert.types import Posterior
-from experiments.pipeline.allocator import keep_freed_pages
-from experiments.pipeline.evaluation import SoundnessError
-from experiments.pipeline.finished import Finished, open_run
-from experiments.setup.data import load
-from experiments.setup.methods import name_of
-from experiments.setup.settings import PIXELS
+
+from ..pipeline.allocator import keep_freed_pages
+from ..pipeline.evaluation import SoundnessError
+from ..pipeline.finished import Finished, open_run
+from ..setup.data import load
+from ..setup.methods import name_of
+from ..setup.settings import PIXELS
 
 LARGEST = 0.4
 """No larger radius is tried; it is the attacked radius of an image that withstands it."""

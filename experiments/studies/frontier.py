@@ -40,13 +40,14 @@ import numpy as np
 from bnncert import metrics
 from bnncert.gaussian import Margins
 from bnncert.posterior import MeanField, spread
-from experiments.pipeline.allocator import keep_freed_pages
-from experiments.pipeline.deployment import deploy
-from experiments.pipeline.evaluation import certified_accuracy, predict
-from experiments.pipeline.finished import Finished, open_run
-from experiments.setup.data import Split
-from experiments.studies.frontier_figures import picture, table
-from experiments.studies.proved_and_drawn import (
+
+from ..pipeline.allocator import keep_freed_pages
+from ..pipeline.deployment import deploy
+from ..pipeline.evaluation import certified_accuracy, predict
+from ..pipeline.finished import Finished, open_run
+from ..setup.data import Split
+from .frontier_figures import picture, table
+from .proved_and_drawn import (
     SAFE,
     Row,
     Subject,

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments.report.palette import LIGHT
+from ..report.palette import LIGHT
 
 COLOURS = (
     LIGHT["certified"], LIGHT["broken"], LIGHT["undecided"], "#3f8f5f", "#8a4f9e", LIGHT["ink"],

@@ -51,16 +51,17 @@ from bnncert.certify.exact.joint import ANCHORS, corner_terms, difference_below,
 from bnncert.posterior import stack
 from bnncert.sets import Box
 from bnncert.types import Apply
-from experiments.pipeline.allocator import keep_freed_pages
-from experiments.pipeline.inference import Problem
-from experiments.pipeline.training import train
-from experiments.setup.config import RunConfig
-from experiments.setup.data import Dataset, load
-from experiments.setup.methods import MAP
-from experiments.setup.models import Model, build
-from experiments.setup.presets import PRESETS
-from experiments.setup.settings import PIXELS
-from experiments.tasks.images import error_model
+
+from ..pipeline.allocator import keep_freed_pages
+from ..pipeline.inference import Problem
+from ..pipeline.training import train
+from ..setup.config import RunConfig
+from ..setup.data import Dataset, load
+from ..setup.methods import MAP
+from ..setup.models import Model, build
+from ..setup.presets import PRESETS
+from ..setup.settings import PIXELS
+from ..tasks.images import error_model
 
 FORMS = ("decision", "logits", "margins", "pairs", "log", "corner", "corner-0")
 PRESET_OF = {"mnist": "mnist-mlp", "digits": "digits"}

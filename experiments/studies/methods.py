@@ -18,9 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.report.figures import radius_text, standard_error
-from experiments.report.fineprint import command
-from experiments.report.palette import LIGHT
+from ..report.figures import radius_text, standard_error
+from ..report.fineprint import command
+from ..report.palette import LIGHT
 
 SHARED = ("dataset", "model", "eps", "num_test", "epochs", "certify_method", "attack")
 """What runs of one table have in common."""

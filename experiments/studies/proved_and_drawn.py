@@ -38,9 +38,10 @@ from bnncert.gaussian.margins import METHODS
 from bnncert.gaussian.weights import leaves_of
 from bnncert.sets import Box
 from bnncert.types import Apply
-from experiments.pipeline.finished import Finished
-from experiments.setup.data import Split
-from experiments.setup.settings import PIXELS
+
+from ..pipeline.finished import Finished
+from ..setup.data import Split
+from ..setup.settings import PIXELS
 
 SAFE, UNSAFE = 0.99, 0.01
 """A lower bound of at least one, or an upper bound of at most the other, decides an image."""

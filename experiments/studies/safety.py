@@ -30,11 +30,12 @@ import jax
 import numpy as np
 
 from bnncert.posterior import Gaussian, LowRank, MeanField
-from experiments.pipeline.allocator import keep_freed_pages
-from experiments.pipeline.finished import open_run
-from experiments.setup.data import Split, load
-from experiments.studies import released
-from experiments.studies.proved_and_drawn import (
+
+from ..pipeline.allocator import keep_freed_pages
+from ..pipeline.finished import open_run
+from ..setup.data import Split, load
+from . import released
+from .proved_and_drawn import (
     Row,
     Subject,
     add_bound_options,
@@ -43,7 +44,7 @@ from experiments.studies.proved_and_drawn import (
     proved_and_drawn,
     right_of,
 )
-from experiments.studies.safety_figures import contradiction, picture, summary, table
+from .safety_figures import contradiction, picture, summary, table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from scipy.special import ndtri
 
-from experiments.report.palette import LIGHT
-from experiments.studies.proved_and_drawn import SAFE, UNSAFE, Row
+from ..report.palette import LIGHT
+from .proved_and_drawn import SAFE, UNSAFE, Row
 
 OUTCOMES = {
     "safe": (LIGHT["certified"], "white", "P(safe) ≥ .99 proved"),

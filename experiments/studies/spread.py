@@ -23,14 +23,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bnncert.posterior import Gaussian, LowRank, MeanField, spread
-from experiments.pipeline.deployment import deploy
-from experiments.pipeline.evaluation import certified_accuracy
-from experiments.pipeline.posteriors import load as load_posterior
-from experiments.report.palette import LIGHT
-from experiments.setup.config import from_dict
-from experiments.setup.data import Split, load
-from experiments.setup.methods import name_of
-from experiments.setup.models import build
+
+from ..pipeline.deployment import deploy
+from ..pipeline.evaluation import certified_accuracy
+from ..pipeline.posteriors import load as load_posterior
+from ..report.palette import LIGHT
+from ..setup.config import from_dict
+from ..setup.data import Split, load
+from ..setup.methods import name_of
+from ..setup.models import build
 
 FACTORS = (0.0, 0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 TOLERANCE = 0.02

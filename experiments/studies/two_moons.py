@@ -51,7 +51,8 @@ from bnncert.infer import (
 from bnncert.infer import map as maximum
 from bnncert.posterior import Samples
 from bnncert.types import Algorithm, Batch, Key, Threat
-from experiments.report.palette import LIGHT
+
+from ..report.palette import LIGHT
 
 WIDTHS = (2, 16, 16, 2)
 RANGE = ((-2.0, 3.0), (-1.75, 2.25))  # of the grid

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments.pipeline.evaluation import SoundnessError
-from experiments.pipeline.finished import Finished, Rows, already, finish
-from experiments.report.files import write_report
-from experiments.setup.command import attempt
-from experiments.setup.requirements import AtLeast1, one_of
+from ..pipeline.evaluation import SoundnessError
+from ..pipeline.finished import Finished, Rows, already, finish
+from ..report.files import write_report
+from ..setup.command import attempt
+from ..setup.requirements import AtLeast1, one_of
 
 NORMS = {"inf": jnp.inf, "2": 2}
 

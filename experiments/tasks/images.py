@@ -20,20 +20,21 @@ from bnncert import prior as priors
 from bnncert.posterior import Samples, spread
 from bnncert.sets import ball
 from bnncert.types import Apply, LogLikelihood
-from experiments.pipeline import outcomes
-from experiments.pipeline.deployment import deploy, deployable
-from experiments.pipeline.evaluation import Evaluated, evaluate
-from experiments.pipeline.folder import open_folder, write_json, write_npz
-from experiments.pipeline.inference import Measure, Problem, refine
-from experiments.pipeline.posteriors import load as load_posterior
-from experiments.pipeline.posteriors import save as save_posterior
-from experiments.pipeline.training import Trained, train
-from experiments.report.files import write_report
-from experiments.setup.config import RunConfig, to_dict
-from experiments.setup.data import Dataset, Split, load, validation_split
-from experiments.setup.methods import name_of
-from experiments.setup.models import Model, build
-from experiments.setup.settings import PIXELS, TrainConfig
+
+from ..pipeline import outcomes
+from ..pipeline.deployment import deploy, deployable
+from ..pipeline.evaluation import Evaluated, evaluate
+from ..pipeline.folder import open_folder, write_json, write_npz
+from ..pipeline.inference import Measure, Problem, refine
+from ..pipeline.posteriors import load as load_posterior
+from ..pipeline.posteriors import save as save_posterior
+from ..pipeline.training import Trained, train
+from ..report.files import write_report
+from ..setup.config import RunConfig, to_dict
+from ..setup.data import Dataset, Split, load, validation_split
+from ..setup.methods import name_of
+from ..setup.models import Model, build
+from ..setup.settings import PIXELS, TrainConfig
 
 SPLIT_SEED = 0
 """The held-out images are the same for every seed: a seed varies the run, not the task."""

@@ -5,16 +5,16 @@ help, its options `--inference.NAME`, its place in config.json and their checks 
 class.
 """
 
-from experiments.setup.methods.bbb import BBB
-from experiments.setup.methods.ensemble import Ensemble
-from experiments.setup.methods.laplace import Laplace
-from experiments.setup.methods.map import MAP
-from experiments.setup.methods.mcmc import HMC, NUTS
-from experiments.setup.methods.natural_gradient import IVON, VOGN, NoisyAdam
-from experiments.setup.methods.sgmcmc import SGHMC, SGLD
-from experiments.setup.methods.swag import SWAG
-from experiments.setup.methods.task import Checked, Inference, Refining, Task
-from experiments.setup.requirements import check_name
+from ..requirements import check_name
+from .bbb import BBB
+from .ensemble import Ensemble
+from .laplace import Laplace
+from .map import MAP
+from .mcmc import HMC, NUTS
+from .natural_gradient import IVON, VOGN, NoisyAdam
+from .sgmcmc import SGHMC, SGLD
+from .swag import SWAG
+from .task import Checked, Inference, Refining, Task
 
 METHODS: dict[str, type[Inference]] = {
     "map": MAP,

@@ -5,8 +5,9 @@ from typing import Annotated
 
 from bnncert import infer
 from bnncert.types import Algorithm
-from experiments.setup.methods.task import ClipNorm, InitialScale, Task, adam
-from experiments.setup.requirements import AtLeast2, one_of
+
+from ..requirements import AtLeast2, one_of
+from .task import ClipNorm, InitialScale, Task, adam
 
 GUIDES = ("mean-field", "low-rank")
 

@@ -6,9 +6,10 @@ import jax
 
 from bnncert import infer
 from bnncert.types import Algorithm
-from experiments.setup.methods.map import MAP
-from experiments.setup.methods.task import Task
-from experiments.setup.requirements import AtLeast1
+
+from ..requirements import AtLeast1
+from .map import MAP
+from .task import Task
 
 
 @dataclass(frozen=True)

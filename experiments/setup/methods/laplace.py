@@ -10,10 +10,11 @@ from tqdm import tqdm
 
 from bnncert import infer
 from bnncert.types import Algorithm, Batch, Key, Threat
-from experiments.setup.data import Split
-from experiments.setup.methods.map import MAP
-from experiments.setup.methods.task import Refined, Task, normal_prior
-from experiments.setup.requirements import one_of
+
+from ..data import Split
+from ..requirements import one_of
+from .map import MAP
+from .task import Refined, Task, normal_prior
 
 CURVATURES = ("fisher", "hessian")
 

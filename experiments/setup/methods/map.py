@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from bnncert import infer
 from bnncert.types import Algorithm
-from experiments.setup.methods.task import ClipNorm, Task, adam
+
+from .task import ClipNorm, Task, adam
 
 
 @dataclass(frozen=True)

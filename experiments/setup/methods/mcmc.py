@@ -16,11 +16,12 @@ from jaxtyping import PyTree
 
 from bnncert import infer
 from bnncert.types import Algorithm, Batch, Key, Threat
-from experiments.setup.data import Split
-from experiments.setup.methods.bbb import BBB
-from experiments.setup.methods.task import Refined, Task
-from experiments.setup.models import freeze
-from experiments.setup.requirements import AtLeast0, AtLeast1, Requirement
+
+from ..data import Split
+from ..models import freeze
+from ..requirements import AtLeast0, AtLeast1, Requirement
+from .bbb import BBB
+from .task import Refined, Task
 
 Images = Annotated[
     AtLeast1,

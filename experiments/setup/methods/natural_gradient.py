@@ -13,8 +13,9 @@ import tyro
 
 from bnncert import infer
 from bnncert.types import Algorithm
-from experiments.setup.methods.task import InitialScale, Task, plain_adam
-from experiments.setup.requirements import Positive, Requirement
+
+from ..requirements import Positive, Requirement
+from .task import InitialScale, Task, plain_adam
 
 _DECAY = Requirement("a decay in [0, 1)", lambda v: 0 <= v < 1)
 

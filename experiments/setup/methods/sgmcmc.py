@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from bnncert import infer
 from bnncert.posterior import Samples
 from bnncert.types import Algorithm
-from experiments.setup.methods.task import Collect, CollectFrom, Task, collection, plain_adam
-from experiments.setup.requirements import Requirement
-from experiments.setup.settings import TrainConfig
+
+from ..requirements import Requirement
+from ..settings import TrainConfig
+from .task import Collect, CollectFrom, Task, collection, plain_adam
 
 
 @dataclass(frozen=True)

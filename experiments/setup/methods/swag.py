@@ -5,7 +5,9 @@ from typing import Annotated
 
 from bnncert import infer
 from bnncert.types import Algorithm
-from experiments.setup.methods.task import (
+
+from ..requirements import Requirement
+from .task import (
     ClipNorm,
     Collect,
     CollectFrom,
@@ -13,7 +15,6 @@ from experiments.setup.methods.task import (
     adam,
     collection,
 )
-from experiments.setup.requirements import Requirement
 
 
 @dataclass(frozen=True)

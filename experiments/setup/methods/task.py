@@ -15,10 +15,11 @@ from jaxtyping import PyTree
 from bnncert import prior as priors
 from bnncert.infer.svi import Schedule
 from bnncert.types import Algorithm, Key, LogLikelihood, Posterior, Threat
-from experiments.setup.data import Split
-from experiments.setup.models import Model
-from experiments.setup.requirements import AtLeast1, Positive, Requirement
-from experiments.setup.settings import TrainConfig
+
+from ..data import Split
+from ..models import Model
+from ..requirements import AtLeast1, Positive, Requirement
+from ..settings import TrainConfig
 
 
 class Task(NamedTuple):

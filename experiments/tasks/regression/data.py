@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from experiments.setup.data import Split
+from ...setup.data import Split
 
 SPLIT_SEED = 0
 """The splits, and the sine's points, are the same for every seed: a seed varies the run."""

@@ -35,9 +35,10 @@ from bnncert import certify
 from bnncert.posterior import MeanField
 from bnncert.sets import Box, ball
 from bnncert.types import Apply, Stacked
-from experiments.pipeline.evaluation import SoundnessError
-from experiments.setup.data import Split
-from experiments.tasks.regression.settings import Settings
+
+from ...pipeline.evaluation import SoundnessError
+from ...setup.data import Split
+from .settings import Settings
 
 Vector = Float[np.ndarray, " num"]
 Columns = dict[str, np.ndarray]

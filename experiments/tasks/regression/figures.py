@@ -15,10 +15,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from experiments.report.palette import LIGHT
-from experiments.tasks.regression.data import Regression, Split
-from experiments.tasks.regression.evaluation import WIDTH, Columns
-from experiments.tasks.regression.settings import Settings
+from ...report.palette import LIGHT
+from .data import Regression, Split
+from .evaluation import WIDTH, Columns
+from .settings import Settings
 
 GRID = 401
 """Points of the line that the sine is drawn along."""

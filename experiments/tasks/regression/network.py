@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from experiments.setup.models import Model, ibp_normal
+from ...setup.models import Model, ibp_normal
 
 Features = Float[Array | np.ndarray, " features"]
 

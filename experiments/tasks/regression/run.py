@@ -17,19 +17,20 @@ from tqdm import tqdm
 import bnncert
 from bnncert import likelihood
 from bnncert.posterior import spread
-from experiments.pipeline.deployment import deploy
-from experiments.pipeline.folder import PLACES, open_folder, write_json, write_npz
-from experiments.pipeline.inference import Problem
-from experiments.pipeline.posteriors import save as save_posterior
-from experiments.pipeline.training import Trained, train
-from experiments.setup.config import options_of, to_dict
-from experiments.setup.data import Split
-from experiments.setup.methods import name_of
-from experiments.setup.models import Model
-from experiments.tasks.regression import figures, network
-from experiments.tasks.regression.data import Regression, load
-from experiments.tasks.regression.evaluation import Columns, Examine, examiner, measure
-from experiments.tasks.regression.settings import TRAININGS, Settings, train_config
+
+from ...pipeline.deployment import deploy
+from ...pipeline.folder import PLACES, open_folder, write_json, write_npz
+from ...pipeline.inference import Problem
+from ...pipeline.posteriors import save as save_posterior
+from ...pipeline.training import Trained, train
+from ...setup.config import options_of, to_dict
+from ...setup.data import Split
+from ...setup.methods import name_of
+from ...setup.models import Model
+from . import figures, network
+from .data import Regression, load
+from .evaluation import Columns, Examine, examiner, measure
+from .settings import TRAININGS, Settings, train_config
 
 RADIUS = "standard deviations of each feature, over the training data"
 

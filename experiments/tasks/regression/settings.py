@@ -12,9 +12,9 @@ from typing import Annotated
 
 import tyro
 
-from experiments.setup import command
-from experiments.setup.methods import BBB, IVON, MAP, Ensemble, Inference, name_of
-from experiments.setup.requirements import (
+from ...setup import command
+from ...setup.methods import BBB, IVON, MAP, Ensemble, Inference, name_of
+from ...setup.requirements import (
     AtLeast1,
     NotNegative,
     Positive,
@@ -24,7 +24,7 @@ from experiments.setup.requirements import (
     check,
     one_of,
 )
-from experiments.setup.settings import CERTIFY_METHODS, TRAIN_METHODS, TrainConfig
+from ...setup.settings import CERTIFY_METHODS, TRAIN_METHODS, TrainConfig
 
 METHODS: dict[str, Inference] = {
     "map": MAP(),
