@@ -44,7 +44,7 @@ ORDER = """
     certify.exact.cascade certify.exact.uncertainty
     certify.formal certify.formal.mass certify.formal.boxes certify.formal.claims
     certify.formal.safety certify.formal.rectified
-    certify.formal.moments certify.formal.expectation
+    certify.formal.moments certify.formal.expected_softmax certify.formal.expectation
     certify.sampled certify.sampled.inequalities certify.sampled.draws certify.sampled.decision
     certify.sampled.safety
     certify.radii certify

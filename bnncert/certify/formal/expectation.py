@@ -12,8 +12,9 @@ whose means are at most m_j and variances at most v_j:
 
 (softmax's log has a Hessian H with y' H y <= sum y_j^2 / 2, and sigma'' < 1/10). They are vacuous
 where the v_j are far above the squares of the m_j: a posterior that has gone back to its prior
-cannot be bounded so. `bnncert.gaussian.Margins.class_probability` bounds the expected softmax of
-one class another way: from the tail of bounds that are linear in the weights, which rows tighten.
+cannot be bounded so. `method="linear"` bounds the expected softmax another way
+(`bnncert.certify.formal.expected_softmax`): from the tails of bounds that are linear in the
+weights, which rows tighten, and which know any nonlinearity.
 
 What holds is the expectation in real arithmetic; what is computed gives way by its own rounding.
 
@@ -22,7 +23,7 @@ Networks via Dynamic Programming", ICML 2023 (the problem, and bounds by linear 
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -35,8 +36,10 @@ from bnncert._emptiness import unbounded_unless
 from bnncert.bounds.graph import Graph, Node, UnsupportedPrimitiveError
 from bnncert.bounds.graph.operands import Ref
 from bnncert.bounds.ops.affine import constant_magnitude, magnitude
+from bnncert.bounds.ops.boxes import intersect
 from bnncert.bounds.rounding import Precision, tracking
 from bnncert.bounds.tracing import trace
+from bnncert.certify.formal.expected_softmax import expected_softmax
 from bnncert.certify.formal.moments import PRODUCTS, Value, moments, settled, unit_error
 from bnncert.certify.inputs import check_region
 from bnncert.posterior import MeanField
@@ -65,7 +68,13 @@ class Expectation(NamedTuple):
     probabilities: Box
 
 
-def expectation(apply: Apply, posterior: Posterior, x_set: Set) -> Expectation:
+def expectation(
+    apply: Apply,
+    posterior: Posterior,
+    x_set: Set,
+    *,
+    method: str | Sequence[str] = "moments",
+) -> Expectation:
     """Bounds the expected outputs and probabilities over a set of inputs.
 
         E softmax_c >= exp(-log(1 + sum_j e^m_j) - sum_j v_j / 4)
@@ -75,23 +84,29 @@ def expectation(apply: Apply, posterior: Posterior, x_set: Set) -> Expectation:
 
     Args:
         apply: `(params, x) -> outputs (C,)` for one example: affine layers, dense or convolutional,
-            each weight used in one of them, and ReLU between.
-        posterior: a factorised Gaussian.
+            each weight used in one of them, and, by "moments", ReLU between.
+        posterior: a factorised Gaussian; by "linear" alone a `LowRank` or `Gaussian` too.
         x_set: a `Box` or an `LpBall` of inputs, for one example; `jax.vmap` for a batch.
+        method: "moments", means and variances layer by layer, which bound the outputs as well;
+            "linear", bounds linear in the weights, of the probabilities alone; or both, whose
+            bounds are intersected.
 
     Returns:
         An `Expectation`, in real arithmetic. The class that the predictive chooses stays the same
         over the set where its `probabilities.lower` is above the others' `probabilities.upper`.
         Where the set is traced and empty nothing is said: (-inf, inf), inf and [0, 1].
+        By "linear" alone so too of the outputs.
 
     Raises:
         TypeError: another posterior; x_set is not a set.
-        ValueError: outputs that are not a vector; a posterior whose loc and scale do not match.
+        ValueError: outputs that are not a vector; a posterior whose loc and scale do not match; an
+            unknown method.
         UnsupportedPrimitiveError: an operation on random values that has no rule; weights that are
             used twice; arithmetic on weights that are not random.
 
-    Cost: seven evaluations of the network and C^2 rows of its last layer. Intervals over the set
-    pass from layer to layer, so that it suits networks trained for IBP.
+    Cost: by "moments" seven evaluations of the network and C^2 rows of its last layer. Intervals
+    over the set pass from layer to layer, so that it suits networks trained for IBP. By "linear"
+    `bnncert.gaussian.margins` with C (C - 1) rows.
 
     Source: Adams et al., ICML 2023 (the problem, and bounds by linear relaxation).
 
@@ -104,13 +119,38 @@ def expectation(apply: Apply, posterior: Posterior, x_set: Set) -> Expectation:
         >>> print(found.deviation.round(2), f"{float(found.probabilities.lower[0]):.2f}")
         [0.11 0.11] 0.97
     """
+    ways = [_METHODS[name] for name in _names(method)]
+    check_region(x_set)
+    found = [way(apply, posterior, x_set) for way in ways]
+    boxes = [each.probabilities for each in found]
+    return found[0]._replace(probabilities=reduce(intersect, boxes))
+
+
+def _names(method: str | Sequence[str]) -> list[str]:
+    """Lists the methods, "moments" first."""
+    names = [method] if isinstance(method, str) else list(method)
+    if not names or any(name not in _METHODS for name in names):
+        raise ValueError(
+            f"method = {method!r}: choose one of {', '.join(map(repr, _METHODS))}, or several."
+        )
+    return [name for name in _METHODS if name in names]
+
+
+def _by_linear_bounds(apply: Apply, posterior: Posterior, x_set: Set) -> Expectation:
+    """Bounds the probabilities by bounds that are linear in the weights."""
+    probabilities = expected_softmax(apply, posterior, x_set)
+    nothing = jnp.full_like(probabilities.lower, jnp.inf)
+    return Expectation(Box(-nothing, nothing), nothing, probabilities)
+
+
+def _by_moments(apply: Apply, posterior: Posterior, x_set: Set) -> Expectation:
+    """Bounds outputs and probabilities by means and variances, layer by layer."""
     if not isinstance(posterior, MeanField):
         raise TypeError(
             f"the posterior is a {type(posterior).__name__}: expectation bounds are for a "
-            "factorised Gaussian, bnncert.posterior.MeanField. For others, use "
-            "bnncert.certify.statistical."
+            "factorised Gaussian, bnncert.posterior.MeanField. For a LowRank or Gaussian, use "
+            'method="linear"; for others, bnncert.certify.statistical.'
         )
-    check_region(x_set)
     check_structure(posterior.loc, posterior.scale, "scale")
     graph = trace(apply, (_points(posterior), x_set), {}, tracking(Precision()))
     _check_constants(graph)
@@ -131,6 +171,9 @@ def expectation(apply: Apply, posterior: Posterior, x_set: Set) -> Expectation:
         jnp.where(graph.valid, found.deviation, jnp.inf),
         jax.tree.map(partial(jnp.where, graph.valid), found.probabilities, Box(0 * one, one)),
     )
+
+
+_METHODS = {"moments": _by_moments, "linear": _by_linear_bounds}
 
 
 def _check_constants(graph: Graph) -> None:
