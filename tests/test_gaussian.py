@@ -12,7 +12,7 @@ from scipy.special import ndtr
 import bnncert as bc
 from bnncert.bounds.arithmetic import Float, Real
 from bnncert.bounds.graph import UnsupportedPrimitiveError
-from bnncert.bounds.methods import Method
+from bnncert.bounds.methods import AlphaCROWN, Method
 from bnncert.certify import Constraints, class_stays, outputs_within, safety
 from bnncert.gaussian import Margins, margins
 from bnncert.gaussian.folded import folded_mean
@@ -221,6 +221,34 @@ def test_no_draw_contradicts_cheaper_methods(name, method):
     if name not in ("cut", "negative", "repeated"):  # where weights have better boxes by chance
         assert (outward.mean <= found.mean + 1e-6).all()
         assert (outward.lipschitz >= found.lipschitz * (1 - 1e-6)).all()
+
+
+@pytest.mark.parametrize("arithmetic", [Real(), Float()], ids=["real", "float"])
+@pytest.mark.parametrize("kind", ["factorised", "low rank"])
+@pytest.mark.parametrize(
+    "name",
+    ["dense", *(pytest.param(n, marks=pytest.mark.slow) for n in ("curved", "skips", "residual"))],
+)
+def test_optimised_slopes_prove_no_less_and_no_draw_contradicts_them(name, kind, arithmetic):
+    apply, q, region, least = drawn(name, 0.2, kind)
+    start = bounded(apply, DELTA, q, region, ROWS, "crown", arithmetic)
+    found = bounded(apply, DELTA, q, region, ROWS, AlphaCROWN(steps=8), arithmetic)
+    check_draws(found, least)
+    assert (found.mean / found.lipschitz >= start.mean / start.lipschitz).all()
+    if name in ("dense", "residual"):
+        assert (found.mean / found.lipschitz > start.mean / start.lipschitz + 1e-3).any()
+
+
+def test_the_posterior_has_gradients_through_optimised_slopes():
+    apply, loc, spread, x = network("dense", 0.1)
+    region = Box(x - REACH, x + REACH)
+
+    def proved(loc):
+        found = margins(apply, bc.MeanField(loc, spread), region, *ROWS, method=AlphaCROWN(steps=3))
+        return (found.mean / found.lipschitz).sum()
+
+    slopes = jax.jit(jax.grad(proved))(loc)
+    assert all(jnp.isfinite(v).all() and (v != 0).any() for v in jax.tree.leaves(slopes))
 
 
 @pytest.mark.parametrize("arithmetic", [Real(), Float()], ids=["real", "float"])
@@ -455,7 +483,7 @@ def test_what_is_not_finite_proves_nothing():
     q = bc.MeanField({"w": jnp.ones((1, 1)), "f": jnp.full((1,), jnp.nan)},
                      {"w": jnp.full((1, 1), 0.1), "f": None})  # fmt: skip
     one, rows = jnp.ones(1), Constraints(jnp.ones((1, 1)), jnp.full(1, 1.5))
-    for method in ("ibp", "crown-ibp", "crown"):
+    for method in ("ibp", "crown-ibp", "crown", AlphaCROWN(steps=2)):
         for arithmetic in (Real(), Float()):
             found = bounded(lambda p, x: jnp.tanh(p["f"] * (p["w"] @ x)), 1e-6, q, Box(one, one),
                             rows, method, arithmetic)  # fmt: skip
@@ -561,11 +589,11 @@ def test_rounding_is_on_the_safe_side_of_float64(kind, method):
 def test_methods_by_name_and_as_objects():
     apply, loc, spread, x = network("dense", 0.1)
     q, region = bc.MeanField(loc, spread), Box(x - REACH, x + REACH)
-    for method in (bc.IBP(), bc.CROWNIBP(), bc.CROWN()):
+    for method in (bc.IBP(), bc.CROWNIBP(), bc.CROWN(), AlphaCROWN()):
         one = bounded(apply, 1e-4, q, region, ROWS, method)
         other = bounded(apply, 1e-4, q, region, ROWS, method.name)
         np.testing.assert_array_equal(one.mean, other.mean)
-    for bad in ("forward", bc.Forward(), bc.CROWN(lower_slope="zero")):
+    for bad in ("forward", bc.Forward(), bc.CROWN(lower_slope="zero"), AlphaCROWN(9, "one")):
         with pytest.raises(ValueError, match="without options"):
             bounded(apply, 1e-4, q, region, ROWS, bad)
 

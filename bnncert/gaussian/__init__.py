@@ -3,6 +3,7 @@
 margins     the bounds, their theory, and what follows from them for a posterior
 tails       of concave functions of Gaussian numbers, in float64
 network     intervals of a network's values, and rows through it
+slopes      lines that are optimised
 ends        where rows end
 layers      what the weights of a layer deviate by
 folded      the mean of |z|, z Gaussian

@@ -63,6 +63,7 @@ expectation of convex functions of Gaussian vectors", 1994; Wicker et al., UAI 2
 probability).
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -76,17 +77,18 @@ from scipy.special import ndtri
 from bnncert import prior as priors
 from bnncert.bounds.api import DEFAULT_BATCH_SIZE
 from bnncert.bounds.arithmetic import Arithmetic, Rounding, arithmetic_of
-from bnncert.bounds.methods import Method, method_of
+from bnncert.bounds.methods import AlphaCROWN, Method, method_of
 from bnncert.bounds.plan import Options, make_plan
 from bnncert.bounds.rows import map_rows
 from bnncert.bounds.tracing import trace
 from bnncert.gaussian import tails
 from bnncert.gaussian.network import Margin, network_of
+from bnncert.gaussian.slopes import optimised
 from bnncert.gaussian.weights import Leaf, leaves_of, weights_of
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Params, Posterior
 
-METHODS = ("crown", "crown-ibp", "ibp")
+METHODS = ("alpha-crown", "crown", "crown-ibp", "ibp")
 """How intervals of hidden units are found, and whether rows pass nonlinearities."""
 
 
@@ -214,8 +216,9 @@ def margins(
         matrix: of the forms, e.g. `bnncert.certify.class_stays(label, num_classes).matrix`.
         offset: of the forms.
         method: "ibp": forward alone; "crown-ibp": rows pull the outputs back to the set;
-            "crown": and every hidden unit. Or the method itself, without options: each row takes
-            the better of two slopes.
+            "crown": and every hidden unit, each row by the better of two slopes; "alpha-crown":
+            and the slopes of the outputs' rows are optimised for E / L. Or the method itself: its
+            one option is `bnncert.AlphaCROWN(steps=)`.
         rounding: as for `bnncert.bound`; "outward" is sound for the float32 network as well.
         delta: the probability that some hidden unit leaves the interval that it is relaxed on.
 
@@ -232,6 +235,7 @@ def margins(
 
     Cost: by "crown" a backward pass for each unit of each hidden layer after the first, twice, and
     one for each output; for convolutions each keeps an array of the size of its weights. By
+    "alpha-crown" four more of those of the outputs for each step of the optimiser. By
     "crown-ibp" the last alone. By "ibp" three interval passes, and the outputs' last layer. Of
     correlated weights, R times that for R factors.
 
@@ -250,21 +254,26 @@ def margins(
     if not 0 < delta < 1:
         raise ValueError(f"delta = {delta}: give a probability in (0, 1), e.g. 1e-3.")
     leaves = leaves_of(posterior)
-    how = How(_named(method), arithmetic_of(rounding), delta)
+    how = How(*_chosen(method), arithmetic_of(rounding), delta)
     rows = jnp.asarray(matrix), jnp.asarray(offset)
     q: Any = posterior
     found = row_margins(apply, how, q.loc, leaves, x_set, rows)
     return Margins(found.mean, found.lipschitz, delta)
 
 
-def _named(method: str | Method) -> str:
-    """Gives the name of a method, which has no options here."""
+def _chosen(method: str | Method) -> tuple[str, int]:
+    """Gives the name of a method, and the steps of its optimiser."""
     name = method if isinstance(method, str) else method.name
-    if name not in METHODS or not (isinstance(method, str) or method == method_of(name)):
-        raise ValueError(
-            f"method = {method!r}: choose one of {', '.join(map(repr, METHODS))}, without options."
-        )
-    return name
+    if name in METHODS:
+        default = method_of(name)
+        chosen = default if isinstance(method, str) else method
+        steps = chosen.steps if isinstance(chosen, AlphaCROWN) else 0
+        if chosen == (dataclasses.replace(default, steps=steps) if steps else default):  # pyright: ignore[reportArgumentType]
+            return name, steps
+    raise ValueError(
+        f"method = {method!r}: choose one of {', '.join(map(repr, METHODS))}, without options but "
+        "the steps of AlphaCROWN."
+    )
 
 
 class How(NamedTuple):
@@ -272,11 +281,13 @@ class How(NamedTuple):
 
     Attributes:
         method: one of `METHODS`.
+        steps: of the optimiser of slopes.
         arithmetic: that they are to hold in.
         delta: a probability.
     """
 
     method: str
+    steps: int
     arithmetic: Arithmetic
     delta: float
 
@@ -314,6 +325,8 @@ def row_margins(
     valid = jnp.stack([*finite, *([] if graph.valid is None else [graph.valid])]).all()
 
     def one(row: Array) -> Margin:
+        if how.steps:
+            return optimised(network, output, boxes, passage, row, _ratio, how.steps)
         return network.best(output, boxes, passage, row, _ratio)
 
     found = map_rows(one, graph.nodes[output], plan.batch_size)

@@ -102,6 +102,11 @@ class Network(NamedTuple):
         nodes = self.plan.graph.nodes
         return sum(math.prod(nodes[i].shape) for i in self.hidden & self.weights.random)
 
+    def free(self) -> frozenset[int]:
+        """Finds the nonlinearities that rows pass by lines."""
+        passed = self.plan.relaxed - self.weights.layers.keys()
+        return frozenset(i for i in passed if not self._ends_on(i))
+
     def bounds(self, reach: float) -> tuple[list[Box], Passage]:
         """Finds the boxes of all nodes, and how rows pass them.
 
@@ -310,7 +315,8 @@ def network_of(plan: Plan, weights: Weights, method: str) -> Network:
     Args:
         plan: of the network over a `Box` for each random leaf, and the set of inputs.
         weights: those among its nodes.
-        method: "crown", "crown-ibp" or "ibp": whether rows find intervals and pass nonlinearities.
+        method: "alpha-crown", "crown", "crown-ibp" or "ibp": whether rows find intervals and pass
+            nonlinearities.
     """
     nodes, inputs = plan.graph.nodes, plan.graph.inputs
     # In rounded arithmetic the intervals of all nodes are asked for.
@@ -338,7 +344,7 @@ def network_of(plan: Plan, weights: Weights, method: str) -> Network:
         frozenset(known),
         _plain(plan, weights),
         relaxes=method != "ibp",
-        rows=method == "crown",
+        rows=method in ("crown", "alpha-crown"),
     )
 
 

@@ -276,3 +276,21 @@ def test_by_default_no_box_is_looked_for():
     found = certify.safety(KEY, line, q, T, rows)
     assert len(found.safe.masses) == 0 and found.arithmetic == "float32"
     assert 0.99 < found.lower <= truth_of_line(0.3, 0.1)
+
+
+def test_rows_are_bounded_by_any_method_of_margins():
+    loc = {
+        "a": jnp.array([[1.0, 0.5], [-0.5, 1.0], [0.7, -0.6]]),
+        "b": jnp.array([[1.0, 1.0, -1.0]]),
+    }
+    q = MeanField(loc, jax.tree.map(lambda v: jnp.full_like(v, 0.05), loc))
+    region, within = Box(jnp.zeros(2), jnp.full(2, 0.6)), outputs_within(-0.4, 1.6)
+
+    def found(**options):
+        apply = lambda p, x: p["b"] @ jax.nn.relu(p["a"] @ x)  # noqa: E731
+        return certify.safety(KEY, apply, q, region, within, **options).lower
+
+    crown, alpha, cheap = (found(rows=m) for m in ("crown", bc.AlphaCROWN(steps=20), "ibp"))
+    assert found() == crown and cheap <= crown <= alpha
+    with pytest.raises(ValueError, match="method = 'forward'"):
+        found(rows="forward")

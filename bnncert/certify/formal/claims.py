@@ -23,7 +23,7 @@ from bnncert.bounds.arithmetic import Rounding
 from bnncert.bounds.methods import CROWN, AlphaCROWN, Method, method_of
 from bnncert.certify.formal.boxes import Claim
 from bnncert.posterior.leaves import unflatten
-from bnncert.sets import Box, LpBall
+from bnncert.sets import Box, LpBall, Set
 from bnncert.types import Apply, Key, Params
 
 
@@ -236,3 +236,14 @@ def attacked(key: Key, task: Task, data: Data, weights: Array) -> tuple[Array, A
     values = _rows(task, data, params, x)
     row = jnp.argmin(values)
     return x, row, values[row]
+
+
+def check_constraints(apply: Apply, params: Params, x_set: Set, rows: Constraints) -> None:
+    """Raises a ValueError unless constraints have the shapes of the outputs."""
+    size = jax.eval_shape(apply, params, x_set.center).size
+    shapes = jnp.shape(rows.matrix), jnp.shape(rows.offset)
+    if shapes != ((*(shapes[1] or (0,))[:1], size), shapes[0][:1]):
+        raise ValueError(
+            f"constraints of matrix {shapes[0]} and offset {shapes[1]} on {size} outputs: give "
+            f"shapes (rows, {size}) and (rows,)."
+        )

@@ -51,6 +51,7 @@ from bnncert.certify.formal.claims import (
     Data,
     Task,
     attacked,
+    check_constraints,
     claim_at,
 )
 from bnncert.certify.inputs import check_region
@@ -124,6 +125,7 @@ def safety(
     method: str | Method | Sequence[str | Method] = "linear",
     rounding: Rounding = "outward",
     delta: float = 1e-3,
+    rows: str | Method = "crown",
     num_boxes: int = 16,
     rounds: int = 3,
     steps: int = 12,
@@ -159,6 +161,7 @@ def safety(
         rounding: as for `bnncert.bound`.
         delta: by "linear", the probability that some hidden unit leaves the interval that it is
             relaxed on, in (0, 1); what is proved is at most 1 - delta.
+        rows: by "linear", how the rows are bounded, as the method of `bnncert.gaussian.margins`.
         num_boxes: parts of the space of weights that are examined, >= 1; with the same key, more
             never leave a wider gap between the bounds.
         rounds: of growing a box, with sides by the bound's derivatives after the first, >= 1.
@@ -198,14 +201,14 @@ def safety(
     names = _check(posterior, x_set, num_boxes=num_boxes, rounds=rounds, steps=steps)
     q: Any = _mean_field(posterior) if boxes else posterior
     loc = np.asarray(flatten(q.loc, names))
-    rows = Constraints(
+    wanted = Constraints(
         jnp.asarray(constraints.matrix, loc.dtype), jnp.asarray(constraints.offset, loc.dtype)
     )
-    _check_constraints(apply, q.loc, x_set, rows)
-    data = Data(q.loc, x_set, rows)
+    check_constraints(apply, q.loc, x_set, wanted)
+    data = Data(q.loc, x_set, wanted)
     search_for = Search(num_boxes, rounds, steps)
     found = [
-        _by_linear_bounds(key, Task(apply, names, m, rounding), data, q, delta)
+        _by_linear_bounds(key, Task(apply, names, m, rounding), data, q, (rows, delta))
         if m == "linear"
         else _by_boxes(key, Task(apply, names, m, rounding), data, q, search_for)
         for m in methods
@@ -258,9 +261,11 @@ def _by_boxes(key: Key, task: Task, data: Data, q: MeanField, options: Search) -
     )
 
 
-def _by_linear_bounds(key: Key, task: Task, data: Data, posterior: Any, delta: float) -> Safety:
+def _by_linear_bounds(
+    key: Key, task: Task, data: Data, posterior: Any, options: tuple[str | Method, float]
+) -> Safety:
     """Bounds P_safe by all rows over the set, and by the row that an attack breaks."""
-    bounded = partial(_margins, task.apply, (task.rounding, delta), posterior)
+    bounded = partial(_margins, task.apply, (task.rounding, *options), posterior)
     # 1. The set is safe.
     lower = float(bounded(data.x_set, *data.constraints).probability())
     # 2. One row is violated at one point.
@@ -285,10 +290,14 @@ def _by_linear_bounds(key: Key, task: Task, data: Data, posterior: Any, delta: f
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _margins(
-    apply: Apply, options: tuple[Rounding, float], posterior: Any, x_set: Set, *rows: Array
+    apply: Apply,
+    options: tuple[Rounding, str | Method, float],
+    posterior: Any,
+    x_set: Set,
+    *rows: Array,
 ) -> Margins:
-    rounding, delta = options
-    return margins(apply, posterior, x_set, *rows, rounding=rounding, delta=delta)
+    rounding, method, delta = options
+    return margins(apply, posterior, x_set, *rows, method=method, rounding=rounding, delta=delta)
 
 
 def _methods(method: Any) -> list[Any]:
@@ -351,13 +360,3 @@ def _check(posterior: Any, x_set: Any, **counts: int) -> tuple[str, ...]:
         if not own and not np.isfinite(factors).all():
             raise ValueError(f"leaf {name!r}: its factors must be finite.")
     return tuple(leaves)
-
-
-def _check_constraints(apply: Apply, params: Params, x_set: Set, rows: Constraints) -> None:
-    size = jax.eval_shape(apply, params, x_set.center).size
-    shapes = jnp.shape(rows.matrix), jnp.shape(rows.offset)
-    if shapes != ((*(shapes[1] or (0,))[:1], size), shapes[0][:1]):
-        raise ValueError(
-            f"constraints of matrix {shapes[0]} and offset {shapes[1]} on {size} outputs: give "
-            f"shapes (rows, {size}) and (rows,)."
-        )
