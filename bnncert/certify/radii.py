@@ -122,6 +122,8 @@ def radius(
             `bnncert.ball` and `bnncert.certify.decision`.
 
     Cost: steps times `bnncert.certify.decision`, compiled once. Memory: as one.
+    Outside `jit` each call is traced and compiled anew, in a second or more: for many, jit it once,
+    with `apply` fixed.
 
     Source: Wicker et al., AISTATS 2021, section 6, at each radius; bisection is folklore.
 

@@ -130,6 +130,8 @@ def decision(
 
     Cost: S evaluations and S bounds of the C margins. Memory: `batch_size` times one bound (under
     `vmap` times its batch), and S C numbers.
+    Outside `jit` each call is traced and compiled anew, in a second or more: for many, jit it once,
+    with `apply` fixed.
 
     Source: Wicker et al., AISTATS 2021, section 6, for differences of probabilities.
 
@@ -194,6 +196,8 @@ def predictive(
         TypeError, ValueError: as `decision`.
 
     Cost: S bounds of C (C - 1) / 2 margins; `decision` bounds C. Of probabilities: S bounds of C.
+    Outside `jit` each call is traced and compiled anew, in a second or more: for many, jit it once,
+    with `apply` fixed.
 
     Source: Wicker et al., AISTATS 2021, section 6.
 

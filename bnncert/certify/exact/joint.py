@@ -142,6 +142,8 @@ def joint_decision(
 
     Cost: `decision`, and three times as much again. Memory: one sample's linear bounds, and S C
     numbers.
+    Outside `jit` each call is traced and compiled anew, in a second or more: for many, jit it once,
+    with `apply` fixed.
 
     Source: Zhang et al., NeurIPS 2018 (CROWN), of an average of samples; the relaxation of the
     softmax at a corner is this library's.

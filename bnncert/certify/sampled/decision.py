@@ -99,6 +99,8 @@ def statistical(
 
     Cost: n draws and bounds of C margins, `num_pilot` draws and evaluations. Memory: `batch_size`
     draws and bounds, and n C numbers.
+    Outside `jit` each call is traced and compiled anew, in a second or more: for many, jit it once,
+    with `apply` fixed.
 
     Source: Wicker et al., AISTATS 2021, section 6; the slack, Hoeffding, 1963, and Maurer and
     Pontil, 2009.
