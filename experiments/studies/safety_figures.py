@@ -93,7 +93,7 @@ def _dots(axes: Axes, place: int, row: Row, values: np.ndarray) -> None:
 
 def _label(row: Row) -> str:
     ours = "run " if row["kind"] == "run" else ""
-    size = f"{row['weights'] / 1000:.3g}k weights, {1000 * row['seconds_an_image']:.2g} ms"
+    size = f"{row['weights'] / 1000:.3g}k, {row['method']}, {1000 * row['seconds_an_image']:.2g} ms"
     return f"{ours}{row['name']}, ε {row['eps']:g}\n{size}"
 
 
