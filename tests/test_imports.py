@@ -26,6 +26,7 @@ ORDER = """
     bounds.rounding.constants bounds.rounding.reordering bounds.rounding.intervals
     bounds.rounding.affine bounds.rounding.relaxed bounds.rounding
     bounds.arithmetic bounds.norms bounds.merging bounds.rows bounds.runs bounds.plan
+    bounds.coloring
     bounds.methods.steps bounds.methods.ibp bounds.methods.forward
     bounds.methods.crown bounds.methods.alpha_crown bounds.methods
     bounds.api bounds.margins bounds.mean bounds.own bounds outputs testing

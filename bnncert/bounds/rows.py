@@ -514,6 +514,11 @@ def weighed(a: Array, positive: Array, negative: Array) -> Array:
     return jnp.sum(jnp.where(a > 0, a * positive, a * negative))
 
 
+def at_zero(graph: Graph, node: Node) -> Array:
+    """Computes an affine operation's value at 0."""
+    return node.evaluate(*node.fill(_zeros(graph, node.refs)))
+
+
 def _affine_step(graph: Graph, node: Node) -> Step:
     """Passes an affine node: coefficients by its transpose, the offset by its value at 0."""
     transposed = _transposed(

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from bnncert.bounds.coloring import colored_bounds
 from bnncert.bounds.graph.facts import ancestors
 from bnncert.bounds.methods.ibp import interval_bounds, intervals
 from bnncert.bounds.methods.steps import (
@@ -222,6 +223,10 @@ def _rows(plan: Plan, index: int, steps: Steps, known: Box, unstable_only: bool)
     """Bounds of one node by rows: all, or those that a kink crosses."""
     thresholds = _thresholds(plan, index) if unstable_only else None
     if thresholds is None:
+        few = math.prod(plan.graph.nodes[index].shape) * plan.merged.forward <= _FEW
+        found = None if few else colored_bounds(plan, index, steps)
+        if found is not None:
+            return found
         return row_bounds(plan.graph, index, steps, plan.regions, plan.batch_size, at_once=True)
     return _unstable_rows(plan, index, steps, known, thresholds)
 
