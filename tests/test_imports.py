@@ -33,7 +33,9 @@ ORDER = """
     prior posterior.leaves posterior.mean_field posterior.samples posterior.low_rank
     posterior.gaussian posterior.mixture posterior.summary posterior
     gaussian.folded gaussian.tails gaussian.weights gaussian.layers gaussian.ends
-    gaussian.network gaussian.slopes gaussian.margins gaussian likelihood
+    gaussian.network gaussian.slopes gaussian.margins gaussian
+    likelihood.parts likelihood.mixture likelihood.categorical likelihood.quantile
+    likelihood.regression likelihood
     infer._minibatch infer.map infer._elbo infer._variational infer.bbb
     infer.low_rank infer.guide infer.svi infer._natural_gradient infer.vogn infer.noisy_adam
     infer.ivon infer.swag infer.diagnostics infer._potential infer._progress infer.mcmc infer.hmc

@@ -494,6 +494,30 @@ def test_it_is_what_most_draws_are_above(params):
     assert share <= (CLASSES - 1) * norm.cdf(-depth) + 1e-3 + 5 * math.sqrt(0.02 / 4000)
 
 
+def test_a_regression_of_a_posterior_is_below_that_of_most_draws(params):
+    """At a scale of nearly 0 it is the likelihood of a point; wider, it lies below the draws'."""
+    x, y, eps, depth = jax.random.normal(KEY, (SIZE,)), jnp.linspace(-1, 1, CLASSES), 0.1, 2.5
+    fit = likelihood.quantile_gaussian(mlp, noise_scale=0.7, depth=depth, delta=1e-6)
+    point = likelihood.robust_gaussian(mlp, noise_scale=0.7)
+    for lam in (0.0, 0.3):
+        found = fit(KEY, q_of(params, 1e-7), x, y, threat(eps, lam))
+        np.testing.assert_allclose(found, point(KEY, params, x, y, threat(eps, lam)), rtol=1e-3)
+    q = q_of(params)
+    found = fit(KEY, q, x, y, threat(eps, 0.0))
+    corners = jnp.array(list(itertools.product((-eps, eps), repeat=SIZE)))
+
+    def least(w):
+        errors = jax.vmap(lambda d: mlp(w, x + d) - y)(corners)
+        return dist.Normal(0.0, 0.7).log_prob(jnp.abs(errors).max(0)).sum()
+
+    share = float((jax.vmap(least)(q.sample(jax.random.key(3), 4000)) < found).mean())
+    assert share <= 2 * CLASSES * norm.cdf(-depth) + 5 * math.sqrt(0.02 / 4000)
+    slopes = jax.grad(lambda q: fit(KEY, q, x, y, threat(eps, 0.0)))(q)
+    assert all((leaf < 0).any() for leaf in jax.tree.leaves(slopes.scale))
+    with pytest.raises(ValueError, match="noise_scale = 0"):
+        likelihood.quantile_gaussian(mlp, noise_scale=0.0)
+
+
 def test_it_has_derivatives_and_radii_and_an_elbo(params):
     q, fit = q_of(params), likelihood.quantile_categorical(mlp, clip=(-3.0, 3.0))
     batch = Batch(jax.random.normal(KEY, (BATCH, SIZE)), jnp.arange(BATCH) % CLASSES,

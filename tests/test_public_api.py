@@ -192,6 +192,8 @@ def test_every_public_function_is_documented_and_typed(f):
         bc.likelihood.certified_categorical,
         bc.likelihood.attacked_categorical,
         bc.likelihood.robust_gaussian,
+        bc.likelihood.quantile_categorical,
+        bc.likelihood.quantile_gaussian,
         *(module.build for module in METHODS),
         bc.infer.ensemble.build,
         bc.certify.decision,
