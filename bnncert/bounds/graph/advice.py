@@ -7,7 +7,6 @@ _SORT = (
     "values are put in order by jnp.minimum and jnp.maximum, several by a network of such pairs."
 )
 _INDEX = "Where the largest value stands jumps: compare the values themselves (jnp.max, margins)."
-_LOOP = "Unroll the loop in Python: `for` over a range, or over the layers of a scan."
 _SOLVE = (
     "Factorisations and solvers have no bound rule: apply them to values that no set reaches, and "
     "multiply by what they return."
@@ -17,13 +16,11 @@ _CALLBACK = "What runs outside of JAX cannot be bounded: write it in jax.numpy."
 _INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("sort", "approx_top_k", "top_k"), _SORT),
     **dict.fromkeys(("argmax", "argmin"), _INDEX),
-    **dict.fromkeys(("while", "scan"), _LOOP),
     **dict.fromkeys(
         ("custom_root", "custom_linear_solve", "cholesky", "eig", "eigh", "lu", "qr", "svd"), _SOLVE
     ),
     **dict.fromkeys(("schur", "hessenberg", "tridiagonal", "triangular_solve"), _SOLVE),
     **dict.fromkeys(("pure_callback", "io_callback", "debug_callback"), _CALLBACK),
-    "cond": "Take the branch in Python, or by jnp.where with a mask that no set reaches.",
     "device_put": "Put the arguments on their device before the function is bounded.",
     "pow": "A power is bounded for a constant exponent; a ** x is jnp.exp(x * jnp.log(a)).",
     "cumprod": "Multiply in Python, one value after the other.",

@@ -12,6 +12,7 @@ from jax.extend import core, source_info_util
 
 from bnncert._varying import axes_of, varying
 from bnncert.bounds.graph.primitives import is_jax_own, own_name
+from bnncert.bounds.tracing.loops import LOOPS, Body, bodies
 
 CALLS = {
     "jit": "jaxpr",
@@ -100,6 +101,9 @@ def summed_on(
             inside = {v: _value(atom, constants) for v, atom in passed}
             inner = summed_on(body, after, {v: c for v, c in inside.items() if c is not None})
             note(eqn.invars[-len(body.invars) :], [inner.get(v, 1) for v in body.invars])
+        elif name in LOOPS:
+            for body in bodies(eqn):
+                note([eqn.invars[i] for i in body.passed], _summed_in(body, after))
         elif name == "reduce_sum":
             operand: Any = eqn.invars[0]
             size = math.prod(operand.aval.shape) // max(math.prod(eqn.outvars[0].aval.shape), 1)  # pyright: ignore
@@ -121,6 +125,26 @@ def summed_on(
                     size = math.prod(eqn.invars[1 - i].aval.shape)  # pyright: ignore
                     note(eqn.invars[i : i + 1], [max(size, 1) * after[0]])
     return found
+
+
+def _summed_in(body: Body, after: Sequence[int]) -> list[int]:
+    """What `summed_on` finds of the arguments of a body, which a compiler may unroll."""
+    outside = [after[i] for i in body.results]
+    for _ in range(_ROUNDS):
+        inner = summed_on(body.jaxpr, outside)
+        found = [inner.get(v, 1) for v in body.jaxpr.invars]
+        grown = list(outside)
+        for argument, result in body.carry.items():
+            grown[result] = max(grown[result], found[argument])
+        if grown == outside:
+            return found
+        outside = grown
+    return [_TOO_MANY] * len(body.jaxpr.invars)  # a sum of all sums before: nothing is known
+
+
+_ROUNDS = 4
+_TOO_MANY = 2**40
+"""More terms than any format adds up with an error that is bounded."""
 
 
 def is_neutral(op: str, place: int, values: Sequence[Any]) -> bool:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from bnncert.bounds.tracing.equations import called, is_call, source_of
+from bnncert.bounds.tracing.loops import LOOPS, bodies
 
 _DRAWS = (
     "random_bits",
@@ -94,10 +95,28 @@ def _kinds(jaxpr: core.Jaxpr, arguments: Sequence[int], source: str) -> list[int
         line = source_of(eqn) or source
         if is_call(eqn):
             made = _kinds(called(eqn)[0], kinds, line)
+        elif eqn.primitive.name in LOOPS and _BOUNDED in kinds:
+            made = _of_loop(eqn, kinds, line)
         else:
             made = [_kind(eqn, kinds, var, line) for var in eqn.outvars]
         env.update(zip(eqn.outvars, made, strict=True))
     return [kind(atom) for atom in jaxpr.outvars]
+
+
+def _of_loop(eqn: core.JaxprEqn, kinds: Sequence[int], source: str) -> list[int]:
+    """The kinds of a loop's results, iteration by iteration until they are those of an earlier."""
+    if eqn.primitive.name == "cond" and kinds[0] > 0:
+        raise _left_on(source)  # a layer that is dropped as a whole
+    found: list[list[int]] = []
+    for body in bodies(eqn):
+        arguments = [kinds[i] for i in body.passed]
+        seen: list[list[int]] = []
+        while arguments not in seen:
+            seen.append(list(arguments))
+            found.append(_kinds(body.jaxpr, arguments, source))
+            for argument, result in body.carry.items():
+                arguments[argument] = found[-1][result]
+    return [_BOUNDED if _BOUNDED in each else max(each) for each in zip(*found, strict=True)]
 
 
 def _kind(eqn: core.JaxprEqn, kinds: Sequence[int], result: Any, source: str) -> int:
@@ -105,15 +124,19 @@ def _kind(eqn: core.JaxprEqn, kinds: Sequence[int], result: Any, source: str) ->
     if _BOUNDED in kinds:
         # Integers are indices, which are decided about where they might be negative.
         if any(k == 2 and not _is_integer(a) for k, a in zip(kinds, eqn.invars, strict=True)):
-            raise ValueError(
-                f"a random mask, drawn inside the function, meets a bounded value at "
-                f"{source or 'a line inside JAX'}: dropout is left on. {_WAY_OUT}"
-            )
+            raise _left_on(source)
         return _BOUNDED
     if eqn.primitive.name in _DRAWS or any(map(_draws, _bodies(eqn))):
         most = max(most, 1)
     decided = eqn.primitive.name == "floor" or jnp.issubdtype(result.aval.dtype, jnp.bool_)
     return 2 if most and decided else most
+
+
+def _left_on(source: str) -> ValueError:
+    return ValueError(
+        f"a random mask, drawn inside the function, meets a bounded value at "
+        f"{source or 'a line inside JAX'}: dropout is left on. {_WAY_OUT}"
+    )
 
 
 def _is_integer(atom: Any) -> bool:

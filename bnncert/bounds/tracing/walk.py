@@ -61,6 +61,7 @@ from bnncert.bounds.tracing.equations import (
     with_literals,
 )
 from bnncert.bounds.tracing.fusion import fused
+from bnncert.bounds.tracing.loops import LOOPS, unrolled
 from bnncert.bounds.tracing.parameters import refusal
 from bnncert.bounds.tracing.randomness import advised, refuse_random_masks
 from bnncert.bounds.tracing.recognition import Recognised, find_runs, is_logaddexp, recognise
@@ -365,6 +366,9 @@ def _step(
         if not is_logaddexp(eqn):
             return _inline(eqn, operands, nodes, here)
         name = "logaddexp"
+    if own_name(eqn.primitive) in LOOPS:
+        closed = unrolled(eqn, operands, source or "a line inside JAX")
+        return _walk(closed.jaxpr, closed.consts, operands, nodes, here)
     plain = values_of(operands)
     if name in _PROMOTING:
         plain = [_broadcast(nodes, eqn, source, o) for o in plain]
