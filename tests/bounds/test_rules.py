@@ -149,6 +149,10 @@ REDUCED = {
     "cummax": lambda x: jax.lax.cummax(x, axis=1),
     "cummin": lambda x: jax.lax.cummin(x, axis=1),
     "cumlogsumexp": lambda x: jax.lax.cumlogsumexp(x, axis=1),
+    "sort": lambda x: jnp.sort(x, axis=1),
+    "top_k": lambda x: jax.lax.top_k(x, 2)[0],
+    "reduce_prod": lambda x: jnp.prod(x, axis=1),
+    "cumprod": lambda x: jax.lax.cumprod(x, axis=1),
 }
 
 
@@ -158,7 +162,9 @@ def test_reductions_equal_their_corners(name, float64):
     assert set(REDUCED) == set(REDUCTIONS)
     box, f = random_box(2, 3), REDUCED[name]
     shape = jax.eval_shape(f, box.lower).shape
-    node = Node(name, (Ref(0),), f, {"axes": (1,)}, shape, box.lower.dtype, "")
+    node = Node(
+        name, (Ref(0),), f, {"axes": (1,), "axis": 1, "reverse": False}, shape, box.lower.dtype, ""
+    )
     values = jax.vmap(f)(jnp.asarray(corners(box)[0]))
     found = interval(node, box)
     np.testing.assert_allclose(found.lower, values.min(0), rtol=1e-12, atol=1e-12)

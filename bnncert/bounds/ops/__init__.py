@@ -11,6 +11,7 @@
     pairs        max, min and logaddexp of two bounded values
     products     of two bounded values
     reductions   of an axis, not linear
+    intervals    what is bounded by its interval alone: order statistics, tan, arcus functions
 
 and what they are made of:
 
@@ -33,6 +34,7 @@ from bnncert.bounds.graph.advice import instead_of
 from bnncert.bounds.ops.affine import AFFINE, AFFINE_OPERATIONS
 from bnncert.bounds.ops.elementwise import enclosing_lines
 from bnncert.bounds.ops.hinges import HINGES
+from bnncert.bounds.ops.intervals import INTERVALS, OF_AN_AXIS
 from bnncert.bounds.ops.lines import LOWER_SLOPES, Choice, Lines, check_lower_slope
 from bnncert.bounds.ops.operation import Operation, Rounding
 from bnncert.bounds.ops.pairs import PAIRS
@@ -62,7 +64,14 @@ __all__ = [
     "operation_of",
 ]
 
-ELEMENTWISE: tuple[Operation, ...] = (*PIECEWISE, *SMOOTH, *HINGES, *POWERS, *WAVES)
+ELEMENTWISE: tuple[Operation, ...] = (
+    *PIECEWISE,
+    *SMOOTH,
+    *HINGES,
+    *POWERS,
+    *WAVES,
+    *INTERVALS,
+)
 """Functions of one value."""
 
 EVERY: tuple[Operation, ...] = (
@@ -71,6 +80,7 @@ EVERY: tuple[Operation, ...] = (
     *PAIRS,
     *PRODUCTS,
     *REDUCTIONS,
+    *OF_AN_AXIS,
 )
 """All records. Of several of one name the first that applies is meant."""
 

@@ -196,7 +196,7 @@ def _is_moved_input(graph: Graph, index: int) -> bool:
 
 
 def _mul(node: Node, a: Box, b: Box) -> Box:
-    return Box(*_corners(a, b))
+    return Box(*corners(a, b))
 
 
 def _dot_general(node: Node, a: Box, b: Box) -> Box:
@@ -255,14 +255,14 @@ def _matmul(a: Box, b: Box) -> Box:
     """
 
     def one_row(row: Box) -> Box:
-        lower, upper = _corners(Box(row.lower[:, None], row.upper[:, None]), b)
+        lower, upper = corners(Box(row.lower[:, None], row.upper[:, None]), b)
         return Box(lower.sum(0), upper.sum(0))
 
     few = a.lower.shape[0] * b.lower.size <= _FEW
     return jax.vmap(one_row)(a) if few else jax.lax.map(one_row, a)
 
 
-def _corners(a: Box, b: Box) -> tuple[Array, Array]:
+def corners(a: Box, b: Box) -> tuple[Array, Array]:
     """The least and the largest of the four products of ends."""
     products = [x * y for x in (a.lower, a.upper) for y in (b.lower, b.upper)]
     low, high = jnp.minimum, jnp.maximum

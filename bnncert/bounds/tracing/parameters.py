@@ -143,6 +143,12 @@ _PADDING = Parameter(
     "is -inf, the smallest inf. Give less padding, or larger windows.",
 )
 
+_ONE_ARRAY = Parameter(
+    lambda value, eqn: len(eqn.invars) == 1,
+    "Bounded is the sorting of one array: what is sorted along with it (jnp.argsort, a key and its "
+    "values) jumps where two values change places.",
+)
+
 _PLACED = {"sharding": ANY}
 _INDEXED = {
     "dimension_numbers": ANY,
@@ -181,8 +187,8 @@ PARAMETERS: Mapping[str, Mapping[str, Parameter]] = {
     **_each("cbrt cos erfc exp exp2 expm1 log log1p", {"accuracy": _ACCURACY}),
     **_each("logistic rsqrt sin sqrt tanh", {"accuracy": _ACCURACY}),
     **_each("acos acosh asin atanh cosh digamma erf_inv lgamma tan", {"accuracy": _ACCURACY}),
-    **_each("cummax cummin cumlogsumexp cumsum", _ALONG),
-    **_each("reduce_max reduce_min reduce_sum", _REDUCED),
+    **_each("cummax cummin cumlogsumexp cumprod cumsum", _ALONG),
+    **_each("reduce_max reduce_min reduce_prod reduce_sum", _REDUCED),
     **_each("reduce_window_max reduce_window_min", {**_WINDOW, "padding": _PADDING}),
     "reduce_window_sum": _WINDOW,
     **_each("jit pjit closed_call core_call remat2 checkpoint", _CALL),
@@ -219,6 +225,8 @@ PARAMETERS: Mapping[str, Mapping[str, Parameter]] = {
         "context_mesh": ANY,
         "unconstrained_dims": ANY,
     },
+    "sort": {"dimension": ANY, "is_stable": ANY, "num_keys": _ONE_ARRAY},
+    "top_k": {"k": ANY, "operand": ANY, "axis": ANY, "out_sharding": ANY},
     "slice": {"start_indices": ANY, "limit_indices": ANY, "strides": ANY},
     "split": {"sizes": ANY, "axis": ANY},
     "squeeze": {"dimensions": ANY},

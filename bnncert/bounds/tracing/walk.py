@@ -78,6 +78,8 @@ _IDENTITIES = (
     "sharding_constraint",
     "pvary",
 )
+# What looks at values and returns nothing.
+_SEEN = ("debug_callback", "debug_print")
 _FEW = 2**10
 # Elementwise operations whose scalar operands JAX leaves to broadcast by themselves.
 _PROMOTING = ("add", "sub", "mul", "div", "max", "min", "clamp", "pow", "logaddexp")
@@ -399,6 +401,13 @@ def _listed(
             add(name, tuple(operands), lambda x, i=i: parts(x)[i], var)
             for i, var in enumerate(eqn.outvars)
         ]
+    if name == "sort":
+        return [add(name, tuple(operands), lambda x: bind(eqn)(x)[0])]
+    if name == "top_k":
+        places = add("top_k_places", tuple(operands), lambda x: bind(eqn)(x)[1], eqn.outvars[1])
+        return [add(name, tuple(operands), lambda x: bind(eqn)(x)[0]), places]
+    if name in _SEEN and not eqn.outvars:
+        return []
     if eqn.primitive.multiple_results:
         raise UnsupportedPrimitiveError(
             f"no bound rule for primitive '{name}' over bounded values, called at "
