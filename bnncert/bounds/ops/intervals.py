@@ -56,15 +56,15 @@ def _reduced_product(node: Node, box: Box) -> Box:
     shape = box.lower.shape
     moved = [jnp.moveaxis(end, axes, range(len(axes))) for end in (box.lower, box.upper)]
     rest = [n for i, n in enumerate(shape) if i not in axes]
-    flat = [end.reshape(-1, *rest) for end in moved]
+    flat: Any = tuple(end.reshape(-1, *rest) for end in moved)
     one = jnp.ones(rest, box.lower.dtype)
-    (low, high), _ = jax.lax.scan(_multiplied, (one, one), tuple(flat))
+    (low, high), _ = jax.lax.scan(_multiplied, (one, one), flat)
     return Box(low, high)
 
 
 def _cumulative_product(node: Node, box: Box) -> Box:
     axis, reverse = node.params["axis"], node.params["reverse"]
-    ends = tuple(jnp.moveaxis(end, axis, 0) for end in (box.lower, box.upper))
+    ends: Any = tuple(jnp.moveaxis(end, axis, 0) for end in (box.lower, box.upper))
     one = jnp.ones(ends[0].shape[1:], box.lower.dtype)
     _, found = jax.lax.scan(_multiplied, (one, one), ends, reverse=reverse)
     return Box(*(jnp.moveaxis(end, 0, axis) for end in found))
