@@ -74,6 +74,15 @@ def test_the_tangent_between_its_poles(turns):
         assert box.upper[0] >= values.max() - 1e-3 * jnp.abs(values).max()
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1), (3, 2, 1, 0)])
+def test_products_of_huge_and_tiny_numbers_hold_the_truth(order):
+    """1e-30 1e-30 1e30 1e30 is 1 in any order, whatever is lost on the way."""
+    factors = jnp.array([1e-30, 1e-30, 1e30, 1e30], jnp.float32)[jnp.array(order)]
+    for f in (jnp.prod, lambda x: jnp.cumprod(x)[-1]):
+        box = bound(f, "ibp")(Box(factors, factors))
+        assert box.lower <= 1 <= box.upper
+
+
 def test_order_statistics_are_exact_in_floating_point():
     for f in (FUNCTIONS["sort"], FUNCTIONS["top_k"]):
         nearest, outward = (bound(f, "ibp", rounding=r)(BOX) for r in ("nearest", "outward"))

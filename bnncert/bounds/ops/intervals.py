@@ -36,10 +36,11 @@ from bnncert.sets import Box
 
 def _has_no_pole(node: Node, box: Box) -> Array:
     """Says whether an interval lies between two poles of the tangent, with room to spare."""
+    eps = float(jnp.finfo(box.lower.dtype).eps)
     turn = jnp.floor(box.lower / math.pi + 0.5)
-    room = 8 * float(jnp.finfo(box.lower.dtype).eps) * (2 + jnp.abs(box.lower))
+    room = 8 * eps * (2 + jnp.abs(box.lower))
     low, high = (turn - 0.5) * math.pi, (turn + 0.5) * math.pi
-    near = jnp.abs(box.lower) < 1e4  # farther out the turns are too coarse to tell
+    near = jnp.abs(box.lower) < min(1e4, 0.05 / eps)  # farther out the turns are too coarse to tell
     return near & (box.lower > low + room) & (box.upper < high - room)
 
 
@@ -71,15 +72,16 @@ def _cumulative_product(node: Node, box: Box) -> Box:
 
 
 def _multiplied(so_far: tuple[Array, Array], more: tuple[Array, Array]) -> Any:
-    found = corners(Box(*so_far), Box(*more))
+    """Multiplies two intervals, for what may be multiplied by any number after them."""
+    box = drop_nan(off_underflow(Box(*corners(Box(*so_far), Box(*more))), humped=False))
+    most = float(jnp.finfo(box.lower.dtype).max)  # what overflowed lies beyond it
+    found = jnp.minimum(box.lower, most), jnp.maximum(box.upper, -most)
     return found, found
 
 
 def _of_an_axis(name: str, interval: IntervalRule, rounding: Rounding | None) -> Operation:
     def rule(node: Node, box: Box) -> Box:
-        found = drop_nan(off_underflow(interval(node, off_subnormal(box)), humped=False))
-        most = float(jnp.finfo(box.lower.dtype).max)  # what overflowed lies beyond it
-        return Box(jnp.minimum(found.lower, most), jnp.maximum(found.upper, -most))
+        return interval(node, off_subnormal(box))
 
     return Operation(
         name,
