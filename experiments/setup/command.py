@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
+from .logs import lines_in_files
 from .methods import about
 from .requirements import check, check_name
 
@@ -126,7 +127,8 @@ def attempt(work: Callable[[], None], errors: tuple[type[BaseException], ...], a
         again: how to go on after Ctrl-C.
     """
     try:
-        work()
+        with lines_in_files():
+            work()
     except errors as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
