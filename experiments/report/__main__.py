@@ -7,8 +7,9 @@ from typing import Annotated
 
 import tyro
 
+from ..pipeline.locks import LockedError, locked
 from ..setup.command import attempt, read
-from .files import summary_picture, write_report
+from .files import check_files, summary_picture, write_report
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = read(Options, "python -m experiments.report", arguments)
 
     def work() -> None:
-        print(write_report(options.run))
+        check_files(options.run)
+        with locked(options.run):
+            print(write_report(options.run))
         if options.summary:
             print(summary_picture(options.run, options.summary))
 
-    return attempt(work, (FileNotFoundError, ValueError), "nothing was changed")
+    return attempt(work, (OSError, ValueError, LockedError), "nothing was changed")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import tyro
 
 from ..pipeline.evaluation import SoundnessError
 from ..pipeline.finished import Finished, Rows, already, finish
+from ..pipeline.locks import LockedError, locked
 from ..report.files import write_report
 from ..setup.command import attempt
 from ..setup.requirements import AtLeast1, one_of
@@ -59,11 +60,12 @@ def for_each_radius(
 
     def work() -> None:
         run = opened()
-        for radius in radii or (run.config.eval.eps,):
-            print(summary(result(run, radius)), flush=True)
-        print(f"report: {write_report(run.folder)}")
+        with locked(run.folder):
+            for radius in radii or (run.config.eval.eps,):
+                print(summary(result(run, radius)), flush=True)
+            print(f"report: {write_report(run.folder)}")
 
-    expected = (OSError, ValueError, SoundnessError)
+    expected = (OSError, ValueError, SoundnessError, LockedError)
     return attempt(work, expected, "the same command goes on from here")
 
 

@@ -19,10 +19,11 @@ from bnncert import likelihood
 from bnncert.posterior import spread
 
 from ...pipeline.deployment import deploy
-from ...pipeline.folder import PLACES, open_folder, write_json, write_npz
+from ...pipeline.folder import PLACES, open_folder
 from ...pipeline.inference import Problem
 from ...pipeline.posteriors import save as save_posterior
 from ...pipeline.training import Trained, train
+from ...pipeline.writing import naming, whole, write_json, write_npz
 from ...setup.config import options_of, to_dict
 from ...setup.data import Split
 from ...setup.methods import name_of
@@ -47,11 +48,15 @@ def run(settings: Settings) -> tuple[Path, dict[str, Any]]:
     Raises:
         FileExistsError: the folder holds something.
         FileNotFoundError, ValueError: nothing to resume, or a run of other settings.
-        TrainingError, SoundnessError: see there.
+        TrainingError, SoundnessError, LockedError, WriteError: see there.
     """
+    with open_folder(settings) as folder:
+        return folder, _whole(settings, folder)
+
+
+def _whole(settings: Settings, folder: Path) -> dict[str, Any]:
     regression = load(settings.preset)
     data: Split = getattr(regression, settings.evaluate)
-    folder = open_folder(settings)
     model = network.build(settings.hidden, len(regression.features))
     examine = examiner(settings, model.apply)
     trainings = TRAININGS if settings.training == "both" else (settings.training,)
@@ -62,10 +67,12 @@ def run(settings: Settings) -> tuple[Path, dict[str, Any]]:
         save_posterior(folder / f"posterior-{training}.npz", trained.posterior)
         rows = {"y": data.y, **found[training]["columns"]}
         write_npz(folder / f"predictions-{training}.npz", rows)
-    figures.draw(regression, found, data, settings).savefig(folder / "figure.png", dpi=150)
+    with whole(folder / "figure.png") as unfinished:
+        figure = figures.draw(regression, found, data, settings)
+        figure.savefig(unfinished, format="png", dpi=150)
     results = _results(settings, regression, data, found)
     write_json(folder / "results.json", results)
-    return folder, results
+    return results
 
 
 def learn(settings: Settings, model: Model, data: Split, training: str, folder: Path) -> Trained:
@@ -86,7 +93,8 @@ def learn(settings: Settings, model: Model, data: Split, training: str, folder: 
         model.apply, noise_scale=settings.noise_scale, method=settings.method
     )
     problem = Problem(model, data, log_likelihood, name=f"train, {training}", options="")
-    folder.mkdir(exist_ok=True)
+    with naming(folder):
+        folder.mkdir(exist_ok=True)
     chosen = train_config(settings, training)
     return train(settings.inference, chosen, problem, settings.seed, folder)
 
