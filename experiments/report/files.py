@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..pipeline.finished import results_of
+from ..pipeline.finished import check_order, results_of
 from ..pipeline.writing import whole, write_text
 from . import figures, gallery
 from .page import Run, page
@@ -50,6 +50,7 @@ def load(run_dir: Path) -> Run:
 
     Raises:
         FileNotFoundError: naming what is missing.
+        SoundnessError: an attack broke an image that is certified.
         ValueError: results.json and certificates.npz are not of the same evaluation.
     """
     check_files(run_dir)
@@ -63,6 +64,7 @@ def load(run_dir: Path) -> Run:
                 f"results.json says {rate}_accuracy = {said}, certificates.npz says {found}: "
                 "they are not of the same evaluation. Evaluate the run again."
             )
+    check_order(run_dir)
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     # A resumed run may have written an epoch twice; the later line is the one that counts.
     epochs = {line["epoch"]: line for line in map(json.loads, filter(str.strip, lines))}
@@ -81,6 +83,11 @@ def check_files(run_dir: Path) -> None:
     """Raises FileNotFoundError, naming what is missing, unless the folder is of a finished run."""
     if not run_dir.is_dir():
         raise FileNotFoundError(f"there is no folder {run_dir}: give the folder of a finished run")
+    if any(run_dir.glob("predictions-*.npz")):
+        raise FileNotFoundError(
+            f"{run_dir} is of a regression, which writes its report.html itself: its command with "
+            "--resume (python -m experiments.regression ... --resume) writes it again"
+        )
     missing = [name for name in FILES if not (run_dir / name).is_file()]
     if missing:
         raise FileNotFoundError(

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-import bnncert
 from bnncert import attack, certify, likelihood
 from bnncert import prior as priors
 from bnncert.posterior import Samples, spread
@@ -35,6 +34,7 @@ from ..setup.config import RunConfig, to_dict
 from ..setup.data import Dataset, Split, load, validation_split
 from ..setup.methods import name_of
 from ..setup.models import Model, build
+from ..setup.provenance import provenance
 from ..setup.settings import PIXELS, TrainConfig
 
 SPLIT_SEED = 0
@@ -213,8 +213,7 @@ def write_results(
         "kl": trained.last.get("kl"),
         "seconds_per_epoch": trained.seconds_per_epoch,
         "train_seconds": trained.train_seconds,
-        "versions": {"bnncert": bnncert.__version__, "jax": jax.__version__},
-        "device": jax.devices()[0].device_kind,
+        **provenance(),
         **found,
         "class_names": list(dataset.class_names),
     }
