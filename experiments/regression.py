@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         folder, results = run(settings)
-        print(f"{summary(results)}\nfigure: {folder / 'figure.png'}", flush=True)
+        print(f"{summary(results)}\nreport: {folder / 'report.html'}", flush=True)
 
     return attempt(work, EXPECTED, RESUME)
 

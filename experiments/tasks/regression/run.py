@@ -1,20 +1,20 @@
 """One regression from data to certified intervals, robust training beside plain.
 
 A run writes one new folder: config.json; for each training a folder of its name, with metrics.jsonl
-and checkpoints/, and posterior-NAME.npz and predictions-NAME.npz (a row a datum); figure.png; and,
-last, results.json.
+and checkpoints/, and posterior-NAME.npz and predictions-NAME.npz (a row a datum); figure.png;
+results.json; and, last, report.html.
 """
 
+import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import jax
 from tqdm import tqdm
 
-import bnncert
 from bnncert import likelihood
 from bnncert.posterior import spread
 
@@ -23,12 +23,14 @@ from ...pipeline.folder import PLACES, open_folder
 from ...pipeline.inference import Problem
 from ...pipeline.posteriors import save as save_posterior
 from ...pipeline.training import Trained, train
-from ...pipeline.writing import naming, whole, write_json, write_npz
+from ...pipeline.writing import naming, whole, write_json, write_npz, write_text
 from ...setup.config import options_of, to_dict
 from ...setup.data import Split
+from ...setup.logs import SHORT, compiling
 from ...setup.methods import name_of
 from ...setup.models import Model
-from . import figures, network
+from ...setup.provenance import provenance
+from . import figures, network, page
 from .data import Regression, load
 from .evaluation import Columns, Examine, examiner, measure
 from .settings import TRAININGS, Settings, train_config
@@ -68,10 +70,14 @@ def _whole(settings: Settings, folder: Path) -> dict[str, Any]:
         rows = {"y": data.y, **found[training]["columns"]}
         write_npz(folder / f"predictions-{training}.npz", rows)
     with whole(folder / "figure.png") as unfinished:
-        figure = figures.draw(regression, found, data, settings)
-        figure.savefig(unfinished, format="png", dpi=150)
+        picture = figures.picture(regression, found, data, settings)
+        picture.savefig(unfinished, format="png", dpi=150)
     results = _results(settings, regression, data, found)
     write_json(folder / "results.json", results)
+    logs = {name: (folder / name / "metrics.jsonl").read_text().splitlines() for name in found}
+    epochs = {name: [json.loads(line) for line in lines] for name, lines in logs.items()}
+    told = page.Told(settings, regression, data, found, results, epochs)
+    write_text(folder / "report.html", page.page(told))
     return results
 
 
@@ -119,14 +125,18 @@ def evaluate(
     curve: dict[str, list[float]] = {"eps": []}
     steps = settings.curve_points
     at: dict[int, tuple[Columns, dict[str, Any]]] = {}
-    bar = tqdm(range(2 * steps + 1), desc=f"bound and attack, {training}", unit="radius")
-    for step in bar:
-        eps = settings.eps * step / steps
-        columns = examine(posterior, samples, data.x, eps)
-        at[step] = columns, measure(columns, data, settings.noise_scale, eps)
-        for name in ("attacked_rmse", "certified_rmse"):
-            curve.setdefault(name, []).append(at[step][1][name])
-        curve["eps"].append(eps)
+    name, total = f"bound and attack, {training}", 2 * steps + 1
+    with tqdm(total=total, desc=name, unit="radius", delay=SHORT) as bar:
+        for step in range(total):
+            eps = settings.eps * step / steps
+            what = compiling("bounds and attack and running the first radius", bar, 1)
+            with nullcontext() if step else what:
+                columns = examine(posterior, samples, data.x, eps)
+            at[step] = columns, measure(columns, data, settings.noise_scale, eps)
+            for name in ("attacked_rmse", "certified_rmse"):
+                curve.setdefault(name, []).append(at[step][1][name])
+            curve["eps"].append(eps)
+            bar.update()
     columns, measured = at[steps]
     wide = float(spread(posterior))
     results = {
@@ -192,6 +202,5 @@ def _results(
         "tier": "exact; formal under expectation",
         "arithmetic": "float32; real under expectation",
         "settings": {n: v for n, v in options_of(to_dict(settings)).items() if n not in PLACES},
-        "versions": {"bnncert": bnncert.__version__, "jax": jax.__version__},
-        "device": jax.devices()[0].device_kind,
+        **provenance(),
     }
