@@ -112,7 +112,9 @@ def description(kind: type[Any], method: str, known: Sequence[str]) -> str:
         known: the methods there are.
     """
     return (
-        f"{kind.__doc__}\n\n--inference NAME chooses the inference method, one of "
+        f"{kind.__doc__}\n\nAll is written to one new folder (--out), whose report.html is the "
+        "place to begin. A run that was stopped goes on with --resume.\n\n"
+        "--inference NAME chooses the inference method, one of "
         f"{', '.join(known)}. Below are the options of {method}; add --inference NAME to see "
         "those of another."
     )
