@@ -88,7 +88,7 @@ class Options:
         tyro.conf.arg(
             metavar="U",
             help="Largest relative error of one rounding where the network will run, if that is "
-            "less exact than float32: 2^-11 for TF32 (0.00048828125), 2^-8 for bfloat16 (0.00390625).",
+            "less exact than float32: 2^-11 for TF32 (0.00048828125), 2^-8 for bfloat16.",
             help_behavior_hint="(default: that of float32)",
         ),
     ] = None

@@ -42,10 +42,10 @@ def locked(folder: Path) -> Iterator[None]:
         WriteError: the folder cannot be written to.
     """
     path = folder / LOCK
-    with naming(path):
+    with naming(folder):
         file = _taken(path)
     try:
-        with naming(path):
+        with naming(folder):
             file.write(f"{os.getpid()} {socket.gethostname()}\n")
             file.flush()
         yield

@@ -28,7 +28,7 @@ def section(results: Mapping[str, Mapping[str, Any]]) -> str:
         "More certificates and attacks",
         ["ball", "images", "clean %", "attacked %", "certified %", "by", "seconds"],
         rows,
-        note="Of the same predictor, computed after the run; small, 95% intervals",
+        note="Of the same predictor, computed after the run; below a rate, its 95% interval",
     )
     return (
         f"<section><h2>More certificates and attacks</h2>{found}"

@@ -143,6 +143,7 @@ def test_its_page_tells_its_numbers_and_what_could_mislead(
         rmse = results["robust"][f"{name}_rmse"] * results["target_sd"]
         assert f"{rmse:.3g}" in page.text[: page.text.index("Read with care")]
     assert "These are validation data" in page.text and "data are few." in page.text
+    assert ("−log prior" in page.text) == (problem == "sine")  # whose networks have no KL
     assert ("Reach of E f of" in page.text) == (problem == "diabetes")
     assert (
         html.count("<figure") == html.count("<figcaption>") == (3 if problem == "diabetes" else 4)
