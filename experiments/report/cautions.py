@@ -12,6 +12,9 @@ AGREEING = 0.05
 FEW, SHORT = 1000, 20
 """Images under which an interval is told, and steps under which an attack is short."""
 
+NEAR = 0.1
+"""Of the way from guessing to no error: an accuracy under this is hardly better than guessing."""
+
 
 def cautions(results: Mapping[str, Any], num_classes: int) -> Sequence[str]:
     """The sentences that hold for a run, as HTML.
@@ -27,7 +30,7 @@ def cautions(results: Mapping[str, Any], num_classes: int) -> Sequence[str]:
         _no_radius: r["eps"] == 0,
         _farther: r["eps"] > 1.001 * (r.get("train_eps") or r["eps"]),
         _few: r["num_test"] < FEW,
-        _guessing: r["clean_accuracy"] < 2 * guess,
+        _guessing: r["clean_accuracy"] < guess + NEAR * (1 - guess),
         _unattacked: steps == 0,
         _short: steps is not None and 0 < steps < SHORT,
         _agreeing: r["num_samples"] > 1 and _disagreement(r) < AGREEING,

@@ -322,6 +322,12 @@ def test_what_could_mislead_is_said(changed: dict[str, Any], says: str | None) -
     assert tempered == ("kl_weight" not in changed and "agree" in text)
 
 
+def test_guessing_depends_on_the_number_of_classes() -> None:
+    usual = {"eps": 0.1, "num_test": 5000, "num_samples": 1, "curve": {}, "certified_accuracy": 0.5}
+    assert "(50%)" in cautions({**usual, "clean_accuracy": 0.52}, 2)[0]
+    assert not cautions({**usual, "clean_accuracy": 0.8}, 2)
+
+
 def test_an_attack_that_broke_a_certified_image_stops_the_report(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
