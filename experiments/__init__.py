@@ -6,3 +6,27 @@
 
 Imports go from a wing to those before it. `studies` and `benchmarks` stand on all of them.
 """
+
+import sys
+from importlib.util import find_spec
+
+NEEDED = {
+    "flax": "flax",
+    "matplotlib": "matplotlib",
+    "orbax": "orbax-checkpoint",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "tyro": "tyro",
+}
+"""Modules that every command imports, and the packages of the extra `experiments` they are in."""
+
+_missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
+if _missing:
+    _message = (
+        f"experiments need packages that are not installed ({', '.join(_missing)}): in a clone of "
+        'bnncert, run   pip install -e ".[experiments]"'
+    )
+    # While Python looks for the module that -m names, sys.argv[0] is "-m".
+    if sys.argv[:1] == ["-m"]:
+        raise SystemExit(f"error: {_message}")
+    raise ImportError(_message)

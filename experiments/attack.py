@@ -33,13 +33,13 @@ from .tasks.additions import (
     DataDir,
     Images,
     Norm,
-    Radii,
     Record,
     Run,
     check_radii,
     for_each_radius,
     kept_or_computed,
     of_norm,
+    radii,
 )
 
 ATTACKS: dict[str, str] = {
@@ -52,33 +52,41 @@ ATTACKS: dict[str, str] = {
 }
 
 
+EXAMPLES = """\
+  python -m experiments.attack runs/digits-bbb-seed0 --steps 50 --restarts 2
+  python -m experiments.attack runs/digits-bbb-seed0 --eps 0.05 0.1 --attacks pgd apgd-dlr"""
+
+
 @dataclass(frozen=True)
 class Options:
     """Attack the test images of a finished run, by one attack after the other.
 
-    Each goes on with the images that withstood the ones before it. Results are added to the run's
-    folder and report; what the run wrote is not changed. Stopped with Ctrl-C, the same command goes
-    on where it was.
+    Each goes on with the images that withstood the ones before it. Each radius adds a row to the
+    run's report.html, and attack-EPS-STEPSxRESTARTS.json and .npz to its folder; what the run wrote
+    is not changed. Breaking an image that is certified there is an error. Stopped with Ctrl-C, the
+    same command goes on where it was.
     """
 
     run: Run
-    eps: Radii = ()
-    attacks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ()
-    """Which, in this order; by default all that the norm allows."""
+    eps: Annotated[tuple[float, ...], radii("--radius")] = ()
+    attacks: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help_behavior_hint="")
+    ] = ()
+    """Which attacks, in this order; by default all that the norm allows."""
     steps: AtLeast1 = 20
     """Gradient steps of each attack."""
     restarts: AtLeast1 = 1
     """Starting points of each attack."""
     queries: AtLeast1 = 200
-    """Of square, for each restart."""
+    """Predictions that square may ask for, in each restart."""
     targets: Annotated[
         int | None,
         Requirement("at least 1", lambda v: v is None or v >= 1),
-        tyro.conf.arg(metavar="N"),
+        tyro.conf.arg(metavar="N", help_behavior_hint=""),
     ] = None
-    """Classes of targeted; by default all, at most 9."""
-    seed: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Of the random starts; by default the run's."""
+    """Other classes that targeted aims at, one by one; by default all, at most 9."""
+    seed: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
+    """Seed of the random starts; by default the run's."""
     norm: Norm = "inf"
     images: Images = None
     batch_size: BatchSize = 128
@@ -92,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "python -m experiments.attack",
         arguments,
         validate=_validate,
-        description=f"{cleandoc(Options.__doc__ or '')}\n\nattacks:\n{rows(ATTACKS)}",
+        description=f"{cleandoc(Options.__doc__ or '')}\n\nattacks:\n{rows(ATTACKS)}"
+        f"\n\nexamples:\n{EXAMPLES}",
     )
     opened = partial(open_run, options.run, options.data_dir, options.images)
     return for_each_radius(opened, options.eps, partial(attacked, options), summary)

@@ -14,6 +14,7 @@ on where it was.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import cleandoc
 from typing import Annotated, Any
 
 import jax
@@ -35,13 +36,13 @@ from .tasks.additions import (
     DataDir,
     Images,
     Norm,
-    Radii,
     Record,
     Run,
     check_radii,
     for_each_radius,
     kept_or_computed,
     of_norm,
+    radii,
 )
 
 _BEST = {
@@ -53,14 +54,19 @@ _BEST = {
 """How what two methods prove of an image is put together: both hold."""
 
 
+EXAMPLES = """\
+  python -m experiments.certify runs/digits-bbb-seed0 --method crown --radius 0.05 0.1
+  python -m experiments.certify runs/digits-bbb-seed0 --method ibp crown-ibp crown
+  python -m experiments.certify runs/digits-bbb-seed0 --norm 2 --radius 0.5"""
+
 Methods = Annotated[
     tuple[str, ...],
     tyro.conf.arg(
         metavar="METHOD [METHOD ...]",
-        help=f"Bounds: {', '.join(STAGES)}, or with options, 'alpha-crown(steps=100)', "
-        "'crown(lower_slope=zero)'; several are a cascade, each on the images that the ones "
-        "before it leave open: cheap ones first; joint is one linear bound for all samples by "
-        "CROWN.",
+        help=f"Bounds: {', '.join(STAGES)}; with options, in quotes, as "
+        "'alpha-crown(steps=100)' or 'crown(lower_slope=zero)'. Several are a cascade: each looks "
+        "at the images that the ones before it left open, so name cheap ones first. joint is one "
+        "linear bound for all samples by CROWN.",
     ),
 ]
 
@@ -69,16 +75,23 @@ Methods = Annotated[
 class Options:
     """Certify the test images of a finished run: by other bounds, at other radii.
 
-    Results are added to the run's folder and report; what the run wrote is not changed. Stopped
-    with Ctrl-C, the same command goes on where it was.
+    Each radius adds a row to the run's report.html, and certify-METHOD-RADIUS.json and .npz to its
+    folder; what the run wrote is not changed. Stopped with Ctrl-C, the same command goes on where
+    it was.
     """
 
     run: Run
-    radius: Radii = ()
+    radius: Annotated[tuple[float, ...], radii("--eps")] = ()
     method: Methods = ("crown-ibp",)
-    unit_roundoff: Annotated[float | None, tyro.conf.arg(metavar="U")] = None
-    """Of the network's arithmetic, where it is less exact than float32: 2^-11 for TF32
-    (0.00048828125), 2^-8 for bfloat16."""
+    unit_roundoff: Annotated[
+        float | None,
+        tyro.conf.arg(
+            metavar="U",
+            help="Largest relative error of one rounding where the network will run, if that is "
+            "less exact than float32: 2^-11 for TF32 (0.00048828125), 2^-8 for bfloat16.",
+            help_behavior_hint="(default: that of float32)",
+        ),
+    ] = None
     norm: Norm = "inf"
     images: Images = None
     batch_size: BatchSize = 128
@@ -87,7 +100,13 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    options = read(Options, "python -m experiments.certify", arguments, validate=_validate)
+    options = read(
+        Options,
+        "python -m experiments.certify",
+        arguments,
+        validate=_validate,
+        description=f"{cleandoc(Options.__doc__ or '')}\n\nexamples:\n{EXAMPLES}",
+    )
     opened = partial(open_run, options.run, options.data_dir, options.images)
     return for_each_radius(opened, options.radius, partial(certified, options), summary)
 

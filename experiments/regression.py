@@ -8,12 +8,13 @@ writes one new folder (`experiments.tasks.regression.run` says what is in it).
 from collections.abc import Sequence
 
 from .pipeline.evaluation import SoundnessError
+from .pipeline.locks import LockedError
 from .pipeline.training import TrainingError
 from .setup.command import RESUME, attempt
 from .tasks.regression.run import run, summary
 from .tasks.regression.settings import parse
 
-EXPECTED = (OSError, TypeError, ValueError, TrainingError, SoundnessError)
+EXPECTED = (OSError, TypeError, ValueError, TrainingError, SoundnessError, LockedError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         folder, results = run(settings)
-        print(f"{summary(results)}\nfigure: {folder / 'figure.png'}", flush=True)
+        print(f"{summary(results)}\nreport: {folder / 'report.html'}", flush=True)
 
     return attempt(work, EXPECTED, RESUME)
 

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 from .pipeline.allocator import keep_freed_pages
 from .pipeline.evaluation import SoundnessError
+from .pipeline.locks import LockedError
 from .pipeline.training import TrainingError
 from .setup.command import RESUME, attempt
 from .setup.presets import parse
 from .tasks import images
 
-EXPECTED = (OSError, TypeError, ValueError, TrainingError, SoundnessError)
+EXPECTED = (OSError, TypeError, ValueError, TrainingError, SoundnessError, LockedError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

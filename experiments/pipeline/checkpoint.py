@@ -4,6 +4,9 @@ A checkpoint is written to a temporary folder and then renamed, which is atomic;
 after that. NamedTuples, Optax states and typed PRNG keys come back as what they were.
 """
 
+import logging
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from ..setup.logs import errors_only
+from .writing import naming
 
 KEEP = 2
 """Checkpoints that are kept: were the last one damaged on disk, the one before would be there."""
@@ -26,6 +30,7 @@ def save(folder: str | Path, step: int, state: Any) -> None:
 
     Raises:
         ValueError: there is a checkpoint of this step or a later one.
+        WriteError: it cannot be written; nothing of it is left.
     """
     folder = _absolute(folder)
     last = latest(folder)
@@ -40,8 +45,18 @@ def save(folder: str | Path, step: int, state: Any) -> None:
         enable_async_checkpointing=False,  # the caller goes on to report what was saved
         cleanup_tmp_directories=True,  # what a killed process left behind
     )
-    with errors_only(), ocp.CheckpointManager(folder, options=options) as manager:
-        manager.save(step, args=ocp.args.StandardSave(state), force=True)
+    with naming(folder), errors_only(level=logging.CRITICAL):
+        try:
+            with ocp.CheckpointManager(folder, options=options) as manager:
+                manager.save(step, args=ocp.args.StandardSave(state), force=True)
+        except Exception as error:
+            for path in folder.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(path, ignore_errors=True)
+            # The system's error is only told of in the text.
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def latest(folder: str | Path) -> int | None:

@@ -10,6 +10,7 @@ can be checked point by point; a violation stops the run.
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from bnncert.sets import ball
 from bnncert.types import Apply
 
 from ..setup.data import Split
+from ..setup.logs import SHORT, compiling
 from ..setup.settings import PIXELS, EvalConfig
 
 OnBatch = Callable[[np.ndarray, np.ndarray, np.ndarray, np.float32], Any]
@@ -265,10 +267,13 @@ def _over(run: OnBatch, test: Split, size: int, eps: float, name: str | None = N
     The last batch repeats the last image, and loses the copies again.
     """
     num, parts = len(test.y), []
-    with tqdm(total=num, desc=name, unit="image", disable=name is None) as bar:
+    with tqdm(total=num, desc=name, unit="image", disable=name is None, delay=SHORT) as bar:
         for start in range(0, num, size):
             rows = np.minimum(np.arange(start, start + size), num - 1)
-            found = run(test.x[rows], test.y[rows], rows, np.float32(eps))
-            parts.append(jax.tree.map(np.asarray, found))
-            bar.update(min(size, num - start))
+            count = min(size, num - start)
+            what = compiling(f"{name} and running its first batch", bar, count)
+            with what if not start else nullcontext():
+                found = run(test.x[rows], test.y[rows], rows, np.float32(eps))
+                parts.append(jax.tree.map(np.asarray, found))
+            bar.update(count)
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num], *parts)

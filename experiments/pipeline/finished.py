@@ -13,6 +13,7 @@ A computation that is stopped goes on from its .jsonl, whose last line may be cu
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +25,12 @@ from bnncert.types import Apply
 
 from ..setup.config import RunConfig, from_dict
 from ..setup.data import Split, load
+from ..setup.logs import SHORT, compiling
 from ..setup.models import build
 from .deployment import deploy
 from .evaluation import SoundnessError
 from .posteriors import load as load_posterior
+from .writing import naming, write_json, write_npz, write_text
 
 Rows = dict[str, np.ndarray]
 Stage = Callable[[np.ndarray, np.ndarray, np.ndarray], Mapping[str, Any]]
@@ -113,7 +116,7 @@ def in_stages(
     path, num = run.folder / f"{name}.jsonl", len(run.test.y)
     kept = _kept(path, settings)
     rows: Rows = {}
-    with path.open("a") as file:
+    with naming(path), path.open("a") as file:
         if not file.tell():
             _append(file, {"settings": settings})
         for place, (stage, compute) in enumerate(stages.items()):
@@ -123,12 +126,14 @@ def in_stages(
                     _put(rows, num, place, line, merge)
                     todo[line["index"]] = False
             left = np.flatnonzero(todo)
-            with tqdm(total=len(left), desc=stage, unit="image") as bar:
+            with tqdm(total=len(left), desc=stage, unit="image", delay=SHORT) as bar:
                 for start in range(0, len(left), batch_size):
                     index = left[start : start + batch_size]
                     # One shape for one compile: the last batch repeats its last image.
                     padded = index[np.minimum(np.arange(batch_size), len(index) - 1)]
-                    found = compute(run.test.x[padded], run.test.y[padded], padded)
+                    what = compiling(f"{stage} and running its first batch", bar, len(index))
+                    with what if not start else nullcontext():
+                        found = compute(run.test.x[padded], run.test.y[padded], padded)
                     columns = {
                         column: np.asarray(values)[: len(index)].tolist()
                         for column, values in found.items()
@@ -147,15 +152,8 @@ def finish(folder: Path, name: str, record: Mapping[str, Any], rows: Rows) -> No
         SoundnessError: with it a certified image would be broken; nothing is written then.
     """
     check_order(folder, {name: (dict(record), rows)})
-    arrays: dict[str, Any] = rows
-    for suffix, mode, write in (
-        ("npz", "wb", lambda file: np.savez_compressed(file, **arrays)),
-        ("json", "w", lambda file: file.write(json.dumps(record, indent=2) + "\n")),
-    ):
-        temporary = folder / f".{name}.{suffix}.tmp"
-        with temporary.open(mode) as file:
-            write(file)
-        temporary.replace(folder / f"{name}.{suffix}")
+    write_npz(folder / f"{name}.npz", rows)
+    write_json(folder / f"{name}.json", record)
     (folder / f"{name}.jsonl").unlink(missing_ok=True)
 
 
@@ -207,7 +205,7 @@ def _kept(path: Path, settings: Mapping[str, Any]) -> Sequence[Any]:
     text = path.read_text()
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        path.write_text(whole)
+        write_text(path, whole)
     lines = [json.loads(line) for line in whole.splitlines()]
     if lines:
         _same(path, lines[0]["settings"], settings)

@@ -1,19 +1,24 @@
-"""The folder of a run: a new one, or that of the run to resume; its files are written whole."""
+"""The folder of a run: a new one, or that of the run to resume; one process at a time writes it."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from ..setup.config import Run, from_dict, options_of, output_folder, to_dict
+from .locks import LOCK, locked
+from .writing import naming, write_json
 
 PLACES = ("out", "data_dir", "resume")
 """Settings that decide where things are, and no number."""
 
 
-def open_folder(config: Run) -> Path:
-    """Makes the run's folder and its config.json, or finds the run to resume.
+@contextmanager
+def open_folder(config: Run) -> Iterator[Path]:
+    """Makes the run's folder and its config.json, or finds the run to resume; it is locked.
+
+        with open_folder(config) as folder:
+            ...
 
     Args:
         config: checked settings of any task.
@@ -21,7 +26,9 @@ def open_folder(config: Run) -> Path:
     Raises:
         FileExistsError: the folder holds another run.
         FileNotFoundError: there is nothing to resume.
+        LockedError: another process writes to it.
         ValueError: the run to resume has other settings.
+        WriteError: it cannot be written to.
     """
     folder = output_folder(config)
     recorded = folder / "config.json"
@@ -31,34 +38,29 @@ def open_folder(config: Run) -> Path:
                 f"no run to resume in {folder} (there is no config.json); leave out --resume to "
                 "start one, or name its folder with --out"
             )
-        _check_same(from_dict(json.loads(recorded.read_text()), type(config)), config)
-        return folder
+        with locked(folder):
+            _check_same(from_dict(json.loads(recorded.read_text()), type(config)), config)
+            yield folder
+        return
+    _check_new(folder)
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        _check_new(folder)  # nor did another process begin meanwhile
+        write_json(recorded, to_dict(config))
+        yield folder
+
+
+def _check_new(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; choose another --out")
-    # A config.tmp alone is a run that was killed before it began.
-    if folder.exists() and any(path.name != "config.tmp" for path in folder.iterdir()):
+    # These alone are of a run that was killed before it began.
+    begun = {LOCK, ".config.json.tmp"}
+    if folder.exists() and any(path.name not in begun for path in folder.iterdir()):
         raise FileExistsError(
             f"{folder} is not empty: it may hold another run, and nothing in it was touched. "
             "Choose another --out, or continue that run with --resume"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(recorded, to_dict(config))
-    return folder
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file; one that is there is replaced, and never left half written."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    temporary.replace(path)
-
-
-def write_npz(path: Path, arrays: dict[str, Any]) -> None:
-    """Writes arrays likewise, compressed."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
-    temporary.replace(path)
 
 
 def _check_same(recorded: Run, asked: Run) -> None:

@@ -15,6 +15,8 @@ import numpy as np
 
 from bnncert import posterior as posteriors
 
+from .writing import whole
+
 KINDS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
@@ -37,14 +39,13 @@ def save(path: Path, posterior: Any) -> None:
 
     Raises:
         TypeError: it is, or holds, something else; names it and the way out.
+        WriteError: there is no place, or no right to write there.
     """
     arrays: list[np.ndarray] = []
     text = json.dumps(_describe(posterior, arrays))
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        stored: dict[str, Any] = {str(i): array for i, array in enumerate(arrays)}
+    stored: dict[str, Any] = {str(i): array for i, array in enumerate(arrays)}
+    with whole(path) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, description=np.array(text), **stored)
-    temporary.replace(path)
 
 
 def load(path: Path) -> Any:

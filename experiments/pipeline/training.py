@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from bnncert.types import Algorithm, Batch, Threat
 
 from ..setup.data import epoch_batches
+from ..setup.logs import SHORT, compiling
 from ..setup.methods import Inference
 from ..setup.requirements import flag
 from ..setup.schedule import (
@@ -32,6 +34,7 @@ from ..setup.schedule import (
 from ..setup.settings import TrainConfig
 from . import checkpoint
 from .inference import Problem, build_algorithm
+from .writing import naming, write_text
 
 IN_NATS = ("loss", "log_likelihood", "log_prior", "kl")
 """What the methods' infos have in nats over all data; logged per datum."""
@@ -96,26 +99,27 @@ def train(
     x, y = jnp.asarray(data.x), jnp.asarray(data.y)
     schedules = _at_each_epoch(settings, steps_per_epoch)
     saved = time.monotonic()
-    total = settings.epochs * steps_per_epoch
-    with (
-        tqdm(total=total, initial=first * steps_per_epoch, desc=problem.name, unit="step") as bar,
-        open(folder / "metrics.jsonl", "a") as log,
-    ):
+    done = first * steps_per_epoch
+    bar = tqdm(
+        total=settings.epochs * steps_per_epoch,
+        initial=done,
+        desc=problem.name,
+        unit="step",
+        delay=SHORT if first < settings.epochs else 0,
+    )
+    with bar, naming(folder / "metrics.jsonl"), open(folder / "metrics.jsonl", "a") as log:
         for epoch in range(first, settings.epochs):
             started = time.monotonic()
             infos, finite = [], []
             indices, mask = epoch_batches((seed, epoch), num, size)
             for i in range(steps_per_epoch):
                 step = epoch * steps_per_epoch + i
-                state, info, fine = update(
-                    jax.random.fold_in(key, 2),
-                    state,
-                    np.int32(step),
-                    indices[i],
-                    mask[i],
-                    x,
-                    y,
-                )
+                minibatch = indices[i], mask[i], x, y
+                first_one = step == done
+                with compiling("the training step", bar, 1) if first_one else nullcontext():
+                    state, info, fine = update(
+                        jax.random.fold_in(key, 2), state, np.int32(step), *minibatch
+                    )
                 infos.append(info)
                 finite.append(fine)
                 bar.update()
@@ -136,8 +140,8 @@ def train(
             log.flush()
             lines.append(line)
             _show(bar, line["loss"], line["eps"])
-            done = epoch + 1 == settings.epochs
-            if done or time.monotonic() - saved > CHECKPOINT_SECONDS:
+            last = epoch + 1 == settings.epochs
+            if last or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 checkpoint.save(folder / "checkpoints", epoch + 1, (np.int32(epoch + 1), state))
                 saved = time.monotonic()
     spent = [line["seconds"] for line in lines]
@@ -191,9 +195,7 @@ def keep_epochs(path: Path, epochs: int) -> list[dict[str, Any]]:
             break  # the line that was being written
         if line["epoch"] <= epochs:
             lines.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
 

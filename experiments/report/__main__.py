@@ -7,17 +7,23 @@ from typing import Annotated
 
 import tyro
 
+from ..pipeline.evaluation import SoundnessError
+from ..pipeline.locks import LockedError, locked
 from ..setup.command import attempt, read
-from .files import summary_picture, write_report
+from .files import check_files, summary_picture, write_report
 
 
 @dataclass(frozen=True)
 class Options:
-    """Rebuild report.html, one self-contained page, from a finished run's files."""
+    """Write report.html of a finished run of images again: one page, which loads nothing else.
+
+    A run writes it by itself, and so do certificates and attacks that are added; this is for a
+    page of a newer version. A regression writes its own (its command with --resume).
+    """
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The folder of a finished run."""
-    summary: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    summary: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Also draw a picture for a README: test images and accuracy over eps (.png or .svg)."""
 
 
@@ -26,11 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = read(Options, "python -m experiments.report", arguments)
 
     def work() -> None:
-        print(write_report(options.run))
+        check_files(options.run)
+        with locked(options.run):
+            print(write_report(options.run))
         if options.summary:
             print(summary_picture(options.run, options.summary))
 
-    return attempt(work, (FileNotFoundError, ValueError), "nothing was changed")
+    return attempt(work, (OSError, ValueError, LockedError, SoundnessError), "nothing was changed")
 
 
 if __name__ == "__main__":

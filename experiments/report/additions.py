@@ -4,28 +4,37 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from .document import percent_interval, table
+
 
 def section(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The table, by norm and radius, as a section of the page; nothing where there is no result."""
     if not results:
         return ""
     ordered = sorted(results.values(), key=lambda r: (r["norm"] != "inf", r["eps"], r["kind"]))
-    rows = "".join(
-        f"<tr><th scope=row>{_radius(r)}</th><td>{r['num_images']:,}</td>"
-        f"<td>{_percent(r['clean_accuracy'])}</td>"
-        f"<td>{_percent(r.get('attacked_accuracy'))}</td>"
-        f"<td>{_percent(r.get('certified_accuracy'))}</td>"
-        f'<td class="how">{_how(r)}</td><td>{r["seconds"]:,.0f}</td></tr>'
+    rows = [
+        (
+            _radius(r),
+            f"{r['num_images']:,}",
+            _percent(r, "clean"),
+            _percent(r, "attacked"),
+            _percent(r, "certified"),
+            f'<td class="how">{_how(r)}</td>',
+            f"{r['seconds']:,.0f}",
+        )
         for r in ordered
+    ]
+    found = table(
+        "More certificates and attacks",
+        ["ball", "images", "clean %", "attacked %", "certified %", "by", "seconds"],
+        rows,
+        note="Of the same predictor, computed after the run; below a rate, its 95% interval",
     )
     return (
-        '<section><h2>More certificates and attacks</h2><div class="scroll"><table><thead><tr>'
-        "<th scope=col>ball</th><th scope=col>images</th><th scope=col>clean %</th>"
-        "<th scope=col>attacked %</th><th scope=col>certified %</th><th scope=col>by</th>"
-        f"<th scope=col>seconds</th></tr></thead><tbody>{rows}</tbody></table></div>"
-        '<p class="note">Computed after the run, of the same predictor. Several bounds or attacks: '
-        "each on the images that the ones before it left open, with the number it decided. Attacks "
-        "and certificates of one ball were compared image by image.</p></section>"
+        f"<section><h2>More certificates and attacks</h2>{found}"
+        '<p class="note">Several bounds or attacks: each on the images that the ones before it '
+        "left open, with the number it decided. Attacks and certificates of one ball were compared "
+        "image by image.</p></section>"
     )
 
 
@@ -46,5 +55,8 @@ def _how(record: Mapping[str, Any]) -> str:
     return ", ".join(f"{escape(name)}&nbsp;{count:,}" for name, count in counts.items()) + more
 
 
-def _percent(rate: float | None) -> str:
-    return "&ndash;" if rate is None else f"{100 * rate:.1f}"
+def _percent(record: Mapping[str, Any], name: str) -> str:
+    rate = record.get(f"{name}_accuracy")
+    if rate is None:
+        return "&ndash;"
+    return f"{100 * rate:.1f}<small>{percent_interval(rate, record['num_images'])}</small>"

@@ -12,11 +12,12 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from bnncert.metrics import Reliability
 
 from ..pipeline.outcomes import OUTCOMES
+from .document import interval
 from .palette import LIGHT
 
 SMALL = (4.6, 3.3)  # inches; small, so that 9 pt text stays readable on a phone
@@ -42,7 +43,7 @@ def accuracy_over_eps(figure: FigureBase, results: Mapping[str, Any]) -> None:
             curve["eps"], curve[name], color=colour, marker=marks, ms=3, lw=1.8, clip_on=False
         )
         rate = results[f"{name}_accuracy"]
-        error = standard_error(rate, results["num_test"])
+        error = _around(rate, results["num_test"])
         axes.errorbar(eps, rate, error, color=colour, capsize=3, lw=1.2)
     right = max(curve["eps"].max(), eps, train_eps or 0.0, 1e-6)
     axes.set(xlim=(0, right), ylim=(0, 1.0), xlabel="radius ε (L∞, pixels in [0, 1])")
@@ -79,7 +80,7 @@ def reliability(figure: FigureBase, bins: Reliability, ece: float) -> None:
     above.errorbar(
         confidence,
         accuracy,
-        standard_error(accuracy, count[filled]),
+        _around(accuracy, count[filled]),
         fmt="o",
         ms=4,
         lw=1,
@@ -127,18 +128,25 @@ def margins(
     axes.set(xlim=(-1, 1), xlabel="certified lower bound on the margin", ylabel="images")
 
 
-def objective(figure: FigureBase, epochs: Sequence[Mapping[str, Any]]) -> None:
-    """Loss and negative log-likelihood over the epochs, and the KL divergence below."""
+def objective(
+    figure: FigureBase, epochs: Sequence[Mapping[str, Any]], unit: str = "nats per image"
+) -> None:
+    """Loss and negative log-likelihood over the epochs; below, the KL divergence, or -log prior."""
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     loss, fit = _column(epochs, "loss"), -_column(epochs, "log_likelihood")
-    _over_epochs(above, epochs, [(loss, "loss", "ink"), (fit, "-log lik.", "broken")])
-    _over_epochs(below, epochs, [(_column(epochs, "kl"), "KL", "certified")])
     values = np.concatenate([loss, fit])
     values = values[np.isfinite(values)]
     if values.size and values.min() > 0 and values.max() > 20 * values.min():
-        above.set_yscale("log")
-    above.set_ylabel("nats per image")
-    below.set(ylabel="nats per image", xlabel="epoch")
+        above.set_yscale("log")  # before the labels are put at the ends of lines
+        above.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        above.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        above.yaxis.set_minor_formatter(NullFormatter())
+    _over_epochs(above, epochs, [(loss, "loss", "ink"), (fit, "−log lik.", "broken")])
+    known = any(epoch.get("kl") is not None for epoch in epochs)
+    prior = _column(epochs, "kl") if known else -_column(epochs, "log_prior")
+    _over_epochs(below, epochs, [(prior, "KL" if known else "−log prior", "certified")])
+    above.set_ylabel(unit)
+    below.set(ylabel=unit, xlabel="epoch")
 
 
 def validation(figure: FigureBase, epochs: Sequence[Mapping[str, Any]]) -> None:
@@ -210,6 +218,12 @@ def radius_text(eps: float) -> str:
 
 
 _CURVES = {"clean": LIGHT["ink"], "attacked": LIGHT["broken"], "certified": LIGHT["certified"]}
+
+
+def _around(rate: Any, count: Any) -> np.ndarray:
+    """The lengths of the bars of a rate's interval, below and above it."""
+    rate = np.asarray(rate, float)
+    return np.abs(np.stack(interval(rate, count)) - rate).reshape(2, -1)
 
 
 def _axes(axes: Axes) -> Axes:

@@ -4,13 +4,12 @@ The page is one file without outside resources: plots are inline SVG, images inl
 """
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from ..pipeline.finished import results_of
+from ..pipeline.finished import check_order, results_of
+from ..pipeline.writing import whole, write_text
 from . import figures, gallery
 from .page import Run, page
 
@@ -26,11 +25,12 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         FileNotFoundError: the folder, or a file that a finished run has, is missing.
         ValueError: the files contradict one another.
+        WriteError: the page cannot be written.
     """
     run_dir = Path(run_dir)
     text = page(load(run_dir))
     path = run_dir / "report.html"
-    _write(path, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return path
 
 
@@ -40,7 +40,8 @@ def summary_picture(run_dir: Path, path: Path) -> Path:
     pictures = gallery.strip(run.gallery, run.certificates, run.class_names)
     figure = figures.summary(run.results, pictures, columns=4)
     kind = path.suffix.lstrip(".") or "png"
-    _write(path, lambda file: figure.savefig(file, format=kind, dpi=200))
+    with whole(path) as unfinished:
+        figure.savefig(unfinished, format=kind, dpi=200)
     return path
 
 
@@ -49,16 +50,10 @@ def load(run_dir: Path) -> Run:
 
     Raises:
         FileNotFoundError: naming what is missing.
+        SoundnessError: an attack broke an image that is certified.
         ValueError: results.json and certificates.npz are not of the same evaluation.
     """
-    if not run_dir.is_dir():
-        raise FileNotFoundError(f"there is no folder {run_dir}: give the folder of a finished run")
-    missing = [name for name in FILES if not (run_dir / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{run_dir} is not the folder of a finished run: it has no {', '.join(missing)}. "
-            "Finish the run first (python -m experiments.run ... --resume)."
-        )
+    check_files(run_dir)
     results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
     certificates = _arrays(run_dir / "certificates.npz")
     images = _arrays(run_dir / "gallery.npz")
@@ -69,6 +64,7 @@ def load(run_dir: Path) -> Run:
                 f"results.json says {rate}_accuracy = {said}, certificates.npz says {found}: "
                 "they are not of the same evaluation. Evaluate the run again."
             )
+    check_order(run_dir)
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     # A resumed run may have written an epoch twice; the later line is the one that counts.
     epochs = {line["epoch"]: line for line in map(json.loads, filter(str.strip, lines))}
@@ -83,16 +79,23 @@ def load(run_dir: Path) -> Run:
     )
 
 
+def check_files(run_dir: Path) -> None:
+    """Raises FileNotFoundError, naming what is missing, unless the folder is of a finished run."""
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"there is no folder {run_dir}: give the folder of a finished run")
+    if any(run_dir.glob("predictions-*.npz")):
+        raise FileNotFoundError(
+            f"{run_dir} is of a regression, which writes its report.html itself: its command with "
+            "--resume (python -m experiments.regression ... --resume) writes it again"
+        )
+    missing = [name for name in FILES if not (run_dir / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{run_dir} is not the folder of a finished run: it has no {', '.join(missing)}. "
+            "Finish the run first (python -m experiments.run ... --resume)."
+        )
+
+
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     with np.load(path) as arrays:
         return dict(arrays)
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes through a temporary file beside `path`: a reader sees the old file or the new one."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from html import escape
+from pathlib import PurePath
 from typing import Any
 
 from ..setup.config import options_of, to_dict
@@ -64,7 +65,6 @@ def statement(results: Mapping[str, Any]) -> str:
 
 def reproduction(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """The command, the versions and the configuration, as a section of the page."""
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     taken = [
         f"{what} took {results[field]:,.0f} s."
         for what, field in (
@@ -74,12 +74,51 @@ def reproduction(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         )
         if results.get(field) is not None
     ]
-    settings = escape(json.dumps(config, indent=2, ensure_ascii=False))
+    return reproduced(command(config), " ".join(taken), results, config)
+
+
+def reproduced(
+    again: str, taken: str, results: Mapping[str, Any], config: Mapping[str, Any]
+) -> str:
+    """The section of any run's page that tells how to get it again.
+
+    Args:
+        again: the command.
+        taken: sentences on how long it took.
+        results: with its versions, device and commit, as far as they are known.
+        config: its settings.
+    """
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    known = [f"Versions: {escape(versions)}."]
+    if results.get("device"):
+        known.append(f"Device: {escape(str(results['device']))}.")
+    if results.get("commit"):
+        head, _, changed = str(results["commit"]).partition("+")
+        known.append(
+            f"Commit: <code>{escape(head[:12])}</code>"
+            + (", with changes that are in no commit." if changed else ".")
+        )
+    settings = escape(json.dumps(portable(config), indent=2, ensure_ascii=False))
     return (
-        f"<section><h2>Reproduce this run</h2><pre>{escape(command(config))}</pre>"
-        f'<p class="soft">{" ".join(taken)} Versions: {escape(versions)}.</p>'
-        f"<details><summary>Configuration</summary><pre>{settings}</pre></details></section>"
+        f'<section><h2>Reproduce this run</h2><pre tabindex="0">{escape(again)}</pre>'
+        f'<p class="soft">{escape(taken)} {" ".join(known)}</p>'
+        "<details><summary>Configuration</summary>"
+        f'<pre tabindex="0">{settings}</pre></details></section>'
     )
+
+
+def portable(value: Any) -> Any:
+    """Settings without the folders of a machine: of an absolute path, its last part.
+
+    >>> portable({"out": "/home/me/runs/one", "seed": 1})
+    {'out': '.../one', 'seed': 1}
+    """
+    if isinstance(value, Mapping):
+        return {name: portable(child) for name, child in value.items()}
+    if isinstance(value, list):
+        return [portable(child) for child in value]
+    absolute = isinstance(value, str) and PurePath(value).is_absolute()
+    return f".../{PurePath(value).name}" if absolute else value
 
 
 def command(config: Mapping[str, Any]) -> str:
@@ -114,4 +153,5 @@ def _option(option: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         head, _, name = option.rpartition(".")
         return [option if value else f"{head}.no-{name}" if head else f"--no-{name[2:]}"]
+    value = portable(value)
     return [option, *map(str, value)] if isinstance(value, list) else [option, str(value)]

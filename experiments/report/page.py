@@ -5,21 +5,21 @@ over the radius, single images, classes, training, and what the certificates do 
 All text from a run is escaped; nothing is loaded from elsewhere.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import FigureBase
 
 from bnncert import metrics
 
 from ..pipeline.outcomes import OUTCOMES, by_class, outcomes
 from ..setup.methods import METHODS, about
 from . import additions, figures, fineprint, gallery, palette
+from . import cautions as misleading
+from .document import cautions, document, figure, percent_interval, table
 
 
 class Run(NamedTuple):
@@ -42,6 +42,7 @@ def page(run: Run) -> str:
         section(run)
         for section in (
             _headline,
+            _cautions,
             _tables,
             _over_eps,
             _additions,
@@ -51,13 +52,7 @@ def page(run: Run) -> str:
             _fine_print,
         )
     )
-    css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}: certified robustness</title><style>{palette.css()}{css}</style>"
-        f"</head><body><main>{body}</main></body></html>\n"
-    )
+    return document(title, body)
 
 
 def _headline(run: Run) -> str:
@@ -85,6 +80,10 @@ def _headline(run: Run) -> str:
     )
 
 
+def _cautions(run: Run) -> str:
+    return cautions(misleading.cautions(run.results, len(run.class_names)))
+
+
 def _tables(run: Run) -> str:
     r = run.results
     rows = (
@@ -92,12 +91,20 @@ def _tables(run: Run) -> str:
         ("attacked", "Attacked", "still correct after the attack"),
         ("certified", "Certified", "proved correct in the whole ball"),
     )
-    order = "".join(
-        f"<tr><th scope=row>{label}<small>{hint}</small></th>"
-        f'<td class="key">{_percent(r[f"{name}_accuracy"])} <small>&plusmn; '
-        f"{100 * figures.standard_error(r[f'{name}_accuracy'], r['num_test']):.1f}</small></td>"
-        f"<td>{round(r[f'{name}_accuracy'] * r['num_test']):,}</td></tr>"
-        for name, label, hint in rows
+    order = table(
+        "Accuracies: clean, attacked, certified",
+        ["", "accuracy", "95% interval", f"of {r['num_test']:,}"],
+        [
+            (
+                f"{label}<small>{hint}</small>",
+                f'<td class="key">{_percent(r[f"{name}_accuracy"])}</td>',
+                percent_interval(r[f"{name}_accuracy"], r["num_test"]),
+                f"{round(r[f'{name}_accuracy'] * r['num_test']):,}",
+            )
+            for name, label, hint in rows
+        ],
+        kind="order",
+        note=f"Test images with {fineprint.ball(r['eps'])}, pixels in [0,&nbsp;1]",
     )
     quality = (
         ("nll", "Negative log-likelihood", "nats per image", "{:.3f}"),
@@ -109,23 +116,24 @@ def _tables(run: Run) -> str:
         ("posterior_scale", "Posterior spread", "median sd / median |location|", "{:.2g}"),
         ("seconds_per_epoch", "Seconds per epoch", "", "{:.3g}"),
     )
-    values = "".join(
-        f"<tr><th scope=row>{label}{f' <small>{hint}</small>' if hint else ''}</th>"
-        f"<td>{_number(r.get(name), form)}</td></tr>"
-        for name, label, hint, form in quality
+    values = table(
+        "Likelihood, calibration, uncertainty",
+        [],
+        [
+            (f"{label}{f' <small>{hint}</small>' if hint else ''}", _number(r.get(name), form))
+            for name, label, hint, form in quality
+        ],
+        kind="values",
+        note="Of the deployed predictor on the clean test images",
     )
     return (
-        '<div class="pair" style="margin-top:2rem"><section class="panel"><h2>Clean &ge; attacked '
-        '&ge; certified</h2><table class="order"><thead><tr><th></th><th scope=col>accuracy, '
-        f"points</th><th scope=col>of {r['num_test']:,}</th></tr></thead>"
-        f"<tbody>{order}</tbody></table>"
-        '<p class="note">&plusmn; one binomial standard error. Ball: '
-        f"{fineprint.ball(r['eps'])}, pixels in [0,&nbsp;1]. "
-        f"Attack: {escape(r.get('attack') or 'PGD')}. Bounds: "
+        '<div class="pair tables"><section class="panel"><h2>Clean &ge; attacked &ge; certified'
+        f'</h2>{order}<p class="note">Intervals: Clopper and Pearson\'s, the test images being a '
+        f"sample of others like them. Attack: {escape(r.get('attack') or 'PGD')}. Bounds: "
         f"{escape(str(r.get('certify_method') or 'unknown'))}. True robust accuracy lies between "
         "the last two rows.</p></section>"
-        '<section class="panel"><h2>Likelihood, calibration, uncertainty</h2>'
-        f'<table class="values"><tbody>{values}</tbody></table></section></div>'
+        f'<section class="panel"><h2>Likelihood, calibration, uncertainty</h2>{values}</section>'
+        "</div>"
     )
 
 
@@ -137,19 +145,24 @@ def _over_eps(run: Run) -> str:
     curve = r["curve"]
     count, steps = curve.get("num_images"), curve.get("attack_steps")
     on = "all test images" if count in (None, r["num_test"]) else f"the first {count:,} test images"
-    attack = f"PGD with {steps} steps" if steps else "PGD"
+    attack = "no attack" if steps == 0 else f"PGD with {steps} steps" if steps else "PGD"
     plots = (
-        _figure(
+        figure(
             "Accuracy over the radius",
             lambda f: figures.accuracy_over_eps(f, r),
             f"On {on}, {attack}. The shaded band is what neither proof nor attack decides. Bars at "
-            "the test radius: one standard error of the accuracies on the whole test set.",
+            "the test radius: 95% intervals of the accuracies on the whole test set.",
+            size=figures.SMALL,
+            said=_ends(curve),
         ),
-        _figure(
+        figure(
             "Reliability",
             lambda f: figures.reliability(f, bins, r["ece"]),
-            "Accuracy against confidence of the clean predictions, with standard errors; on the "
-            "dotted line, a prediction made with 70% confidence is right 70% of the time.",
+            "Accuracy against confidence of the clean predictions, with 95% intervals; on the "
+            "dotted line, a prediction made with 70% confidence is right 70% of the time. Below, "
+            "how many images a point stands for.",
+            size=figures.SMALL,
+            said=f"Expected calibration error {r['ece']:.3f}.",
         ),
     )
     return f'<div class="pair">{"".join(plots)}</div>'
@@ -177,49 +190,55 @@ def _classes(run: Run) -> str:
     counts = by_class(run.certificates, len(run.class_names))
     totals = np.maximum(counts.sum(1), 1)
     rates = np.cumsum(counts, axis=1) / totals[:, None]
-    rows = "".join(
-        f"<tr><th scope=row>{escape(name)}</th><td>{counts[c].sum():,}</td>"
-        f'<td class="thin">{_bar(counts[c])}</td><td>{100 * rates[c, 2]:.1f}</td>'
-        f"<td>{100 * rates[c, 1]:.1f}</td><td><b>{100 * rates[c, 0]:.1f}</b></td></tr>"
-        for c, name in enumerate(run.class_names)
-        if counts[c].sum()
+    classes = table(
+        "Accuracies by true class",
+        ["", "images", "outcomes", "clean %", "attacked %", "certified %"],
+        [
+            (
+                escape(name),
+                f"{counts[c].sum():,}",
+                f'<td class="thin">{_bar(counts[c])}</td>',
+                *(f"{100 * rates[c, place]:.1f}" for place in (2, 1)),
+                f"<b>{100 * rates[c, 0]:.1f}</b>",
+            )
+            for c, name in enumerate(run.class_names)
+            if counts[c].sum()
+        ],
+        note="Test images of each class; the bar has the outcomes in their colours",
     )
     of, outcome = run.certificates, outcomes(run.certificates)
     confidence = np.max(of["probs"], axis=1)
-    kinds = "".join(
-        f"<tr><th scope=row>{gallery.symbol(i)}{kind.name}</th><td>{np.sum(outcome == i):,}</td>"
-        + "".join(
-            f"<td>{np.median(values[outcome == i]):{form}}</td>"
-            for values, form in (
-                (confidence, ".2f"),
-                (of["mutual_information"], ".4f"),
-                (of["margin"], "+.2f"),
+    columns = (confidence, ".2f"), (of["mutual_information"], ".4f"), (of["margin"], "+.2f")
+    kinds = table(
+        "What sets the outcomes apart",
+        ["", "images", "confidence", "mutual inf.", "margin bound"],
+        [
+            (
+                f"{gallery.symbol(i)}{kind.name}",
+                f"{np.sum(outcome == i):,}",
+                *(f"{np.median(values[outcome == i]):{form}}" for values, form in columns),
             )
-        )
-        + "</tr>"
-        for i, kind in enumerate(OUTCOMES)
-        if np.any(outcome == i)
+            for i, kind in enumerate(OUTCOMES)
+            if np.any(outcome == i)
+        ],
+        note="Medians over the test images; mutual information in nats",
     )
     margins = palette.svg(
         lambda f: figures.margins(f, of["margin"], outcome),
         figures.LOW,
-        "Certified margin bounds of all test images, by outcome",
+        "Histogram of the certified margin bounds of all test images, by outcome. "
+        f"{np.mean(of['margin'] > 0):.0%} are above zero, where the class is proved to stay.",
     )
     stubborn = int(np.sum(~np.asarray(of["clean_correct"], bool) & np.asarray(of["robust"], bool)))
     wrong = int(np.sum(outcome == len(OUTCOMES) - 1))
     return (
-        '<div class="pair"><section class="panel"><h2>By true class</h2><div class="scroll"><table>'
-        "<thead><tr><th></th><th scope=col>images</th><th></th><th scope=col>clean %</th>"
-        "<th scope=col>attacked %</th><th scope=col>certified %</th></tr></thead>"
-        f"<tbody>{rows}</tbody></table></div></section>"
-        '<section class="panel"><h2>What sets the outcomes apart</h2><div class="scroll"><table>'
-        "<caption>Medians over the test images; mutual information in nats</caption>"
-        "<thead><tr><th></th><th scope=col>images</th><th scope=col>confidence</th>"
-        "<th scope=col>mutual inf.</th><th scope=col>margin bound</th></tr></thead>"
-        f"<tbody>{kinds}</tbody></table></div>"
+        f'<div class="pair tables"><section class="panel"><h2>By true class</h2>{classes}</section>'
+        f'<section class="panel"><h2>What sets the outcomes apart</h2>{kinds}'
         f'<p class="note">Of the {wrong:,} misclassified images, {stubborn:,} '
         f"{'is' if stubborn == 1 else 'are'} proved to keep the wrong class in the whole ball: a "
-        f"certificate of robustness is not one of correctness.</p>{margins}</section></div>"
+        f"certificate of robustness is not one of correctness.</p><figure>{margins}<figcaption>"
+        "Certified lower bounds on the margins of all test images, in the colours of the outcomes."
+        "</figcaption></figure></section></div>"
     )
 
 
@@ -227,19 +246,23 @@ def _training(run: Run) -> str:
     held_out = any(epoch.get("val_clean_accuracy") is not None for epoch in run.epochs)
     schedule = "the training radius &epsilon; and the weight &lambda; of the clean likelihood."
     plots = (
-        _figure(
+        figure(
             "Objective",
             lambda f: figures.objective(f, run.epochs),
             "Training loss and negative robust log-likelihood, and the KL divergence of posterior "
-            "and prior (of a single network: its penalty). Shaded: the radius is ramped up, so the "
-            "task becomes harder.",
+            "and prior (of single networks: minus their log prior). Shaded: the radius is ramped "
+            "up, so the task becomes harder.",
+            size=figures.SMALL,
+            said=f"Over {len(run.epochs)} epochs.",
         ),
-        _figure(
+        figure(
             "Validation" if held_out else "Schedule",
             lambda f: figures.validation(f, run.epochs),
             f"Accuracy on held-out training images; below, {schedule}"
             if held_out
             else f"No images were held out. Drawn are {schedule}",
+            size=figures.SMALL,
+            said=f"Over {len(run.epochs)} epochs.",
         ),
     )
     return f'<h2>Training</h2><div class="pair">{"".join(plots)}</div>'
@@ -249,11 +272,10 @@ def _fine_print(run: Run) -> str:
     return fineprint.statement(run.results) + fineprint.reproduction(run.results, run.config)
 
 
-def _figure(title: str, draw: Callable[[FigureBase], None], caption: str) -> str:
-    return (
-        f'<figure class="panel"><h3>{title}</h3>{palette.svg(draw, figures.SMALL, title)}'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+def _ends(curve: Mapping[str, Any]) -> str:
+    """What a curve of accuracies says at its last radius, in words."""
+    rates = ", ".join(f"{n} {_percent(curve[n][-1])}" for n in ("clean", "attacked", "certified"))
+    return f"At the largest radius, {curve['eps'][-1]:.3g}: {rates}."
 
 
 def _bar(counts: np.ndarray) -> str:
@@ -274,6 +296,7 @@ _NAMES = {
     "cifar10": "CIFAR-10",
     "mlp": "Multilayer perceptron",
     "cnn": "Convolutional network",
+    "cnn-bn": "Convolutional network with batch-norm",
 }
 
 
@@ -287,6 +310,8 @@ def _method(name: str) -> str:
 
 
 def _attack(results: Mapping[str, Any]) -> str:
+    if results.get("attack") == "none":
+        return "no attack at all, for none was tried"
     method, _, details = str(results.get("attack") or "PGD").partition(", ")
     return f"an attack by {method}" + (f" ({details})" if details else "")
 

@@ -44,7 +44,7 @@ def css() -> str:
         "".join(f"--{name}:{colour};" for name, colour in palette.items())
         for palette in (LIGHT, DARK)
     )
-    return f":root{{{light}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}"
+    return f":root{{{light}}}@media screen and (prefers-color-scheme: dark){{:root{{{dark}}}}}"
 
 
 def svg(draw: Callable[[FigureBase], None], size: tuple[float, float], description: str) -> str:

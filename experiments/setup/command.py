@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
+from .logs import lines_in_files
 from .methods import about
 from .requirements import check, check_name
 
@@ -111,7 +112,9 @@ def description(kind: type[Any], method: str, known: Sequence[str]) -> str:
         known: the methods there are.
     """
     return (
-        f"{kind.__doc__}\n\n--inference NAME chooses the inference method, one of "
+        f"{kind.__doc__}\n\nAll is written to one new folder (--out), whose report.html is the "
+        "place to begin. A run that was stopped goes on with --resume.\n\n"
+        "--inference NAME chooses the inference method, one of "
         f"{', '.join(known)}. Below are the options of {method}; add --inference NAME to see "
         "those of another."
     )
@@ -126,7 +129,8 @@ def attempt(work: Callable[[], None], errors: tuple[type[BaseException], ...], a
         again: how to go on after Ctrl-C.
     """
     try:
-        work()
+        with lines_in_files():
+            work()
     except errors as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

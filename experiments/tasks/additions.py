@@ -11,6 +11,7 @@ import tyro
 
 from ..pipeline.evaluation import SoundnessError
 from ..pipeline.finished import Finished, Rows, already, finish
+from ..pipeline.locks import LockedError, locked
 from ..report.files import write_report
 from ..setup.command import attempt
 from ..setup.requirements import AtLeast1, one_of
@@ -22,26 +23,52 @@ Record = dict[str, Any]
 Run = Annotated[
     tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help="The folder of a finished run.")
 ]
-Radii = Annotated[
-    tuple[float, ...],
-    tyro.conf.arg(
-        metavar="EPS [EPS ...]",
-        help="Radii, in units of pixels in [0, 1]; by default the run's own.",
+Norm = Annotated[
+    str,
+    *one_of(
+        "norm",
+        tuple(NORMS),
+        "What a radius measures: the largest change of a pixel (inf), or the change's Euclidean "
+        "length (2).",
     ),
 ]
-Norm = Annotated[str, *one_of("norm", tuple(NORMS), "Norm of the ball.")]
-Images = Annotated[int | None, tyro.conf.arg(metavar="N", help="The first N test images alone.")]
+Images = Annotated[
+    int | None,
+    tyro.conf.arg(
+        metavar="N", help="The first N test images alone; by default all.", help_behavior_hint=""
+    ),
+]
 BatchSize = Annotated[
     AtLeast1, tyro.conf.arg(metavar="N", help="Images at once; memory grows with it.")
 ]
 DataDir = Annotated[
-    Path | None, tyro.conf.arg(metavar="DIR", help="TFDS data folder; by default the run's own.")
+    Path | None,
+    tyro.conf.arg(
+        metavar="DIR",
+        help="TFDS data folder; by default the one that the run read.",
+        help_behavior_hint="",
+    ),
 ]
+
+
+def radii(alias: str) -> Any:
+    """Metadata of an option for radii.
+
+    Args:
+        alias: its other name: certificates and attacks answer to both.
+    """
+    return tyro.conf.arg(
+        metavar="EPS [EPS ...]",
+        aliases=[alias],
+        help="Radii, in units of pixels in [0, 1] (2/255 is 0.00784), a result each; by default "
+        "the one that the run was tested at.",
+        help_behavior_hint="",
+    )
 
 
 def for_each_radius(
     opened: Callable[[], Finished],
-    radii: Sequence[float],
+    chosen: Sequence[float],
     result: Callable[[Finished, float], Record],
     summary: Callable[[Record], str],
 ) -> int:
@@ -49,7 +76,7 @@ def for_each_radius(
 
     Args:
         opened: `() -> run`.
-        radii: the run's own where there are none.
+        chosen: radii; the run's own where there are none.
         result: `(run, radius) -> record`, computed or read.
         summary: of a record, in a line.
 
@@ -59,11 +86,12 @@ def for_each_radius(
 
     def work() -> None:
         run = opened()
-        for radius in radii or (run.config.eval.eps,):
-            print(summary(result(run, radius)), flush=True)
-        print(f"report: {write_report(run.folder)}")
+        with locked(run.folder):
+            for radius in chosen or (run.config.eval.eps,):
+                print(summary(result(run, radius)), flush=True)
+            print(f"report: {write_report(run.folder)}")
 
-    expected = (OSError, ValueError, SoundnessError)
+    expected = (OSError, ValueError, SoundnessError, LockedError)
     return attempt(work, expected, "the same command goes on from here")
 
 

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-import bnncert
 from bnncert import attack, certify, likelihood
 from bnncert import prior as priors
 from bnncert.posterior import Samples, spread
@@ -24,16 +23,18 @@ from bnncert.types import Apply, LogLikelihood
 from ..pipeline import outcomes
 from ..pipeline.deployment import deploy, deployable
 from ..pipeline.evaluation import Evaluated, evaluate
-from ..pipeline.folder import open_folder, write_json, write_npz
+from ..pipeline.folder import open_folder
 from ..pipeline.inference import Measure, Problem, refine
 from ..pipeline.posteriors import load as load_posterior
 from ..pipeline.posteriors import save as save_posterior
 from ..pipeline.training import Trained, train
+from ..pipeline.writing import write_json, write_npz
 from ..report.files import write_report
 from ..setup.config import RunConfig, to_dict
 from ..setup.data import Dataset, Split, load, validation_split
 from ..setup.methods import name_of
 from ..setup.models import Model, build
+from ..setup.provenance import provenance
 from ..setup.settings import PIXELS, TrainConfig
 
 SPLIT_SEED = 0
@@ -53,11 +54,16 @@ def run(config: RunConfig) -> Path:
         FileExistsError: the folder holds another run.
         FileNotFoundError: the data set is not there; or nothing to resume.
         ValueError: `--resume` with other settings than the run's own.
-        TrainingError, SoundnessError: see there.
+        TrainingError, SoundnessError, LockedError, WriteError: see there.
     """
     dataset = load(config.dataset, config.data_dir)  # before anything is written
     model = begun_at(build(config.model, dataset), config.start)
-    folder = open_folder(config)
+    with open_folder(config) as folder:
+        return _whole(config, dataset, model, folder)
+
+
+def _whole(config: RunConfig, dataset: Dataset, model: Model, folder: Path) -> Path:
+    """All of a run, from its settings and data to the report in its folder."""
     train_set, held = validation_split(dataset.train, config.train.validation, SPLIT_SEED)
     _say(
         f"{config.preset}: {name_of(config.inference)} on {len(train_set.y)} images, "
@@ -207,8 +213,7 @@ def write_results(
         "kl": trained.last.get("kl"),
         "seconds_per_epoch": trained.seconds_per_epoch,
         "train_seconds": trained.train_seconds,
-        "versions": {"bnncert": bnncert.__version__, "jax": jax.__version__},
-        "device": jax.devices()[0].device_kind,
+        **provenance(),
         **found,
         "class_names": list(dataset.class_names),
     }

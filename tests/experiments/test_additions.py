@@ -200,6 +200,8 @@ def test_an_attack_on_a_certified_image_stops_it(added: Path, tmp_path: Path) ->
     ("program", "options", "status", "message"),
     [
         (certify, ["--radius", "8"], 2, r"--radius 8: a radius must be finite"),
+        (certify, ["--eps", "8"], 2, r"--radius 8: a radius must be finite"),
+        (attack, ["--radius", "8"], 2, r"--eps 8: a radius must be finite"),
         (certify, ["--method", "ibp", "ibp"], 2, "name each once"),
         (certify, ["--method", "corwn"], 2, "invalid choice: 'corwn'"),
         (

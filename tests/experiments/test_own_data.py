@@ -16,9 +16,10 @@ from bnncert import certify, likelihood
 from bnncert.sets import ball
 from experiments.pipeline import training
 from experiments.pipeline.deployment import deploy
-from experiments.pipeline.folder import open_folder, write_json
+from experiments.pipeline.folder import open_folder
 from experiments.pipeline.inference import Problem, refine
 from experiments.pipeline.training import train
+from experiments.pipeline.writing import write_json
 from experiments.setup import command
 from experiments.setup.data import Split
 from experiments.setup.methods import BBB, METHODS, Inference, name_of
@@ -69,7 +70,11 @@ def apply(params: Any, x: Any) -> jax.Array:
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    folder = open_folder(settings)
+    with open_folder(settings) as folder:
+        return learned(settings, folder)
+
+
+def learned(settings: Settings, folder: Path) -> dict[str, Any]:
     problem = Problem(Model(apply, init, dense=True), points(0, 64), LIKELIHOOD)
     method, test = settings.inference, points(1, 50)
     trained = train(method, settings.train, problem, settings.seed, folder)

@@ -1,6 +1,9 @@
 import contextlib
+import dataclasses
 import io
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,13 @@ from bnncert.sets import Box
 from experiments.pipeline import training
 from experiments.pipeline.evaluation import SoundnessError
 from experiments.regression import main
+from experiments.report import __main__ as report
 from experiments.setup.config import from_dict
 from experiments.setup.data import Split
 from experiments.setup.methods import BBB, name_of
 from experiments.setup.schedule import threat_schedule
 from experiments.tasks.regression import data, evaluation, network, run, settings
+from tests.experiments.test_report import Markup
 
 TINY = (
     "--epochs 4 --hidden 4 --num-samples 3 --attack-steps 3 --curve-points 1 "
@@ -29,6 +34,7 @@ FILES = {
     "config.json",
     "results.json",
     "figure.png",
+    "report.html",
     "robust",
     "plain",
     *(
@@ -121,6 +127,39 @@ def test_a_run_leaves_its_folder_and_ordered_numbers(
     assert lines[-1]["eps"] == 0 and lines[-1]["lam"] == 1
     known = from_dict(json.loads((folder / "config.json").read_text()), settings.Settings)
     assert known == settings.parse([problem, *TINY, *OWN[problem], "--out", str(folder)])
+
+
+@pytest.mark.parametrize("problem", ["diabetes", "sine"])
+def test_its_page_tells_its_numbers_and_what_could_mislead(
+    problem: str, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(problem)
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    page, results = Markup(html), json.loads((folder / "results.json").read_text())
+    assert page.open == [] and len(set(page.ids)) == len(page.ids)
+    assert not re.search(r"<script|<link|<iframe|@import|url\((?!#)", html)
+    assert "nan" not in page.text.split() and str(folder.parent) not in html
+    for name in ("clean", "attacked", "certified"):
+        rmse = results["robust"][f"{name}_rmse"] * results["target_sd"]
+        assert f"{rmse:.3g}" in page.text[: page.text.index("Read with care")]
+    assert "These are validation data" in page.text and "data are few." in page.text
+    assert ("−log prior" in page.text) == (problem == "sine")  # whose networks have no KL
+    assert ("Reach of E f of" in page.text) == (problem == "diabetes")
+    assert (
+        html.count("<figure") == html.count("<figcaption>") == (3 if problem == "diabetes" else 4)
+    )
+    assert f"python -m experiments.regression {problem} --inference" in page.text
+    told = page.text[page.text.index("python -m experiments.regression") :]
+    words = shlex.split(told[: told.index("Training took")])[3:]
+    recorded = from_dict(json.loads((folder / "config.json").read_text()), settings.Settings)
+    assert settings.parse(words) == dataclasses.replace(recorded, out=None)
+
+
+def test_the_report_command_sends_a_regression_to_its_own(
+    sine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main([str(sine)]) == 1
+    assert "python -m experiments.regression ... --resume" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_something_is_refused(sine: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from collections import Counter
 from html import escape
 from html.parser import HTMLParser
@@ -17,13 +18,19 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
+from scipy.optimize import brentq
+from scipy.stats import binom
 from sklearn.datasets import load_digits
 
 from bnncert.metrics import ece
 from experiments.pipeline.outcomes import OUTCOMES, by_class, outcomes, pick
+from experiments.report import figures
 from experiments.report import files as report
 from experiments.report.__main__ import main
+from experiments.report.cautions import cautions
+from experiments.report.document import interval, percent_interval
 from experiments.report.figures import radius_text
 from experiments.report.fineprint import command
 from experiments.report.gallery import png
@@ -31,6 +38,7 @@ from experiments.report.palette import DARK, LIGHT
 from experiments.setup.config import to_dict
 from experiments.setup.methods import MAP
 from experiments.setup.presets import PRESETS, parse
+from experiments.setup.provenance import commit, provenance
 
 EPS, TRAIN_EPS, RADII = 0.05, 0.06, [0.0, 0.02, 0.04, 0.05, 0.06, 0.08, 0.1]
 ACCURACIES = {"clean": "clean_correct", "attacked": "attacked_correct", "certified": "certified"}
@@ -70,7 +78,7 @@ def test_markup_is_balanced_and_ids_are_unique(html: str) -> None:
     assert used and set(used) <= set(page.ids)
 
 
-def test_table_shows_rates_standard_errors_and_counts(finished: Path, html: str) -> None:
+def test_table_shows_rates_intervals_and_counts(finished: Path, html: str) -> None:
     certificates = np.load(finished / "certificates.npz")
     rows = dict(re.findall(r"<th scope=row>(\w+)<small>[^<]*</small></th>(.*?)</tr>", html))
     shown = []
@@ -79,7 +87,7 @@ def test_table_shows_rates_standard_errors_and_counts(finished: Path, html: str)
         numbers = [
             float(x) for x in re.findall(r"[\d.]+", re.sub("<[^>]*>", " ", rows[name.title()]))
         ]
-        expected = [100 * k / n, 100 * (k / n * (1 - k / n) / n) ** 0.5, k]
+        expected = [100 * k / n, *(100 * end for end in exact_interval(k, n)), k]
         np.testing.assert_allclose(numbers, expected, atol=0.0501)
         assert f"<b>{100 * k / n:.1f}%</b>" in html or f">{100 * k / n:.1f}% are proved</b>" in html
         shown.append(numbers[0])
@@ -105,6 +113,7 @@ def test_quality_table_shows_the_results(finished: Path, html: str) -> None:
 def test_class_table_equals_a_count_by_hand(finished: Path, html: str) -> None:
     certificates = dict(np.load(finished / "certificates.npz"))
     counts = by_class(certificates, 10)
+    of_table = html[html.index("<h2>By true class") :]
     for c in range(10):
         of_class = certificates["label"] == c
         cumulated = counts[c].cumsum()
@@ -112,8 +121,23 @@ def test_class_table_equals_a_count_by_hand(finished: Path, html: str) -> None:
             assert cumulated[column] == np.sum(certificates[field][of_class])
         assert cumulated[-1] == of_class.sum()
         rate = 100 * np.mean(certificates["certified"][of_class])
-        row = re.search(rf"<tr><th scope=row>{c}</th>(.*?)</tr>", html)
+        row = re.search(rf"<tr><th scope=row>{c}</th>(.*?)</tr>", of_table)
         assert row and row[1].endswith(f"<b>{rate:.1f}</b></td>")
+
+
+def exact_interval(hits: int, num: int) -> tuple[float, float]:
+    """Where as few, or as many, hits have a chance of 2.5%: bisection of the binomial's tails."""
+    low: Any = brentq(lambda p: binom.sf(hits - 1, num, p) - 0.025, 1e-12, 1 - 1e-12)
+    high: Any = brentq(lambda p: binom.cdf(hits, num, p) - 0.025, 1e-12, 1 - 1e-12)
+    return low, high
+
+
+def test_intervals_are_exact_and_known_at_the_ends() -> None:
+    for hits, num in ((1, 20), (19, 20), (333, 360)):
+        np.testing.assert_allclose(interval(hits / num, num), exact_interval(hits, num), rtol=1e-6)
+    assert interval(0.0, 10)[0] == 0 and interval(1.0, 10)[1] == 1
+    np.testing.assert_allclose(interval(1.0, 10)[0], 0.025**0.1)  # p^10 = 0.025
+    assert percent_interval(1.0, 10) == "69.2 to 100.0"
 
 
 def test_outcomes_refuse_a_certified_image_that_the_attack_broke(finished: Path) -> None:
@@ -224,6 +248,125 @@ def test_special_runs(tmp_path: Path, options: dict[str, Any], words: str) -> No
     assert not re.search(r"\bnan\b|\binf\b(?!\.)", page.text)
     assert ("difference of the two" in html) == options.get("attacked_images", True)
     assert report.summary_picture(run, tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_every_picture_and_table_is_named_and_scrolls_by_itself(html: str) -> None:
+    assert not re.search(r"<svg(?![^>]*aria-label=\"[^\"]{20,}\")", html)
+    assert not re.search(r"<img(?![^>]*alt=\"[^\"]{5,}\")", html)
+    boxed = r'<div class="scroll" role="region" tabindex="0" aria-label="[^"]+"><table'
+    assert len(re.findall(boxed, html)) == html.count("<table") == html.count("<caption>") == 4
+    assert html.count("<figure") == html.count("<figcaption>")
+    assert 'aria-label="Accuracy over the radius. At the largest radius, 0.1: clean ' in html
+
+
+def test_paper_cuts_nothing_off_and_stays_light(html: str) -> None:
+    printed = html[html.index("@media print") : html.index("</style>")]
+    assert ".scroll, pre { overflow: visible; }" in printed
+    assert ".pair.tables { display: block; }" in printed
+    dark = re.findall(r"@media([^{]*prefers-color-scheme: dark[^{]*)", html)
+    assert len(dark) == 2 and all("screen" in condition for condition in dark)
+
+
+def test_labels_stand_at_the_ends_of_their_lines() -> None:
+    """On a logarithmic axis too, where both were once put at the linear places."""
+    epochs = [
+        {"epoch": n, "loss": 50.0 / n, "log_likelihood": -5.0 / n, "kl": 1.0, "eps": 0.1}
+        for n in range(1, 31)
+    ]
+    figure = Figure(figsize=figures.SMALL, layout="constrained")
+    figures.objective(figure, epochs)
+    above = figure.axes[0]
+    assert above.get_yscale() == "log"
+    figure.canvas.draw()
+    for text, last in (("loss", 50 / 30), ("−log lik.", 5 / 30)):
+        label: Any = next(found for found in above.texts if found.get_text() == text)
+        place = above.transAxes.transform((1, label.xy[1]))[1]
+        line = above.transData.transform((30, last))[1]
+        assert abs(place - line) < 0.05 * above.bbox.height
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({}, "The 4 samples agree on nearly everything"),
+        ({"mutual_information": 0.1}, None),
+        ({"kl_weight": 1.0, "lam": 1.0, "posterior_scale": 0.01}, "unfamiliar image."),
+        ({"eps": 0.0}, "The radius is 0."),
+        ({"eps": 0.1}, "Training went up to radius 0.06, and the test radius is 0.1"),
+        ({"num_test": 360}, "within 89.3 to 95.0%"),
+        ({"clean_accuracy": 0.15}, "hardly better than guessing (10%)"),
+        ({"curve": {"attack_steps": 0}}, "No attack was tried."),
+        ({"curve": {"attack_steps": 1}}, "The attack is short (1 step):"),
+        ({"num_samples": 1}, None),
+    ],
+)
+def test_what_could_mislead_is_said(changed: dict[str, Any], says: str | None) -> None:
+    usual: dict[str, Any] = {
+        "eps": 0.05,
+        "train_eps": 0.06,
+        "num_test": 10_000,
+        "clean_accuracy": 0.9,
+        "certified_accuracy": 333 / 360,
+        "curve": {"attack_steps": 40},
+        "num_samples": 4,
+        "mutual_information": 0.0002,
+        "predictive_entropy": 0.1,
+        "kl_weight": 0.02,
+        "lam": 0.5,
+        "posterior_scale": 1.4,
+    }
+    found = cautions(usual | changed, 10)
+    text = Markup(" ".join(found)).text
+    assert (says in text) if says else not found
+    tempered = "as if every image had been seen 50 times" in text
+    assert tempered == ("kl_weight" not in changed and "agree" in text)
+
+
+def test_guessing_depends_on_the_number_of_classes() -> None:
+    usual = {"eps": 0.1, "num_test": 5000, "num_samples": 1, "curve": {}, "certified_accuracy": 0.5}
+    assert "(50%)" in cautions({**usual, "clean_accuracy": 0.52}, 2)[0]
+    assert not cautions({**usual, "clean_accuracy": 0.8}, 2)
+
+
+def test_an_attack_that_broke_a_certified_image_stops_the_report(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    certified = np.load(folder / "certificates.npz")["certified"]
+    np.savez(folder / "attack-forged.npz", broken=certified)
+    record = {"kind": "attack", "norm": "inf", "eps": EPS}
+    (folder / "attack-forged.json").write_text(json.dumps(record))
+    assert main([str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert "is certified in certificates, but attack-forged changed its class" in error
+    assert len(error.splitlines()) == 1 and not (folder / "report.html").exists()
+
+
+def test_the_page_tells_no_folder_of_the_machine(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"out": str(folder), "data_dir": "/data/here", "start": "/home/me/runs/first"}
+    (folder / "config.json").write_text(json.dumps(config))
+    results = json.loads((folder / "results.json").read_text())
+    results |= {"commit": "0123456789abcdef+changes", "device": "H<100>"}
+    (folder / "results.json").write_text(json.dumps(results))
+    text = Markup(report.write_report(folder).read_text()).text
+    assert str(folder.parent) not in text and "/data" not in text and "/home" not in text
+    assert "--data-dir DIR" in text and '".../first"' in text
+    assert "Commit: 0123456789ab , with changes that are in no commit." in text
+    assert "Device: H<100>." in text and "Versions: jax 0.10.2, bnncert 0.1.0." in text
+
+
+def test_the_commit_of_a_clone_is_known(tmp_path: Path) -> None:
+    assert commit(tmp_path) is None
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    (tmp_path / "a").write_text("1")
+    for words in (["init", "-q"], ["add", "a"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    clean = commit(tmp_path)
+    assert clean and re.fullmatch("[0-9a-f]{40}", clean)
+    (tmp_path / "a").write_text("2")
+    assert commit(tmp_path) == f"{clean}+changes"
+    known = provenance()
+    assert known["versions"].keys() == {"bnncert", "jax", "jaxlib", "python"} and known["device"]
 
 
 def test_a_resumed_epoch_counts_once_and_last(folder: Path) -> None:

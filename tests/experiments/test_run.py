@@ -305,7 +305,8 @@ def test_resume_with_other_settings_names_them(
 
 def test_a_moved_run_may_be_resumed(bbb: tuple[Path, str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((bbb[0] / "config.json").read_bytes())
-    assert open_folder(parse(["digits", *TINY, "--resume", "--out", str(tmp_path)])) == tmp_path
+    with open_folder(parse(["digits", *TINY, "--resume", "--out", str(tmp_path)])) as folder:
+        assert folder == tmp_path
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:

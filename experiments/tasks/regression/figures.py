@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -20,6 +20,9 @@ from .data import Regression, Split
 from .evaluation import WIDTH, Columns
 from .settings import Settings
 
+UNITS = {"diabetes": "score", "sine": "in units of y"}
+"""Of the targets, in a word."""
+
 GRID = 401
 """Points of the line that the sine is drawn along."""
 
@@ -27,15 +30,24 @@ _DASHES = (0, (4, 2))
 _ORDER = ("plain", "robust")
 
 
+def size(problem: Regression, found: Mapping[str, Any]) -> tuple[float, float]:
+    """Of the picture, in inches: a panel for each training, and with several features one more."""
+    if len(problem.features) == 1:
+        return 4.0 * len(found) + 0.6, 4.4
+    return 3.4 * (len(found) + 1) + 0.6, 3.9
+
+
 def draw(
+    figure: FigureBase,
     problem: Regression,
     found: Mapping[str, Mapping[str, Any]],
     data: Split,
     settings: Settings,
-) -> Figure:
+) -> None:
     """The picture of a problem: `curves` with one feature, `patients` with several.
 
     Args:
+        figure: to draw on, of `size`.
         problem: what was learned.
         found: for each training "columns" at `data`, "curve" of errors, and "line", the columns at
             `line(problem)`.
@@ -44,8 +56,22 @@ def draw(
     """
     known = {training: found[training] for training in _ORDER if training in found}
     if len(problem.features) == 1:
-        return curves(problem, {name: each["line"] for name, each in known.items()}, settings)
-    return patients(problem, known, data, settings)
+        curves(figure, problem, {n: each["line"] for n, each in known.items()}, settings)
+    else:
+        patients(figure, problem, known, data, settings)
+
+
+def picture(
+    problem: Regression,
+    found: Mapping[str, Mapping[str, Any]],
+    data: Split,
+    settings: Settings,
+) -> Figure:
+    """`draw` on a figure of its own, to be saved."""
+    figure = Figure(figsize=size(problem, found), layout="constrained", facecolor=LIGHT["card"])
+    FigureCanvasAgg(figure)
+    draw(figure, problem, found, data, settings)
+    return figure
 
 
 def line(problem: Regression) -> np.ndarray:
@@ -55,15 +81,17 @@ def line(problem: Regression) -> np.ndarray:
     return np.linspace(x.min() - margin, x.max() + margin, GRID, dtype=np.float32)[:, None]
 
 
-def curves(problem: Regression, drawn: Mapping[str, Columns], settings: Settings) -> Figure:
+def curves(
+    figure: FigureBase, problem: Regression, drawn: Mapping[str, Columns], settings: Settings
+) -> None:
     """Along the one feature: predictive and certified bands, one panel a training.
 
     Args:
+        figure: to draw on.
         problem: with its training data.
         drawn: for each training, the columns at `line(problem)`.
         settings: as for `draw`.
     """
-    figure = _figure((4.0 * len(drawn) + 0.6, 4.4))
     panels = figure.subplots(1, len(drawn), sharex=True, sharey=True, squeeze=False)[0]
     x, points = _feature(problem, line(problem)), _feature(problem, problem.train.x)
     y = _target(problem, problem.train.y)
@@ -95,24 +123,24 @@ def curves(problem: Regression, drawn: Mapping[str, Columns], settings: Settings
                label="certified: mean ± 2 sd at every x'"),
     ]  # fmt: skip
     _legend(figure, names, f"|x' - x| ≤ ε = {eps:g} sd of x = {own:.2g} radians")
-    return figure
 
 
 def patients(
+    figure: FigureBase,
     problem: Regression,
     found: Mapping[str, Mapping[str, Any]],
     data: Split,
     settings: Settings,
-) -> Figure:
+) -> None:
     """Each datum's range of means, attacked and certified, and the errors over the radius.
 
     Args:
+        figure: to draw on.
         problem: for its units.
         found: for each training "columns" and "curve".
         data: what was evaluated.
         settings: as for `draw`.
     """
-    figure = _figure((3.4 * (len(found) + 1) + 0.6, 3.9))
     *panels, last = figure.subplots(1, len(found) + 1, squeeze=False)[0]
     y = _target(problem, data.y)
     for axes, (training, each) in zip(panels, found.items(), strict=True):
@@ -128,7 +156,7 @@ def patients(
     for axes in panels[1:]:
         axes.tick_params(labelleft=False)
     panels[0].set_ylabel("predicted (score)")
-    _errors(last, problem, found, settings)
+    errors(last, problem, found, settings)
     eps = settings.eps
     names = [
         Line2D([], [], ls="", marker="o", ms=4, color=LIGHT["ink"], label="predictive mean"),
@@ -137,16 +165,22 @@ def patients(
     ]
     about = f"{len(y)} {settings.evaluate} patients, |x' - x|∞ ≤ ε = {eps:g} sd of each feature"
     _legend(figure, names, about)
-    return figure
 
 
-def _errors(
+def errors(
     axes: Axes,
     problem: Regression,
     found: Mapping[str, Mapping[str, Any]],
     settings: Settings,
 ) -> None:
-    """Attacked and certified error over the radius: the worst case lies in the band."""
+    """Attacked and certified error over the radius: the worst case lies in the band.
+
+    Args:
+        axes: to draw on.
+        problem: for its units.
+        found: for each training its "curve".
+        settings: for eps.
+    """
     _style(axes, "root mean square error")
     colours = {"plain": LIGHT["broken"], "robust": LIGHT["certified"]}
     for training, each in found.items():
@@ -170,7 +204,8 @@ def _errors(
         fontsize=8,
     )
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set(xlabel="radius ε (sd of each feature)", ylabel="error (score)", xlim=(0, None))
+    axes.set(xlabel="radius ε (sd of each feature)", xlim=(0, None))
+    axes.set_ylabel(f"error ({UNITS[problem.name]})")
     axes.legend(
         handles=[
             *(Patch(color=colours[name], alpha=0.5, lw=0, label=name) for name in found),
@@ -192,12 +227,6 @@ def _feature(problem: Regression, x: np.ndarray) -> np.ndarray:
     return x[:, 0] * problem.feature_sd[0] + problem.feature_mean[0]
 
 
-def _figure(size: tuple[float, float]) -> Figure:
-    figure = Figure(figsize=size, layout="constrained", facecolor=LIGHT["card"])
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _style(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=10, color=LIGHT["ink"])
     axes.patch.set_alpha(0)
@@ -210,7 +239,7 @@ def _style(axes: Axes, title: str) -> None:
         label.set(color=LIGHT["soft"], fontsize=8.5)
 
 
-def _legend(figure: Figure, handles: Sequence[Artist], title: str) -> None:
+def _legend(figure: FigureBase, handles: Sequence[Artist], title: str) -> None:
     """Below the panels, where it covers nothing."""
     legend = figure.legend(
         handles=handles,

@@ -1,33 +1,36 @@
 """One regression from data to certified intervals, robust training beside plain.
 
 A run writes one new folder: config.json; for each training a folder of its name, with metrics.jsonl
-and checkpoints/, and posterior-NAME.npz and predictions-NAME.npz (a row a datum); figure.png; and,
-last, results.json.
+and checkpoints/, and posterior-NAME.npz and predictions-NAME.npz (a row a datum); figure.png;
+results.json; and, last, report.html.
 """
 
+import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import jax
 from tqdm import tqdm
 
-import bnncert
 from bnncert import likelihood
 from bnncert.posterior import spread
 
 from ...pipeline.deployment import deploy
-from ...pipeline.folder import PLACES, open_folder, write_json, write_npz
+from ...pipeline.folder import PLACES, open_folder
 from ...pipeline.inference import Problem
 from ...pipeline.posteriors import save as save_posterior
 from ...pipeline.training import Trained, train
+from ...pipeline.writing import naming, whole, write_json, write_npz, write_text
 from ...setup.config import options_of, to_dict
 from ...setup.data import Split
+from ...setup.logs import SHORT, compiling
 from ...setup.methods import name_of
 from ...setup.models import Model
-from . import figures, network
+from ...setup.provenance import provenance
+from . import figures, network, page
 from .data import Regression, load
 from .evaluation import Columns, Examine, examiner, measure
 from .settings import TRAININGS, Settings, train_config
@@ -47,11 +50,15 @@ def run(settings: Settings) -> tuple[Path, dict[str, Any]]:
     Raises:
         FileExistsError: the folder holds something.
         FileNotFoundError, ValueError: nothing to resume, or a run of other settings.
-        TrainingError, SoundnessError: see there.
+        TrainingError, SoundnessError, LockedError, WriteError: see there.
     """
+    with open_folder(settings) as folder:
+        return folder, _whole(settings, folder)
+
+
+def _whole(settings: Settings, folder: Path) -> dict[str, Any]:
     regression = load(settings.preset)
     data: Split = getattr(regression, settings.evaluate)
-    folder = open_folder(settings)
     model = network.build(settings.hidden, len(regression.features))
     examine = examiner(settings, model.apply)
     trainings = TRAININGS if settings.training == "both" else (settings.training,)
@@ -62,10 +69,16 @@ def run(settings: Settings) -> tuple[Path, dict[str, Any]]:
         save_posterior(folder / f"posterior-{training}.npz", trained.posterior)
         rows = {"y": data.y, **found[training]["columns"]}
         write_npz(folder / f"predictions-{training}.npz", rows)
-    figures.draw(regression, found, data, settings).savefig(folder / "figure.png", dpi=150)
+    with whole(folder / "figure.png") as unfinished:
+        picture = figures.picture(regression, found, data, settings)
+        picture.savefig(unfinished, format="png", dpi=150)
     results = _results(settings, regression, data, found)
     write_json(folder / "results.json", results)
-    return folder, results
+    logs = {name: (folder / name / "metrics.jsonl").read_text().splitlines() for name in found}
+    epochs = {name: [json.loads(line) for line in lines] for name, lines in logs.items()}
+    told = page.Told(settings, regression, data, found, results, epochs)
+    write_text(folder / "report.html", page.page(told))
+    return results
 
 
 def learn(settings: Settings, model: Model, data: Split, training: str, folder: Path) -> Trained:
@@ -86,7 +99,8 @@ def learn(settings: Settings, model: Model, data: Split, training: str, folder: 
         model.apply, noise_scale=settings.noise_scale, method=settings.method
     )
     problem = Problem(model, data, log_likelihood, name=f"train, {training}", options="")
-    folder.mkdir(exist_ok=True)
+    with naming(folder):
+        folder.mkdir(exist_ok=True)
     chosen = train_config(settings, training)
     return train(settings.inference, chosen, problem, settings.seed, folder)
 
@@ -111,14 +125,18 @@ def evaluate(
     curve: dict[str, list[float]] = {"eps": []}
     steps = settings.curve_points
     at: dict[int, tuple[Columns, dict[str, Any]]] = {}
-    bar = tqdm(range(2 * steps + 1), desc=f"bound and attack, {training}", unit="radius")
-    for step in bar:
-        eps = settings.eps * step / steps
-        columns = examine(posterior, samples, data.x, eps)
-        at[step] = columns, measure(columns, data, settings.noise_scale, eps)
-        for name in ("attacked_rmse", "certified_rmse"):
-            curve.setdefault(name, []).append(at[step][1][name])
-        curve["eps"].append(eps)
+    name, total = f"bound and attack, {training}", 2 * steps + 1
+    with tqdm(total=total, desc=name, unit="radius", delay=SHORT) as bar:
+        for step in range(total):
+            eps = settings.eps * step / steps
+            what = compiling("bounds and attack and running the first radius", bar, 1)
+            with nullcontext() if step else what:
+                columns = examine(posterior, samples, data.x, eps)
+            at[step] = columns, measure(columns, data, settings.noise_scale, eps)
+            for name in ("attacked_rmse", "certified_rmse"):
+                curve.setdefault(name, []).append(at[step][1][name])
+            curve["eps"].append(eps)
+            bar.update()
     columns, measured = at[steps]
     wide = float(spread(posterior))
     results = {
@@ -184,6 +202,5 @@ def _results(
         "tier": "exact; formal under expectation",
         "arithmetic": "float32; real under expectation",
         "settings": {n: v for n, v in options_of(to_dict(settings)).items() if n not in PLACES},
-        "versions": {"bnncert": bnncert.__version__, "jax": jax.__version__},
-        "device": jax.devices()[0].device_kind,
+        **provenance(),
     }

@@ -55,7 +55,7 @@ Widths = Annotated[
 
 @dataclass(frozen=True)
 class Settings:
-    """Train a certified Bayesian regression, robust and plain, bound it, attack it, and draw it."""
+    """Train a certified Bayesian regression, robust and plain, bound it, attack it, and report."""
 
     preset: tyro.conf.Suppress[str]
     """The problem: a key of `PRESETS`."""
