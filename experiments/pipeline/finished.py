@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from bnncert.types import Apply
 
+from ..setup import subject
 from ..setup.config import RunConfig, from_dict
-from ..setup.data import Split, load
+from ..setup.data import Split
 from ..setup.logs import SHORT, compiling
-from ..setup.models import build
 from .deployment import deploy
 from .evaluation import SoundnessError
 from .posteriors import load as load_posterior
@@ -69,12 +69,13 @@ def open_run(folder: Path, data_dir: Path | None = None, images: int | None = No
                 "first (python -m experiments.run ... --resume)"
             )
     config = from_dict(json.loads((folder / "config.json").read_text()))
-    dataset = load(config.dataset, data_dir or config.data_dir)
+    dataset = subject.read(config, data_dir)
+    subject.check(folder, config, dataset)
     num = len(dataset.test.y)
     if images is not None and not 1 <= images <= num:
         raise ValueError(f"--images {images}: the test set has {num}")
     posterior = load_posterior(folder / "posterior.npz")
-    apply = build(config.model, dataset).apply
+    apply = subject.build(config, dataset).apply
     samples = deploy(posterior, config.eval.num_samples, config.seed)
     test = Split(dataset.test.x[:images], dataset.test.y[:images])
     return Finished(folder, config, apply, samples, posterior, test)

@@ -12,9 +12,15 @@ import tyro
 from .data import DATASETS
 from .methods import BBB, MAP, Checked, Inference, method_of, name_of
 from .models import MODELS
-from .requirements import Seed, check, one_of
+from .requirements import Requirement, Seed, check, one_of
 from .settings import EvalConfig, TrainConfig
 from .upgrade import upgraded
+
+NETWORKS = (*MODELS, "auto")
+
+
+def _is_model(name: str) -> bool:
+    return name in NETWORKS or ".py:" in name
 
 
 @runtime_checkable
@@ -56,16 +62,22 @@ class RunConfig:
 
     preset: tyro.conf.Suppress[str]
     """The preset this started from."""
-    dataset: Annotated[str, *one_of("data set", DATASETS)]
-    """Data set; all but digits are read from a folder prepared by TensorFlow Datasets."""
-    model: Annotated[str, *one_of("model", tuple(MODELS))]
-    """Network: mlp (one hidden layer of 512), cnn (two convolutions, a hidden layer of 100), or
-    cnn-bn (with batch-norm before each ReLU)."""
+    dataset: Annotated[str, *one_of("data set", (*DATASETS, "my"))]
+    """Data set; all but digits and my (--data) are read from a folder prepared by TensorFlow
+    Datasets."""
+    model: Annotated[str, Requirement(f"one of {', '.join(NETWORKS)}, or FILE.py:NAME", _is_model)]
+    """Network: mlp (one hidden layer of 512), cnn (two convolutions, a hidden layer of 100), cnn-bn
+    (with batch-norm before each ReLU), resnet (three residual blocks), your own, FILE.py:NAME (a
+    module of Flax, NNX or Equinox), or auto: mlp for small images, cnn for others."""
+    data: str | None = None
+    """Your own data, with the preset my: FILE.npz (x, y), a folder of class folders of images,
+    tfds:NAME or hf:NAME."""
     inference: Inference = field(default_factory=BBB)
     seed: Seed = 0
     """Fixes the initialisation, the order of the data, the posterior samples and the attack."""
     data_dir: Path | None = None
-    """TFDS data folder. Default: TFDS's own, ~/tensorflow_datasets."""
+    """TFDS data folder. Default: TFDS's own, ~/tensorflow_datasets. Of your own data, the folder
+    where --data is now, if it moved."""
     out: Path | None = None
     """Output folder, a new one. Default: runs/PRESET-INFERENCE-seedSEED."""
     resume: bool = False
@@ -87,6 +99,11 @@ def validate(config: RunConfig) -> None:
     """
     check(config)
     train, method = config.train, config.inference
+    if (config.dataset == "my") != (config.data is not None):
+        raise ValueError(
+            "--data names your own data, and goes with the preset my: python -m experiments.run my "
+            "--data my.npz"
+        )
     if not isinstance(method, MAP) and train.kl_weight == 0:
         raise ValueError(
             f"--train.kl-weight must be > 0 with --inference {name_of(method)}, got 0: without "

@@ -76,13 +76,34 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     ((1437, 8, 8, 1), (360, 8, 8, 1), 10)
     """
     check_name(name, DATASETS, "data set")
-    if name == "digits":
-        train, test, class_names = _digits()
-    else:
-        with errors_only():  # TFDS advertises OpenCV
-            source = {split: _tfds_source(name, split, data_dir) for split in ("train", "test")}
-            train, test = _decode(source["train"]), _decode(source["test"])
-        class_names = tuple(source["train"].dataset_info.features["label"].names)
+    return dataset_of(name, *_digits()) if name == "digits" else from_tfds(name, data_dir)
+
+
+def from_tfds(name: str, data_dir: str | Path | None = None) -> Dataset:
+    """Read a data set of images that TensorFlow Datasets has prepared.
+
+    Args:
+        name: as TFDS knows it, with features image and label, and splits train and test.
+        data_dir: the TFDS data folder; None is TFDS's own default.
+
+    Raises:
+        FileNotFoundError: the set has not been prepared there; the message has the command.
+        ValueError: it has other features.
+    """
+    with errors_only():  # TFDS advertises OpenCV
+        source = {split: _tfds_source(name, split, data_dir) for split in ("train", "test")}
+        features = source["train"].dataset_info.features
+        if not {"image", "label"} <= set(features):
+            raise ValueError(
+                f"data set '{name}' has the features {', '.join(features)}: it needs image and "
+                "label"
+            )
+        train, test = _decode(source["train"]), _decode(source["test"])
+    return dataset_of(name, train, test, tuple(features["label"].names))
+
+
+def dataset_of(name: str, train: Split, test: Split, class_names: tuple[str, ...]) -> Dataset:
+    """Make a data set of its two splits, checked, with the statistics of its channels."""
     for split in (train, test):
         check_images(split.x, split.y, len(class_names))
     # Four digits, as the literature quotes them: the last bits of a sum depend on the machine.

@@ -197,10 +197,36 @@ class SmallCNN(nn.Module):
         return nn.Dense(self.num_classes, kernel_init=ibp_normal)(x)
 
 
+class SmallResNet(nn.Module):
+    """A convolution, three residual blocks, of which two halve the image, a hidden dense layer."""
+
+    num_classes: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    channels: Sequence[int] = (16, 16, 32)
+    hidden: int = 100
+
+    @nn.compact
+    def __call__(self, x: Image) -> Float[Array, " classes"]:
+        """Return the logits of one image."""
+        x = _normalise(x, self.mean, self.std)
+        x = nn.relu(nn.Conv(self.channels[0], (3, 3), 2, kernel_init=ibp_normal)(x))
+        for features in self.channels:
+            halved = 1 if features == x.shape[-1] else 2
+            within = nn.relu(nn.Conv(features, (3, 3), halved, kernel_init=ibp_normal)(x))
+            past = nn.Conv(features, (3, 3), kernel_init=ibp_normal)(within)
+            if halved > 1:
+                x = nn.Conv(features, (1, 1), halved, kernel_init=ibp_normal)(x)
+            x = nn.relu(0.5 * (x + past))
+        x = nn.relu(nn.Dense(self.hidden, kernel_init=ibp_normal)(x.reshape(-1)))
+        return nn.Dense(self.num_classes, kernel_init=ibp_normal)(x)
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
     "cnn": SmallCNN,
     "cnn-bn": partial(SmallCNN, normalised=True),
+    "resnet": SmallResNet,
 }
 
 

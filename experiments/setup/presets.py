@@ -56,6 +56,13 @@ PRESETS: dict[str, RunConfig] = {
         train=TrainConfig(epochs=20, eps=0.0085, lam=0.25, flip=True),
         eval=EvalConfig(eps=2 / 255, certify_method="ibp"),
     ),
+    "my": RunConfig(
+        "my",
+        dataset="my",
+        model="auto",
+        train=TrainConfig(epochs=30, eps=10 / 255, lam=0.25, validation=0),
+        eval=EvalConfig(eps=8 / 255),
+    ),
 }
 
 
@@ -116,7 +123,7 @@ def _overview() -> str:
         name: f"{config.model} on {config.dataset}, certified at eps {config.eval.eps:.4g}, "
         f"{config.train.epochs} epochs"
         for name, config in PRESETS.items()
-    }
+    } | {"my": "your own images, --data FILE.npz or FOLDER, certified at eps 8/255, 30 epochs"}
     return (
         "usage: python -m experiments.run PRESET [--inference METHOD] [OPTIONS]\n\n"
         f"{RunConfig.__doc__}\n\npresets:\n{command.rows(presets)}\n\n"

@@ -37,9 +37,38 @@ AtLeast2 = Annotated[int, Requirement("at least 2", lambda v: v >= 2)]
 Positive = Annotated[float, Requirement("a finite number > 0", lambda v: 0 < v < math.inf)]
 NotNegative = Annotated[float, Requirement("a finite number >= 0", lambda v: 0 <= v < math.inf)]
 Share = Annotated[float, Requirement("a number in [0, 1]", lambda v: 0 <= v <= 1)]
+
+
+def number(text: str) -> float:
+    """A number as people write one: 0.1, 1e-3, or a fraction.
+
+    >>> number("8/255"), number("0.5")
+    (0.03137254901960784, 0.5)
+    """
+    above, slash, below = text.partition("/")
+    return float(above) / float(below) if slash else float(text)
+
+
+def _number(words: list[str]) -> float:
+    try:
+        return number(words[0])
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{words[0]} is no number, and no fraction such as 8/255") from None
+
+
+FRACTION = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="FLOAT",
+    instance_from_str=_number,
+    is_instance=lambda value: isinstance(value, int | float),
+    str_from_instance=lambda value: [f"{value:g}"],
+)
+"""Of a number that may be written as a fraction."""
+
 PixelRadius = Annotated[
     float,
     Requirement("a radius in [0, 1], the range of a pixel (8/255, not 8)", lambda v: 0 <= v <= 1),
+    FRACTION,
 ]
 Seed = Annotated[int, Requirement("an integer in 0 .. 2**32 - 1", lambda v: 0 <= v < 2**32)]
 

@@ -28,10 +28,10 @@ from ..pipeline.deployment import deploy
 from ..pipeline.evaluation import certified_accuracy
 from ..pipeline.posteriors import load as load_posterior
 from ..report.palette import LIGHT
+from ..setup import subject
 from ..setup.config import from_dict
-from ..setup.data import Split, load
+from ..setup.data import Split
 from ..setup.methods import name_of
-from ..setup.models import build
 
 FACTORS = (0.0, 0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 TOLERANCE = 0.02
@@ -60,9 +60,9 @@ def curve(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     posterior = load_posterior(folder / "posterior.npz")
     if not isinstance(posterior, MeanField | LowRank | Gaussian):
         raise TypeError(f"{folder}: a {type(posterior).__name__} is no Gaussian to widen")
-    dataset = load(config.dataset, options.data_dir)
+    dataset = subject.read(config, options.data_dir)
     test = Split(dataset.test.x[: options.images], dataset.test.y[: options.images])
-    apply = build(config.model, dataset).apply
+    apply = subject.build(config, dataset).apply
     accuracies = certified_accuracy(config.eval, apply)
     inference = name_of(config.inference)
     mean, draws = posterior.moments()[0], deploy(posterior, config.eval.num_samples, config.seed)

@@ -30,10 +30,11 @@ from ..pipeline.posteriors import save as save_posterior
 from ..pipeline.training import Trained, train
 from ..pipeline.writing import write_json, write_npz
 from ..report.files import write_report
+from ..setup import subject
 from ..setup.config import RunConfig, to_dict
-from ..setup.data import Dataset, Split, load, validation_split
+from ..setup.data import Dataset, Split, validation_split
 from ..setup.methods import name_of
-from ..setup.models import Model, build
+from ..setup.models import Model
 from ..setup.provenance import provenance
 from ..setup.settings import PIXELS, TrainConfig
 
@@ -56,9 +57,15 @@ def run(config: RunConfig) -> Path:
         ValueError: `--resume` with other settings than the run's own.
         TrainingError, SoundnessError, LockedError, WriteError: see there.
     """
-    dataset = load(config.dataset, config.data_dir)  # before anything is written
-    model = begun_at(build(config.model, dataset), config.start)
+    dataset = subject.read(config)  # before anything is written
+    config = subject.settled(config, dataset)
+    model = begun_at(subject.build(config, dataset), config.start)
     with open_folder(config) as folder:
+        own = subject.identity(config, dataset)
+        if config.resume:
+            subject.check(folder, config, dataset)
+        elif own:
+            write_json(folder / subject.RECORD, own)
         return _whole(config, dataset, model, folder)
 
 
@@ -198,7 +205,7 @@ def write_results(
         "inference": name_of(config.inference),
         "preset": config.preset,
         "seed": config.seed,
-        "dataset": config.dataset,
+        "dataset": config.dataset if config.data is None else dataset.name,
         "model": config.model,
         "epochs": settings.epochs,
         "train_eps": settings.eps,
