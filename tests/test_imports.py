@@ -28,7 +28,7 @@ ORDER = """
     bounds.arithmetic bounds.norms bounds.merging bounds.rows bounds.runs bounds.plan
     bounds.methods.steps bounds.methods.ibp bounds.methods.forward
     bounds.methods.crown bounds.methods.alpha_crown bounds.methods
-    bounds.api bounds.margins bounds.mean bounds.own bounds outputs testing
+    bounds.api bounds.margins bounds.mean bounds.own bounds.widening bounds outputs testing
     prior posterior.leaves posterior.mean_field posterior.samples posterior.low_rank
     posterior.gaussian posterior.mixture posterior.summary posterior
     gaussian.folded gaussian.tails gaussian.weights gaussian.layers gaussian.ends
