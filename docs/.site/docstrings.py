@@ -21,15 +21,26 @@ _LABEL = re.compile(r"(Cost|Memory|Sources?|Arithmetic|Rounding)(:|\.)(?= )")
 _COLUMNS = re.compile(r"[^\s|*].*\S {2,}\S")
 _STARS = re.compile(r"(?P<pair>(?<![\w*])(\*\*?)\w[^*]*(?<=\w)\2(?![\w*]))|\*")
 _NUMBER = re.compile(r"(\d+)\. ")
+# What methods and arithmetics answer to the library, and nobody else calls.
+_OBJECTS = ("bnncert.bounds.methods.", "bnncert.bounds.arithmetic.")
+_INTERNAL = frozenset(
+    "__post_init__ boxes relaxed_on tracking interval region errors planes allow".split()
+)
 
 
 class Docstrings(griffe.Extension):
-    """Rewrites every docstring for Markdown."""
+    """Rewrites every docstring for Markdown, and leaves out what is internal."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Called for each object that Griffe finds."""
         if obj.docstring is not None:
             obj.docstring.value = markdown(obj.docstring.value)
+
+    def on_class_members(self, *, cls: griffe.Class, **kwargs: Any) -> None:
+        """Called when Griffe has found all members of a class."""
+        internal = _INTERNAL if cls.path.startswith(_OBJECTS) else frozenset({"__post_init__"})
+        for name in internal & cls.members.keys():
+            cls.del_member(name)
 
 
 def markdown(text: str) -> str:
