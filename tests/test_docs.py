@@ -114,7 +114,8 @@ def public_names() -> list[str]:
 def test_the_site_is_built_without_a_warning_and_has_every_public_name(tmp_path: Path) -> None:
     pytest.importorskip("zensical", reason='the site is built by `pip install -e ".[docs]"`')
     shutil.copytree(DOCS, tmp_path / "docs")
-    shutil.copy(REPOSITORY / "zensical.toml", tmp_path)
+    for name in ("README.md", "zensical.toml"):
+        shutil.copy(REPOSITORY / name, tmp_path)
     (tmp_path / "bnncert").symlink_to(REPOSITORY / "bnncert")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
     built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -77,11 +77,13 @@ def _code(lines: list[str]) -> str:
 
 def _prose(lines: list[str]) -> str:
     text = "\n".join(line.strip() for line in lines)
-    text = _NUMBER.sub(r"**\1.** ", text, count=1) if _NUMBER.match(text) else text
-    text = _LABEL.sub(r"**\1**\2", text, count=1) if _LABEL.match(text) else text
     pieces = re.split(r"(`[^`]*`)", text)
     pieces[::2] = [_escaped(piece) for piece in pieces[::2]]
-    return "".join(pieces)
+    text = "".join(pieces)
+    for pattern, bold in ((_NUMBER, r"**\1.** "), (_LABEL, r"**\1**\2")):
+        if pattern.match(text):
+            return pattern.sub(bold, text, count=1)
+    return text
 
 
 def _escaped(prose: str) -> str:
