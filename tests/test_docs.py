@@ -85,11 +85,12 @@ def test_the_code_of_a_page_runs_in_order_and_prints_what_it_says(page: Path) ->
 
 
 def test_all_but_a_few_blocks_run() -> None:
-    every = [block for page in PAGES for block in blocks(page)]
-    assert len(every) > 25
-    assert sum(bool(block.reason) for block in every) <= 4
-    fences = sum(page.read_text(encoding="utf-8").count("```python") for page in PAGES)
-    assert fences == len(every), "a block of Python that is not found is not run"
+    for page in PAGES:
+        found = blocks(page)
+        fences = page.read_text(encoding="utf-8").count("```python")
+        assert fences == len(found), f"{page.name}: a block of Python that is not found is not run"
+        assert sum(bool(block.reason) for block in found) <= 2, page.name
+    assert sum(len(blocks(page)) for page in PAGES) >= 25
 
 
 def test_the_comparison_of_printed_numbers_can_fail() -> None:
