@@ -39,6 +39,7 @@ from bnncert.bounds import (  # noqa: E402
     ibp,
     linear_bounds,
     operation,
+    widths,
 )
 from bnncert.posterior import MeanField, Samples  # noqa: E402
 from bnncert.sets import Box, LpBall, ball  # noqa: E402
@@ -84,4 +85,5 @@ __all__ = [  # noqa: RUF022
     "sets",
     "testing",
     "types",
+    "widths",
 ]

@@ -29,7 +29,7 @@ ORDER = """
     bounds.coloring
     bounds.methods.steps bounds.methods.ibp bounds.methods.forward
     bounds.methods.crown bounds.methods.alpha_crown bounds.methods
-    bounds.api bounds.margins bounds.mean bounds.own bounds outputs testing
+    bounds.api bounds.margins bounds.mean bounds.own bounds.widening bounds outputs testing
     prior posterior.leaves posterior.mean_field posterior.samples posterior.low_rank
     posterior.gaussian posterior.mixture posterior.summary posterior
     gaussian.folded gaussian.tails gaussian.weights gaussian.layers gaussian.ends

@@ -1,4 +1,4 @@
-"""The README's code runs and does what the text around it says."""
+"""The code of the README, and of pages that it links to, does what the text around it says."""
 
 import contextlib
 import io
@@ -19,6 +19,14 @@ from bnncert.bounds.ops.operation import BY_INTERVAL
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    heading: (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
+    for heading, page in (
+        ("Bring your own model", "ten-lines.md"),
+        ("What `bound` supports", "operations.md"),
+        ("Other data sets and settings", "runs.md"),
+    )
+}
 
 
 def blocks(heading: str) -> list[str]:
@@ -27,14 +35,16 @@ def blocks(heading: str) -> list[str]:
 
 
 def section(heading: str) -> str:
-    return re.split(r"^## ", README.split(f"\n## {heading}\n", 1)[1], flags=re.MULTILINE)[0]
+    """A section of the README, or of the page that it is on."""
+    text = PAGES.get(heading, README)
+    return re.split(r"^## ", text.split(f"\n## {heading}\n", 1)[1], flags=re.MULTILINE)[0]
 
 
 def run(code: str, **names: Any) -> tuple[dict[str, Any], str]:
     """Executes a block as a reader would paste it; its names and what it printed."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), names)
+        exec(compile(code, "page.py", "exec"), names)
     return names, printed.getvalue()
 
 
@@ -134,7 +144,7 @@ def support_table() -> str:
 
 def test_the_table_of_supported_operations_is_that_of_the_rules() -> None:
     table = support_table()
-    assert table in section("What `bound` supports"), f"the README's table must be\n{table}"
+    assert table in section("What `bound` supports"), f"docs/operations.md must have\n{table}"
 
 
 def test_the_methods_named_are_those_there_are() -> None:

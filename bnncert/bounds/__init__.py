@@ -7,6 +7,7 @@ from bnncert.bounds.mean import mean_bound
 from bnncert.bounds.methods import CROWN, CROWNIBP, IBP, AlphaCROWN, Forward
 from bnncert.bounds.ops import Operation
 from bnncert.bounds.own import operation
+from bnncert.bounds.widening import Width, Widths, widths
 
 __all__ = [
     "CROWN",
@@ -20,10 +21,13 @@ __all__ = [
     "Operation",
     "Real",
     "UnsupportedPrimitiveError",
+    "Width",
+    "Widths",
     "bound",
     "crown",
     "ibp",
     "linear_bounds",
     "mean_bound",
     "operation",
+    "widths",
 ]

@@ -121,7 +121,7 @@ def bound(
         >>> [round(float(v), 4) for v in (box.lower[0], box.upper[0])]
         [0.5, 2.0]
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     options = Options(batch_size, arithmetic_of(rounding), operations=tuple(operations))
     return _bounded(f, method_of(method), options)
 
@@ -183,7 +183,7 @@ def linear_bounds(
         >>> (float(found.lower.A[0][0].squeeze()), float(found.lower.b[0]))
         (3.0, 1.0)
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     chosen = linear_method_of(method)
     options = Options(batch_size, arithmetic_of(rounding), operations=tuple(operations))
 
@@ -292,6 +292,7 @@ def _by_argument(graph: Graph, parts: list[Array]) -> PyTree:
     return (*args, kwargs) if kwargs else args
 
 
-def _check_batch_size(batch_size: int) -> None:
+def check_batch_size(batch_size: int) -> None:
+    """Raises ValueError where no row at all would be swept at once."""
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}: at least one row must be swept at once.")

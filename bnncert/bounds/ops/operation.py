@@ -33,7 +33,7 @@ LinesRule: TypeAlias = Callable[..., Lines]
 """`(l, u, *constants, choice=...) -> Lines`."""
 
 Family: TypeAlias = Literal["affine", "elementwise", "pair", "reduction", "product"]
-"""What an operation acts on: the rows of the README's table."""
+"""What an operation acts on: the rows of the table in `docs/operations.md`."""
 
 
 class Roundings(NamedTuple):
