@@ -11,6 +11,7 @@
     pairs        max, min and logaddexp of two bounded values
     products     of two bounded values
     reductions   of an axis, not linear
+    normalising  a value over the root of its mean square
 
 and what they are made of:
 
@@ -34,6 +35,7 @@ from bnncert.bounds.ops.affine import AFFINE, AFFINE_OPERATIONS
 from bnncert.bounds.ops.elementwise import enclosing_lines
 from bnncert.bounds.ops.hinges import HINGES
 from bnncert.bounds.ops.lines import LOWER_SLOPES, Choice, Lines, check_lower_slope
+from bnncert.bounds.ops.normalising import NORMALISING
 from bnncert.bounds.ops.operation import Operation, Rounding
 from bnncert.bounds.ops.pairs import PAIRS
 from bnncert.bounds.ops.piecewise import PIECEWISE
@@ -71,6 +73,7 @@ EVERY: tuple[Operation, ...] = (
     *PAIRS,
     *PRODUCTS,
     *REDUCTIONS,
+    *NORMALISING,
 )
 """All records. Of several of one name the first that applies is meant."""
 
