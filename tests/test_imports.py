@@ -17,9 +17,10 @@ ORDER = """
     bounds.ops.lines bounds.ops.planes bounds.ops.boxes bounds.ops.extremes bounds.ops.operation
     bounds.ops.affine bounds.ops.curves bounds.ops.elementwise bounds.ops.piecewise
     bounds.ops.smooth bounds.ops.hinges bounds.ops.powers bounds.ops.waves bounds.ops.pairs
-    bounds.ops.products bounds.ops.reductions bounds.ops.intervals bounds.ops
+    bounds.ops.products bounds.ops.reductions bounds.ops.normalising bounds.ops.intervals bounds.ops
     bounds.tracing.windows bounds.tracing.parameters bounds.tracing.loops bounds.tracing.equations
     bounds.tracing.randomness bounds.tracing.endings bounds.tracing.fusion
+    bounds.tracing.coordinates bounds.tracing.normalisation
     bounds.tracing.recognition bounds.tracing.rewriting bounds.tracing.walk bounds.tracing
     bounds.propagate
     bounds.rounding.model bounds.rounding.functions bounds.rounding.terms

@@ -16,6 +16,7 @@ VECTOR, IMAGE = (4,), (4, 3, 2)
 LIMITS = {
     "relu": (VECTOR, ("dense", "relu", "dense", "relu"), 830, 1120),
     "attention": (VECTOR, ("dense", "attention", "arctan"), 2230, 3380),
+    "norms": (VECTOR, ("dense", "attention", "gelu", "layer_norm", "layer_norm"), 4400, 7350),
     "gate": (IMAGE, ("conv", "silu", "squeeze_excite"), 1650, 2540),
 }
 """By name: the shape of the input, layers, and the most equations by CROWN-IBP and by CROWN."""

@@ -12,6 +12,7 @@
     products     of two bounded values
     reductions   of an axis, not linear
     intervals    what is bounded by its interval alone: order statistics, tan, arcus functions
+    normalising  a value over the root of its mean square
 
 and what they are made of:
 
@@ -36,6 +37,7 @@ from bnncert.bounds.ops.elementwise import enclosing_lines
 from bnncert.bounds.ops.hinges import HINGES
 from bnncert.bounds.ops.intervals import INTERVALS, OF_AN_AXIS
 from bnncert.bounds.ops.lines import LOWER_SLOPES, Choice, Lines, check_lower_slope
+from bnncert.bounds.ops.normalising import NORMALISING
 from bnncert.bounds.ops.operation import Operation, Rounding
 from bnncert.bounds.ops.pairs import PAIRS
 from bnncert.bounds.ops.piecewise import PIECEWISE
@@ -81,6 +83,7 @@ EVERY: tuple[Operation, ...] = (
     *PRODUCTS,
     *REDUCTIONS,
     *OF_AN_AXIS,
+    *NORMALISING,
 )
 """All records. Of several of one name the first that applies is meant."""
 

@@ -91,8 +91,8 @@ class Rounding(NamedTuple):
         constants: how it depends on its constants: it changes by no more than they do ("moves"), or
             by that times its operand ("scales").
         planes: what its planes are made of: "lines"; "values" and a chord of these; "softplus";
-            "products"; or nothing that is known to enclose when rounded, so that its "interval"
-            has to do.
+            "products"; terms whose "size" they tell; or nothing that is known to enclose when
+            rounded, so that its "interval" has to do.
     """
 
     relative: float = 16.0
@@ -104,7 +104,7 @@ class Rounding(NamedTuple):
     exact: bool = False
     humped: bool = False
     constants: Literal["", "moves", "scales"] = ""
-    planes: Literal["lines", "values", "softplus", "products", "interval"] = "lines"
+    planes: Literal["lines", "values", "softplus", "products", "sized", "interval"] = "lines"
 
 
 EXACT = Rounding(0.0, 0.0, slope=(0.0, 0.0), exact=True)

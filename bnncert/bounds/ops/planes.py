@@ -41,6 +41,8 @@ class Planes(NamedTuple):
         lines: where they are elementwise functions of one value, their slopes and offsets: rows
             then pass by a multiplication.
         corner: where they are those of a product, from one corner: what they share is passed once.
+        size: of what rounding depends on: no term of either, nor of what its coefficients are
+            computed from, is larger than this, up to a factor that the rounding allows for.
     """
 
     operands: tuple[int, ...]
@@ -48,6 +50,7 @@ class Planes(NamedTuple):
     upper: Callable[..., Array]
     lines: Lines | None = None
     corner: Corner | None = None
+    size: Callable[[], Array] | None = None
 
 
 def from_lines(operand: int, lines: Lines) -> Planes:

@@ -1,5 +1,6 @@
 """Planes of relaxed nodes that enclose what these compute."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def outward_planes(
         lower, upper = box.lower - slack, box.upper + slack
         return Planes((), lambda: lower, lambda: upper)
     if planes.lines is None:
-        error = _planes_error(graph, index, boxes, precision)
+        error = _planes_error(graph, index, planes, boxes, precision)
         return Planes(
             planes.operands,
             lambda *v: planes.lower(*v) - error,
@@ -99,7 +100,9 @@ def _lines_error(
     return rounded_up(graph, node, error) + 16 * tiny(node)
 
 
-def _planes_error(graph: Graph, index: int, boxes: Sequence[Box], precision: Precision) -> Array:
+def _planes_error(
+    graph: Graph, index: int, planes: Planes, boxes: Sequence[Box], precision: Precision
+) -> Array:
     """Of planes that are functions: of products, of functions of two values, of extrema."""
     node = graph.nodes[index]
     own, kind = own_unit(node), rounding_of(node).planes
@@ -110,6 +113,8 @@ def _planes_error(graph: Graph, index: int, boxes: Sequence[Box], precision: Pre
         size, terms = node.evaluate(*sizes), counts.forward + counts.backward
         rows = gamma(terms + flows + 16, own) + offset
         error = (precision.relative(node, counts.forward) + 8 * rows) * size
+    elif planes.size is not None:
+        error, terms = _sized_error(graph, index, planes.size(), boxes, precision)
     elif len(sizes) == 1:
         size, terms = _largest(node, sizes[0]), 1
         error = own * 64 * size + (gamma(flows + 8, own) + 3 * offset) * size
@@ -126,6 +131,25 @@ def _planes_error(graph: Graph, index: int, boxes: Sequence[Box], precision: Pre
     if reordered is not None:
         error += reordered
     return rounded_up(graph, node, error) + 32 * (terms + 4) * tiny(node)
+
+
+def _sized_error(
+    graph: Graph, index: int, size: Array, boxes: Sequence[Box], precision: Precision
+) -> tuple[Array, int]:
+    """Of planes that tell the size of their terms, and how many terms a coefficient has.
+
+    Their coefficients are off by 128 u, and those of rows by as many roundings as are added up: an
+    operand that is repeated in the value gathers as many.
+    """
+    node, own = graph.nodes[index], own_unit(graph.nodes[index])
+    relative, absolute = function_error(node, [boxes[i] for i in node.refs])
+    smallest = min(math.prod(graph.nodes[i].shape) for i in node.refs)
+    terms = math.prod(node.shape) // max(smallest, 1) + 1
+    flows = max(ways(graph, i) for i in node.refs)
+    rows = gamma(terms + flows + 128, own) + 3 * offset_gamma(graph, node)
+    off = relative * magnitude(boxes[index]) + absolute
+    error = (precision.unit(node) + 4 * own) * off + rows * size
+    return jnp.where(jnp.isnan(error), jnp.inf, error), terms
 
 
 def _softplus_error(

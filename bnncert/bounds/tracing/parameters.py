@@ -236,7 +236,7 @@ PARAMETERS: Mapping[str, Mapping[str, Parameter]] = {
     "unstack": {"axis": ANY},
     # Operations that are recognised or rewritten to, and no primitives of JAX.
     **_each("celu clip elu gelu gelu_tanh hard_silu hard_tanh leaky_relu log_sigmoid", {}),
-    **_each("log_softmax logaddexp logsumexp mish reciprocal selu silu soft_sign", {}),
+    **_each("log_softmax logaddexp logsumexp mish normalise reciprocal selu silu soft_sign", {}),
     **_each("softmax softplus squareplus windows", {}),
 }
 """By primitive, and by parameter."""

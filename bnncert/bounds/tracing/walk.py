@@ -62,6 +62,7 @@ from bnncert.bounds.tracing.equations import (
 )
 from bnncert.bounds.tracing.fusion import fused
 from bnncert.bounds.tracing.loops import LOOPS, unrolled
+from bnncert.bounds.tracing.normalisation import normalised
 from bnncert.bounds.tracing.parameters import refusal
 from bnncert.bounds.tracing.randomness import advised, refuse_random_masks
 from bnncert.bounds.tracing.recognition import Recognised, find_runs, is_logaddexp, recognise
@@ -164,7 +165,8 @@ def trace(
     alone = [1] * len(closed.jaxpr.outvars)
     here = _Place("", alone, tracking, tuple(operations))
     outputs = _walk(closed.jaxpr, closed.consts, refs, nodes, here)
-    live, outputs = _known(*prune(fused(nodes), outputs, len(inputs)))
+    found = normalised(fused(nodes), outputs, exact=tracking is None)
+    live, outputs = _known(*prune(*found, len(inputs)))
     out_tree = jax.tree.structure(out_shape)
     inputs, valid = varying((inputs, valid), _axes(inputs, live))
     graph = graph_of(live, inputs, valid, outputs, in_tree, tuple(where), out_tree)
