@@ -25,7 +25,7 @@ from bnncert import attack
 
 from .pipeline.finished import Finished, Rows, Stage, in_stages, open_run
 from .setup.command import read, rows
-from .setup.requirements import AtLeast1, Requirement, check, check_name
+from .setup.requirements import AtLeast1, Fraction, Requirement, check, check_name
 from .setup.settings import PIXELS
 from .tasks.additions import (
     NORMS,
@@ -68,7 +68,7 @@ class Options:
     """
 
     run: Run
-    eps: Annotated[tuple[float, ...], radii("--radius")] = ()
+    eps: Annotated[tuple[Fraction, ...], radii("--radius")] = ()
     attacks: Annotated[
         tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help_behavior_hint="")
     ] = ()

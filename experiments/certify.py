@@ -27,7 +27,7 @@ from bnncert.sets import ball
 
 from .pipeline.finished import Finished, Rows, Stage, in_stages, open_run
 from .setup.command import read
-from .setup.requirements import check
+from .setup.requirements import Fraction, check
 from .setup.settings import PIXELS
 from .setup.spelling import method_of, slug
 from .tasks.additions import (
@@ -81,7 +81,7 @@ class Options:
     """
 
     run: Run
-    radius: Annotated[tuple[float, ...], radii("--eps")] = ()
+    radius: Annotated[tuple[Fraction, ...], radii("--eps")] = ()
     method: Methods = ("crown-ibp",)
     unit_roundoff: Annotated[
         float | None,

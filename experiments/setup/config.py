@@ -114,6 +114,11 @@ def validate(config: RunConfig) -> None:
             "--train.likelihood quantile is of a Gaussian posterior, and --inference "
             f"{name_of(method)} has single networks: use --inference bbb, or another likelihood"
         )
+    if ".py:" in config.model and train.random_layers == "last":
+        raise ValueError(
+            "--train.random-layers last: which layer of a network of your own is the last is not "
+            "known; leave it at all, or use --model mlp or cnn"
+        )
     if isinstance(method, Checked):
         method.check(train)
     covered = train.warmup + train.ramp + train.power_ramp

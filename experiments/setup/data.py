@@ -108,7 +108,8 @@ def dataset_of(name: str, train: Split, test: Split, class_names: tuple[str, ...
         check_images(split.x, split.y, len(class_names))
     # Four digits, as the literature quotes them: the last bits of a sum depend on the machine.
     mean = tuple(round(float(m), 4) for m in train.x.mean(axis=(0, 1, 2), dtype=np.float64))
-    std = tuple(round(float(s), 4) for s in train.x.std(axis=(0, 1, 2), dtype=np.float64))
+    # A channel that is constant is divided by 1.
+    std = tuple(round(float(s), 4) or 1.0 for s in train.x.std(axis=(0, 1, 2), dtype=np.float64))
     return Dataset(name, train, test, class_names, mean, std)
 
 

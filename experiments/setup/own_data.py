@@ -288,9 +288,9 @@ def _pixels(where: Path | str, x: np.ndarray) -> np.ndarray:
             f"{where}: images of shape {x.shape[1:]} have their channels first; give them last: "
             "x.transpose(0, 2, 3, 1)"
         )
-    if x.ndim != 4:
+    if x.ndim != 4 or x.shape[3] not in (1, 3):
         raise ValueError(
             f"{where}: images have shape {x.shape}; give (N, height, width), (N, height, width, "
-            "channels), or vectors (N, features)"
+            "channels) of 1 or 3 channels, or vectors (N, features)"
         )
     return x

@@ -2,8 +2,9 @@
 
 Net is a class, or a function that returns a module. What its signature names is handed to it:
 `num_classes`, `image_shape` (height, width, channels), and a source of random numbers as its
-library spells it (`rngs` of NNX, `key` of Equinox). Called, it takes one image, without a batch
-axis, and nothing else, and returns as many logits as there are classes.
+library spells it (`rngs` of NNX, `key` of Equinox). It is called with images alone, a batch of them
+or a single one, whichever it is written for (Equinox: one, with the channels first, as its layers
+want it), in evaluation mode, and returns a logit for each class.
 
 Its params become plain dicts of dicts of arrays. What it learns from batches (running averages of
 batch-norm) is refused: `--model cnn-bn` shows a network whose statistics are frozen.
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from flax import linen, nnx
 
 from .data import Dataset
-from .models import Model, of_module
+from .models import Model
 
 EXAMPLE = "my_models.py:Net"
 
@@ -63,20 +64,30 @@ def build(name: str, dataset: Dataset) -> Model:
     shape, classes = dataset.image_shape, dataset.num_classes
     model = _MAKERS[kind](name, found, told, shape)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    try:
-        logits = jax.eval_shape(model.apply, params, jax.ShapeDtypeStruct(shape, jnp.float32))
-    except TypeError as error:
-        raise TypeError(
-            f"--model {name}: called with one image of shape {shape} and nothing else it says: "
-            f"{error}. Give other arguments defaults"
-        ) from error
-    if getattr(logits, "shape", None) != (classes,):
-        raise ValueError(
-            f"--model {name}: of one image of shape {shape} it makes "
-            f"{getattr(logits, 'shape', type(logits).__name__)}, and not logits of {classes} "
-            "classes. It is given one image, without a batch axis"
-        )
-    return model
+    seen: list[Any] = []
+    # 1. Most modules are for batches; one for a single image makes something else of two.
+    for batch, expected in (((2,), (2, classes)), ((), (classes,))):
+        try:
+            logits = jax.eval_shape(model.apply, params, _image((*batch, *shape)))
+        except Exception as error:  # whatever a network raises at a shape that it is not for
+            seen.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            continue
+        if getattr(logits, "shape", None) == expected:
+            return model._replace(apply=_of_one(model.apply)) if batch else model
+        seen.append(getattr(logits, "shape", type(logits).__name__))
+    # 2. Neither.
+    raise ValueError(
+        f"--model {name}: it makes no logits of {classes} classes. Of two images of shape {shape} "
+        f"it makes {seen[0]}, of one of them {seen[1]}"
+    )
+
+
+def _image(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _of_one(apply: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda params, x: apply(params, x[None])[0]
 
 
 def _path(name: str) -> tuple[Path, str]:
@@ -122,13 +133,20 @@ def _made(found: Any, told: dict[str, Any], seed: Any) -> Any:
     """Calls a class or a function with what its signature names."""
     if isinstance(found, linen.Module):
         return found
+    if not callable(found) or (not isinstance(found, type) and isinstance(found, nnx.Module)):
+        raise TypeError(
+            f"{type(found).__name__}: give the class, or a function that makes the network, so "
+            "that it can begin at random"
+        )
     key = jax.random.key(seed) if isinstance(seed, int) else seed
     given: dict[str, Callable[[], Any]] = {
         **{name: (lambda value=value: value) for name, value in told.items()},
         "rngs": lambda: nnx.Rngs(key),
         "key": lambda: key,
     }
-    parameters = inspect.signature(found).parameters
+    # The metaclass of NNX hides the signature of a class.
+    own = found.__init__ if isinstance(found, type) and issubclass(found, nnx.Module) else found
+    parameters = {n: p for n, p in inspect.signature(own).parameters.items() if n != "self"}
     arguments = {name: make() for name, make in given.items() if name in parameters}
     missing = [
         name
@@ -148,10 +166,44 @@ def _made(found: Any, told: dict[str, Any], seed: Any) -> Any:
 
 def _of_linen(name: str, found: Any, told: dict[str, Any], shape: tuple[int, ...]) -> Model:
     network = _made(found, told, 0)
-    kept = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros(shape))
+    parameters = inspect.signature(type(network).__call__).parameters
+    switches = {switch: value for switch, value in _SWITCHES.items() if switch in parameters}
+
+    def variables(key: Any, batch: tuple[int, ...]) -> Any:
+        return network.init(key, jnp.zeros((*batch, *shape)), **switches)
+
+    batch, kept = _first_that_works(name, variables)
     if others := sorted(set(kept) - {"params"}):
         raise _follows_batches(name, others)
-    return of_module(network, shape)  # pyright: ignore[reportArgumentType]
+
+    def apply(params: Any, x: Any) -> Any:
+        return network.apply({"params": params}, x, **switches)
+
+    return Model(apply, lambda key: variables(key, batch)["params"])
+
+
+_SWITCHES = {
+    "train": False,
+    "training": False,
+    "is_training": False,
+    "deterministic": True,
+    "use_running_average": True,
+}
+"""Arguments of a call that say that it is no training, and their values."""
+
+
+def _first_that_works(name: str, variables: Callable[..., Any]) -> tuple[tuple[int, ...], Any]:
+    """Finds whether a module begins with a batch of images or with one, and what it then has."""
+    errors = []
+    for batch in ((1,), ()):
+        try:
+            return batch, jax.eval_shape(lambda key, b=batch: variables(key, b), jax.random.key(0))
+        except Exception as error:  # whatever a network raises at a shape that it is not for
+            errors.append(str(error).splitlines()[0])
+    raise ValueError(
+        f"--model {name}: called with images alone it says {errors[0]!r}. Give other arguments "
+        f"defaults; known are {', '.join(_SWITCHES)}"
+    )
 
 
 def _of_nnx(name: str, found: Any, told: dict[str, Any], shape: tuple[int, ...]) -> Model:
@@ -202,7 +254,8 @@ def _of_equinox(name: str, found: Any, told: dict[str, Any], shape: tuple[int, .
 
     def apply(values: Any, x: Any) -> Any:
         leaves = [values[layer][leaf] for layer, leaf in places]
-        return equinox.combine(jax.tree.unflatten(tree, leaves), static)(x)
+        net = equinox.combine(jax.tree.unflatten(tree, leaves), static)
+        return net(jnp.moveaxis(x, -1, -3))
 
     return Model(apply, init)
 

@@ -58,12 +58,14 @@ def _number(words: list[str]) -> float:
 
 FRACTION = tyro.constructors.PrimitiveConstructorSpec(
     nargs=1,
-    metavar="FLOAT",
+    metavar="FLOAT|A/B",
     instance_from_str=_number,
     is_instance=lambda value: isinstance(value, int | float),
     str_from_instance=lambda value: [f"{value:g}"],
 )
 """Of a number that may be written as a fraction."""
+
+Fraction = Annotated[float, FRACTION]
 
 PixelRadius = Annotated[
     float,

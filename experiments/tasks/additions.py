@@ -60,7 +60,7 @@ def radii(alias: str) -> Any:
     return tyro.conf.arg(
         metavar="EPS [EPS ...]",
         aliases=[alias],
-        help="Radii, in units of pixels in [0, 1] (2/255 is 0.00784), a result each; by default "
+        help="Radii, in units of pixels in [0, 1] (0.1, 2/255), a result each; by default "
         "the one that the run was tested at.",
         help_behavior_hint="",
     )
