@@ -25,7 +25,7 @@ from bnncert.certify.exact.cascade import STAGES, stage_of
 from bnncert.sets import ball
 
 from .pipeline.finished import Finished, Rows, Stage, in_stages, open_run
-from .setup.command import read
+from .setup.command import program, read
 from .setup.requirements import check
 from .setup.settings import PIXELS
 from .setup.spelling import method_of, slug
@@ -87,7 +87,7 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    options = read(Options, "python -m experiments.certify", arguments, validate=_validate)
+    options = read(Options, program("certify"), arguments, validate=_validate)
     opened = partial(open_run, options.run, options.data_dir, options.images)
     return for_each_radius(opened, options.radius, partial(certified, options), summary)
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from bnncert.types import Apply
 
+from ..setup.command import program
 from ..setup.config import RunConfig, from_dict
 from ..setup.data import Split, load
 from ..setup.models import build
@@ -63,7 +64,7 @@ def open_run(folder: Path, data_dir: Path | None = None, images: int | None = No
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} is not the folder of a finished run: it has no {name}. Finish the run "
-                "first (python -m experiments.run ... --resume)"
+                f"first ({program('run')} ... --resume)"
             )
     config = from_dict(json.loads((folder / "config.json").read_text()))
     dataset = load(config.dataset, data_dir or config.data_dir)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from ..setup.command import attempt, read
+from ..setup.command import attempt, program, read
 from .files import summary_picture, write_report
 
 
@@ -23,7 +23,7 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    options = read(Options, "python -m experiments.report", arguments)
+    options = read(Options, program("report"), arguments)
 
     def work() -> None:
         print(write_report(options.run))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..pipeline.finished import results_of
+from ..setup.command import program
 from . import figures, gallery
 from .page import Run, page
 
@@ -57,7 +58,7 @@ def load(run_dir: Path) -> Run:
     if missing:
         raise FileNotFoundError(
             f"{run_dir} is not the folder of a finished run: it has no {', '.join(missing)}. "
-            "Finish the run first (python -m experiments.run ... --resume)."
+            f"Finish the run first ({program('run')} ... --resume)."
         )
     results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
     certificates = _arrays(run_dir / "certificates.npz")
