@@ -45,7 +45,7 @@ from bnncert.posterior import MeanField, Samples  # noqa: E402
 from bnncert.sets import Box, LpBall, ball  # noqa: E402
 from bnncert.types import Algorithm, Batch, Threat  # noqa: E402
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [  # noqa: RUF022
     "Affine",

@@ -24,7 +24,7 @@ import tyro
 from bnncert import attack
 
 from .pipeline.finished import Finished, Rows, Stage, in_stages, open_run
-from .setup.command import read, rows
+from .setup.command import program, read, rows
 from .setup.requirements import AtLeast1, Fraction, Requirement, check, check_name
 from .setup.settings import PIXELS
 from .tasks.additions import (
@@ -93,15 +93,19 @@ class Options:
     data_dir: DataDir = None
 
 
+def _examples() -> str:
+    return EXAMPLES.replace("python -m experiments.attack", program("attack"))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = read(
         Options,
-        "python -m experiments.attack",
+        program("attack"),
         arguments,
         validate=_validate,
         description=f"{cleandoc(Options.__doc__ or '')}\n\nattacks:\n{rows(ATTACKS)}"
-        f"\n\nexamples:\n{EXAMPLES}",
+        f"\n\nexamples:\n{_examples()}",
     )
     opened = partial(open_run, options.run, options.data_dir, options.images)
     return for_each_radius(opened, options.eps, partial(attacked, options), summary)

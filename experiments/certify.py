@@ -26,7 +26,7 @@ from bnncert.certify.exact.cascade import STAGES, stage_of
 from bnncert.sets import ball
 
 from .pipeline.finished import Finished, Rows, Stage, in_stages, open_run
-from .setup.command import read
+from .setup.command import program, read
 from .setup.requirements import Fraction, check
 from .setup.settings import PIXELS
 from .setup.spelling import method_of, slug
@@ -98,14 +98,18 @@ class Options:
     data_dir: DataDir = None
 
 
+def _examples() -> str:
+    return EXAMPLES.replace("python -m experiments.certify", program("certify"))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = read(
         Options,
-        "python -m experiments.certify",
+        program("certify"),
         arguments,
         validate=_validate,
-        description=f"{cleandoc(Options.__doc__ or '')}\n\nexamples:\n{EXAMPLES}",
+        description=f"{cleandoc(Options.__doc__ or '')}\n\nexamples:\n{_examples()}",
     )
     opened = partial(open_run, options.run, options.data_dir, options.images)
     return for_each_radius(opened, options.radius, partial(certified, options), summary)

@@ -120,8 +120,8 @@ def test_imports_point_upwards(path: Path) -> None:
     parts = path.relative_to(ROOT / "bnncert").with_suffix("").parts
     is_package = parts[-1] == "__init__"
     module = ".".join(parts[:-1] if is_package else parts)
-    if not module:
-        return  # the front door: it re-exports everything
+    if module in ("", "__main__"):
+        return  # the front door re-exports everything; the command asks it for its version
     package = "bnncert." + ".".join(parts[:-1])
     assert not downward(module, path.read_text(), package.rstrip("."))
 

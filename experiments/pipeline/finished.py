@@ -24,6 +24,7 @@ from tqdm import tqdm
 from bnncert.types import Apply
 
 from ..setup import subject
+from ..setup.command import program
 from ..setup.config import RunConfig, from_dict
 from ..setup.data import Split
 from ..setup.logs import SHORT, compiling
@@ -66,7 +67,7 @@ def open_run(folder: Path, data_dir: Path | None = None, images: int | None = No
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} is not the folder of a finished run: it has no {name}. Finish the run "
-                "first (python -m experiments.run ... --resume)"
+                f"first ({program('run')} ... --resume)"
             )
     config = from_dict(json.loads((folder / "config.json").read_text()))
     dataset = subject.read(config, data_dir)

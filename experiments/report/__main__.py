@@ -9,7 +9,7 @@ import tyro
 
 from ..pipeline.evaluation import SoundnessError
 from ..pipeline.locks import LockedError, locked
-from ..setup.command import attempt, read
+from ..setup.command import attempt, program, read
 from .files import check_files, summary_picture, write_report
 
 
@@ -29,7 +29,7 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    options = read(Options, "python -m experiments.report", arguments)
+    options = read(Options, program("report"), arguments)
 
     def work() -> None:
         check_files(options.run)

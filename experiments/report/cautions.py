@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..setup.command import program
 from .document import percent_interval
 from .figures import radius_text
 
@@ -88,7 +89,7 @@ def _short(r: Mapping[str, Any], guess: float) -> str:
     return (
         f"<b>The attack is short</b> ({steps} step{'' if steps == 1 else 's'}): the accuracy under "
         "attack is an upper bound on the robust one, and may be a loose one. "
-        "<code>python -m experiments.attack</code> tries stronger attacks on the same images."
+        f"<code>{program('attack')}</code> tries stronger attacks on the same images."
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..pipeline.finished import check_order, results_of
 from ..pipeline.writing import whole, write_text
+from ..setup.command import program
 from . import figures, gallery
 from .page import Run, page
 
@@ -86,13 +87,13 @@ def check_files(run_dir: Path) -> None:
     if any(run_dir.glob("predictions-*.npz")):
         raise FileNotFoundError(
             f"{run_dir} is of a regression, which writes its report.html itself: its command with "
-            "--resume (python -m experiments.regression ... --resume) writes it again"
+            f"--resume ({program('regression')} ... --resume) writes it again"
         )
     missing = [name for name in FILES if not (run_dir / name).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{run_dir} is not the folder of a finished run: it has no {', '.join(missing)}. "
-            "Finish the run first (python -m experiments.run ... --resume)."
+            f"Finish the run first ({program('run')} ... --resume)."
         )
 
 

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import PurePath
 from typing import Any
 
+from ..setup.command import program
 from ..setup.config import options_of, to_dict
 from ..setup.methods import METHODS
 from ..setup.presets import PRESETS, preset
@@ -132,7 +133,7 @@ def command(config: Mapping[str, Any]) -> str:
     asked = options_of(upgraded(config))
     known = asked["preset"] in PRESETS and asked["inference"] in METHODS
     usual = options_of(to_dict(preset(asked["preset"], asked["inference"]))) if known else {}
-    words = ["python", "-m", "experiments.run", str(asked["preset"])]
+    words = [*program("run").split(), str(asked["preset"])]
     for name, value in asked.items():
         if name in ("preset", "out", "resume"):
             continue

@@ -5,6 +5,7 @@ A mistake exits with status 2 and says what is wrong; what fails later, with 1; 
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -19,9 +20,27 @@ RESUME = "add --resume to the same command to go on from the last checkpoint"
 """What is said of a run that was stopped."""
 
 
+def program(name: str) -> str:
+    """What is typed to start a command: as this process was started, wherever that can be told.
+
+    Args:
+        name: of the command, such as "run".
+
+    >>> program("run")
+    'python -m experiments.run'
+    """
+    started = Path(sys.argv[0])
+    if started.stem.lower() == "bnncert":  # the console script
+        return f"bnncert {name}"
+    if started.parts[-2:] == ("bnncert", "__main__.py"):
+        return f"python -m bnncert {name}"
+    package = __name__.removesuffix(".setup.command")
+    return f"python -m {package}.{name}"
+
+
 def read(
     kind: type[Settings],
-    program: str,
+    typed: str,
     arguments: Sequence[str] | None,
     *,
     default: Settings | None = None,
@@ -32,14 +51,14 @@ def read(
 
     Args:
         kind: a dataclass.
-        program: what is typed before the arguments.
+        typed: what is typed before the arguments (`program`).
         arguments: those after the program's name; None takes `sys.argv`.
         default: where it starts from.
         validate: raises a ValueError that says what is wrong.
         description: heads the help; the dataclass's docstring by default.
     """
     start: dict[str, Any] = {} if default is None else {"default": default}
-    settings = tyro.cli(kind, prog=program, args=arguments, description=description, **start)
+    settings = tyro.cli(kind, prog=typed, args=arguments, description=description, **start)
     try:
         validate(settings)
     except ValueError as error:

@@ -9,18 +9,19 @@ from typing import Annotated, Any, Protocol, TypeVar, overload, runtime_checkabl
 
 import tyro
 
+from .command import program
 from .data import DATASETS
 from .methods import BBB, MAP, Checked, Inference, method_of, name_of
 from .models import MODELS
-from .requirements import Requirement, Seed, check, one_of
+from .requirements import Seed, check, one_of
 from .settings import EvalConfig, TrainConfig
 from .upgrade import upgraded
 
 NETWORKS = (*MODELS, "auto")
 
 
-def _is_model(name: str) -> bool:
-    return name in NETWORKS or ".py:" in name
+def _is_in_a_file(name: str) -> bool:
+    return ".py:" in name
 
 
 @runtime_checkable
@@ -65,7 +66,7 @@ class RunConfig:
     dataset: Annotated[str, *one_of("data set", (*DATASETS, "my"))]
     """Data set; all but digits and my (--data) are read from a folder prepared by TensorFlow
     Datasets."""
-    model: Annotated[str, Requirement(f"one of {', '.join(NETWORKS)}, or FILE.py:NAME", _is_model)]
+    model: Annotated[str, *one_of("model", NETWORKS, place=("FILE.py:NAME", _is_in_a_file))]
     """Network: mlp (one hidden layer of 512), cnn (two convolutions, a hidden layer of 100), cnn-bn
     (with batch-norm before each ReLU), resnet (three residual blocks), your own, FILE.py:NAME (a
     module of Flax, NNX or Equinox), or auto: mlp for small images, cnn for others."""
@@ -101,8 +102,8 @@ def validate(config: RunConfig) -> None:
     train, method = config.train, config.inference
     if (config.dataset == "my") != (config.data is not None):
         raise ValueError(
-            "--data names your own data, and goes with the preset my: python -m experiments.run my "
-            "--data my.npz"
+            f"--data names your own data, and goes with the preset my: {program('run')} my --data "
+            "my.npz"
         )
     if not isinstance(method, MAP) and train.kl_weight == 0:
         raise ValueError(
@@ -114,7 +115,7 @@ def validate(config: RunConfig) -> None:
             "--train.likelihood quantile is of a Gaussian posterior, and --inference "
             f"{name_of(method)} has single networks: use --inference bbb, or another likelihood"
         )
-    if ".py:" in config.model and train.random_layers == "last":
+    if _is_in_a_file(config.model) and train.random_layers == "last":
         raise ValueError(
             "--train.random-layers last: which layer of a network of your own is the last is not "
             "known; leave it at all, or use --model mlp or cnn"

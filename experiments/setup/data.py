@@ -231,7 +231,7 @@ def _how_to_prepare(name: str, folder: Path, what: str) -> str:
     )
     return (
         f"data set '{name}' {what} in {folder}. Prepare it once with\n"
-        '    pip install -e ".[prepare]"\n'
+        '    pip install "bnncert[prepare]"\n'
         f'    python -c "{program}"\n'
         "or name the TFDS folder that has it with --data-dir. "
         "The preset 'digits' needs no download."

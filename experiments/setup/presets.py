@@ -98,7 +98,7 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
     default = preset(name, named)
     return command.read(
         RunConfig,
-        f"python -m experiments.run {name}",
+        f"{command.program('run')} {name}",
         options,
         default=default,
         validate=validate,
@@ -124,11 +124,12 @@ def _overview() -> str:
         f"{config.train.epochs} epochs"
         for name, config in PRESETS.items()
     } | {"my": "your own images, --data FILE.npz or FOLDER, certified at eps 8/255, 30 epochs"}
+    typed = command.program("run")
     return (
-        "usage: python -m experiments.run PRESET [--inference METHOD] [OPTIONS]\n\n"
+        f"usage: {typed} PRESET [--inference METHOD] [OPTIONS]\n\n"
         f"{RunConfig.__doc__}\n\npresets:\n{command.rows(presets)}\n\n"
         f"inference methods (bbb unless told):\n{command.methods(tuple(METHODS))}\n\n"
-        "Every setting is an option: python -m experiments.run PRESET --help lists them, with\n"
+        f"Every setting is an option: {typed} PRESET --help lists them, with\n"
         "those of the method (--inference NAME).\n"
         "digits needs no download and takes less than two minutes on two cores."
     )

@@ -25,10 +25,11 @@ class Requirement(NamedTuple):
 
 
 class OneOf(NamedTuple):
-    """A name out of some, with what it names."""
+    """A name out of some, with what it names; or one that is no name of ours, but a place."""
 
     what: str
     names: Sequence[str]
+    is_place: Callable[[str], bool] = lambda name: False
 
 
 AtLeast0 = Annotated[int, Requirement("at least 0", lambda v: v >= 0)]
@@ -75,9 +76,27 @@ PixelRadius = Annotated[
 Seed = Annotated[int, Requirement("an integer in 0 .. 2**32 - 1", lambda v: 0 <= v < 2**32)]
 
 
-def one_of(what: str, names: Sequence[str], help: str | None = None) -> tuple[Any, OneOf]:
-    """The metadata of a field that is one of some names: for the help, and for `check`."""
-    return tyro.conf.arg(metavar="{" + ",".join(names) + "}", help=help), OneOf(what, names)
+def one_of(
+    what: str,
+    names: Sequence[str],
+    help: str | None = None,
+    *,
+    place: tuple[str, Callable[[str], bool]] | None = None,
+) -> tuple[Any, OneOf]:
+    """The metadata of a field that is one of some names: for the help, and for `check`.
+
+    Args:
+        what: they name.
+        names: that are known.
+        help: of the option.
+        place: what else it may be, in the words of the help, and whether a value is that.
+    """
+    written = "{" + ",".join(names) + "}"
+    if place is None:
+        return tyro.conf.arg(metavar=written, help=help), OneOf(what, names)
+    words, is_place = place
+    metavar = f"{written}|{words}"
+    return tyro.conf.arg(metavar=metavar, help=help), OneOf(what, (*names, words), is_place)
 
 
 def check(settings: Any, prefix: str = "") -> None:
@@ -98,7 +117,7 @@ def check(settings: Any, prefix: str = "") -> None:
     for field in dataclasses.fields(settings):
         option, value = prefix + field.name, getattr(settings, field.name)
         for told in getattr(hints[field.name], "__metadata__", ()):
-            if isinstance(told, OneOf):
+            if isinstance(told, OneOf) and not told.is_place(value):
                 check_name(value, told.names, told.what)
             if isinstance(told, Requirement) and not told.holds(value):
                 raise ValueError(f"{flag(option)} must be {told.text}, got {value}")

@@ -383,7 +383,7 @@ def test_an_absent_data_folder_says_how_to_prepare_it(
     assert main(["mnist-cnn", "--data-dir", str(folder), *out]) == 1
     errors = capsys.readouterr().err
     assert "download_and_prepare()" in errors
-    assert 'pip install -e ".[prepare]"' in errors
+    assert 'pip install "bnncert[prepare]"' in errors
     assert str(folder) in errors
     assert list(tmp_path.iterdir()) == []
 

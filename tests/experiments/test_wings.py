@@ -11,13 +11,19 @@ from tests.test_imports import ROOT, imported, relative
 WINGS = ("setup", "pipeline", "report", "tasks")
 MODULES = sorted(path for wing in WINGS for path in (ROOT / "experiments" / wing).rglob("*.py"))
 COMMANDS = ("run", "certify", "attack", "report", "regression")
+HERE = "experiments."
+
+
+def package(path: Path) -> str:
+    """The package that a module's relative imports start from."""
+    return ".".join(path.parent.relative_to(ROOT).parts)
 
 
 def later(path: Path, source: str) -> set[str]:
     """What a module imports that does not come before it: later wings, the commands, studies."""
     wing = path.relative_to(ROOT / "experiments").parts[0]
     earlier = {f"experiments.{name}" for name in WINGS[: WINGS.index(wing) + 1]}
-    ours = {name for name in imported(source) if name.split(".")[0] == "experiments"}
+    ours = {name for name in imported(source, package(path)) if f"{name}.".startswith(HERE)}
     return {name for name in ours if ".".join(name.split(".")[:2]) not in earlier}
 
 
@@ -29,8 +35,17 @@ def test_imports_point_to_earlier_wings(path: Path) -> None:
 def test_the_check_can_fail() -> None:
     here = ROOT / "experiments/pipeline/x.py"
     assert later(here, "from experiments.report import page") == {"experiments.report.page"}
+    assert later(here, "from ..report import page") == {"experiments.report.page"}
     assert later(here, "from experiments import run") == {"experiments.run"}
-    assert not later(here, "from experiments.setup.data import load\nimport numpy")
+    assert later(here, "from .. import run") == {"experiments.run"}
+    assert not later(here, "from ..setup.data import load\nfrom . import y\nimport numpy")
+
+
+@pytest.mark.parametrize("path", [*MODULES, *(ROOT / "experiments").glob("*.py")], ids=relative)
+def test_what_the_wheel_carries_needs_nothing_that_it_leaves_out(path: Path) -> None:
+    left_out = ("benchmarks", "results", "studies")
+    names = imported(path.read_text(), package(path))
+    assert not {n for n in names if f"{n}.".startswith(tuple(f"{HERE}{p}." for p in left_out))}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -188,7 +188,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     default = preset(name, named)
     return command.read(
         Settings,
-        f"python -m experiments.regression {name}",
+        f"{command.program('regression')} {name}",
         options,
         default=default,
         validate=validate,
@@ -213,12 +213,13 @@ def validate(settings: Settings) -> None:
 
 
 def _overview() -> str:
+    typed = command.program("regression")
     return (
-        "usage: python -m experiments.regression {diabetes,sine} [OPTIONS]\n\n"
+        f"usage: {typed} {{diabetes,sine}} [OPTIONS]\n\n"
         f"{Settings.__doc__}\n\nproblems:\n{command.rows(DESCRIBED)}\n\n"
         f"inference methods (diabetes: bbb, sine: ensemble, unless told):\n"
         f"{command.methods(tuple(METHODS))}\n\n"
         "Radii are in standard deviations of each feature over the training data.\n"
-        "Every setting is an option: python -m experiments.regression sine --help lists them.\n"
+        f"Every setting is an option: {typed} sine --help lists them.\n"
         "Either problem takes about a minute on one core, and downloads nothing."
     )
