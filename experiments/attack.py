@@ -53,8 +53,8 @@ ATTACKS: dict[str, str] = {
 
 
 EXAMPLES = """\
-  python -m experiments.attack runs/digits-bbb-seed0 --steps 50 --restarts 2
-  python -m experiments.attack runs/digits-bbb-seed0 --eps 0.05 0.1 --attacks pgd apgd-dlr"""
+  COMMAND runs/digits-bbb-seed0 --steps 50 --restarts 2
+  COMMAND runs/digits-bbb-seed0 --eps 0.05 0.1 --attacks pgd apgd-dlr"""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Options:
 
 
 def _examples() -> str:
-    return EXAMPLES.replace("python -m experiments.attack", program("attack"))
+    return EXAMPLES.replace("COMMAND", program("attack"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

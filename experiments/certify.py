@@ -55,9 +55,9 @@ _BEST = {
 
 
 EXAMPLES = """\
-  python -m experiments.certify runs/digits-bbb-seed0 --method crown --radius 0.05 0.1
-  python -m experiments.certify runs/digits-bbb-seed0 --method ibp crown-ibp crown
-  python -m experiments.certify runs/digits-bbb-seed0 --norm 2 --radius 0.5"""
+  COMMAND runs/digits-bbb-seed0 --method crown --radius 0.05 0.1
+  COMMAND runs/digits-bbb-seed0 --method ibp crown-ibp crown
+  COMMAND runs/digits-bbb-seed0 --norm 2 --radius 0.5"""
 
 Methods = Annotated[
     tuple[str, ...],
@@ -99,7 +99,7 @@ class Options:
 
 
 def _examples() -> str:
-    return EXAMPLES.replace("python -m experiments.certify", program("certify"))
+    return EXAMPLES.replace("COMMAND", program("certify"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -270,7 +270,36 @@ def test_dropout_in_a_loop_is_an_error():
         keep = jax.random.bernoulli(KEY)
         return jax.lax.cond(keep, lambda v: step(v, W[0]), lambda v: v, x)
 
-    for left_on in (f, skip):
+    def in_a_loop_of_its_own(x):
+        keys = jax.random.split(KEY, 2)
+        masks = jax.lax.map(lambda k: jax.random.bernoulli(k, 0.5, (3,)).astype(jnp.float32), keys)
+        return x * masks[0]
+
+    def counted_up(x):
+        draw = lambda i: jax.random.uniform(jax.random.fold_in(KEY, i), (3,)) > 0.5  # noqa: E731
+        return x * jax.lax.fori_loop(0, 2, lambda i, c: c * draw(i), jnp.ones(3))
+
+    def in_a_branch(x):
+        made = jax.lax.cond(
+            W[0, 0] > 0,
+            lambda k: 2.0 * jax.random.bernoulli(k, 0.5, (3,)),
+            lambda k: jnp.ones(3),
+            KEY,
+        )
+        return x * made
+
+    def depth(x):
+        trips = jax.random.randint(KEY, (), 0, 4)
+        return jax.lax.while_loop(lambda c: c[0] < trips, lambda c: (c[0] + 1, 0.5 * c[1]), (0, x))[
+            1
+        ]
+
+    def never(x):
+        mask = jax.random.bernoulli(KEY, 0.5, (3,)).astype(jnp.float32)
+        loop = jax.lax.scan(lambda c, _: ((c[0], jnp.ones(3)), None), (x, mask), None, length=0)[0]
+        return loop[0] * loop[1]
+
+    for left_on in (f, skip, in_a_loop_of_its_own, counted_up, in_a_branch, depth, never):
         with pytest.raises(ValueError, match="dropout"):
             bound(left_on, "ibp")(BOX)
 

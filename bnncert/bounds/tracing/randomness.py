@@ -95,7 +95,7 @@ def _kinds(jaxpr: core.Jaxpr, arguments: Sequence[int], source: str) -> list[int
         line = source_of(eqn) or source
         if is_call(eqn):
             made = _kinds(called(eqn)[0], kinds, line)
-        elif eqn.primitive.name in LOOPS and _BOUNDED in kinds:
+        elif eqn.primitive.name in LOOPS and (any(kinds) or any(map(_draws, _bodies(eqn)))):
             made = _of_loop(eqn, kinds, line)
         else:
             made = [_kind(eqn, kinds, var, line) for var in eqn.outvars]
@@ -104,19 +104,40 @@ def _kinds(jaxpr: core.Jaxpr, arguments: Sequence[int], source: str) -> list[int
 
 
 def _of_loop(eqn: core.JaxprEqn, kinds: Sequence[int], source: str) -> list[int]:
-    """The kinds of a loop's results, iteration by iteration until they are those of an earlier."""
-    if eqn.primitive.name == "cond" and kinds[0] > 0:
-        raise _left_on(source)  # a layer that is dropped as a whole
+    """The kinds of a loop's results, iteration by iteration until they are those of an earlier.
+
+    Which branch is taken, and how often a loop runs, may be a mask: of layers as a whole.
+    """
+    if eqn.primitive.name == "cond" and kinds[0] > 0 and _BOUNDED in kinds:
+        raise _left_on(source)
     found: list[list[int]] = []
     for body in bodies(eqn):
         arguments = [kinds[i] for i in body.passed]
+        nothing_yet = [0] * len(body.results)
+        for argument, result in body.carry.items():
+            nothing_yet[result] = arguments[argument]
+        if eqn.primitive.name == "while" or eqn.params.get("length") == 0:
+            found.append(nothing_yet)  # it may not run at all
+        if eqn.params.get("length") == 0:
+            break
         seen: list[list[int]] = []
         while arguments not in seen:
             seen.append(list(arguments))
+            if _BOUNDED in arguments and _is_random(eqn, kinds, arguments):
+                raise _left_on(source)
             found.append(_kinds(body.jaxpr, arguments, source))
             for argument, result in body.carry.items():
                 arguments[argument] = found[-1][result]
     return [_BOUNDED if _BOUNDED in each else max(each) for each in zip(*found, strict=True)]
+
+
+def _is_random(eqn: core.JaxprEqn, kinds: Sequence[int], arguments: Sequence[int]) -> bool:
+    """Says whether a while loop goes on by what is drawn."""
+    if eqn.primitive.name != "while":
+        return False
+    skipped, own = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    given = [*kinds[:skipped], *arguments[own:]]
+    return max(_kinds(eqn.params["cond_jaxpr"].jaxpr, given, ""), default=0) > 0
 
 
 def _kind(eqn: core.JaxprEqn, kinds: Sequence[int], result: Any, source: str) -> int:
