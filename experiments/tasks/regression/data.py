@@ -35,7 +35,7 @@ class Regression(NamedTuple):
     """A regression, with what brings it back to its own units.
 
     Attributes:
-        name: one of `PROBLEMS`.
+        name: one of `PROBLEMS`, or a table's.
         train: what posteriors see.
         validation: what settings are chosen on.
         test: what is reported.
@@ -82,7 +82,7 @@ def _diabetes() -> Regression:
     held = len(order) // 5 + 1
     parts = order[2 * held :], order[held : 2 * held], order[:held]
     target = "disease progression after a year (score)"
-    return _standardised(
+    return standardised(
         "diabetes",
         [(data.data[part], data.target[part]) for part in parts],
         tuple(data.feature_names),
@@ -100,16 +100,23 @@ def _sine() -> Regression:
         return x[:, None], np.sin(x) + NOISE * rng.normal(size=num)
 
     parts = [draw(num) for num in (120, 100, 200)]
-    return _standardised("sine", parts, ("x (radians)",), "y = sin x + noise")
+    return standardised("sine", parts, ("x (radians)",), "y = sin x + noise")
 
 
-def _standardised(
+def standardised(
     name: str,
     parts: list[tuple[np.ndarray, np.ndarray]],
     features: tuple[str, ...],
     target: str,
 ) -> Regression:
-    """From training, validation and test data in their own units."""
+    """Make a regression of training, validation and test data in their own units.
+
+    Args:
+        name: of the problem.
+        parts: features and targets of the three splits.
+        features: their names.
+        target: what it is, in words.
+    """
     (x, y), *_ = parts
     mean, sd = x.mean(0), x.std(0)
     target_mean, target_sd = float(y.mean()), float(y.std())

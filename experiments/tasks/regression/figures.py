@@ -21,7 +21,7 @@ from .evaluation import WIDTH, Columns
 from .settings import Settings
 
 UNITS = {"diabetes": "score", "sine": "in units of y"}
-"""Of the targets, in a word."""
+"""Of the targets, in a word; those of a table are its own."""
 
 GRID = 401
 """Points of the line that the sine is drawn along."""
@@ -94,7 +94,7 @@ def curves(
     """
     panels = figure.subplots(1, len(drawn), sharex=True, sharey=True, squeeze=False)[0]
     x, points = _feature(problem, line(problem)), _feature(problem, problem.train.x)
-    y = _target(problem, problem.train.y)
+    y, sine = _target(problem, problem.train.y), problem.name == "sine"
     for axes, (training, columns) in zip(panels, drawn.items(), strict=True):
         _style(axes, f"{training} training")
         mean, lower, upper = (_target(problem, columns[n]) for n in ("mean", "lower", "upper"))
@@ -106,23 +106,26 @@ def curves(
         axes.fill_between(x, lower, upper, color=LIGHT["certified"], alpha=0.4, lw=0)
         for edge in (lower - widest, upper + widest):
             axes.plot(x, edge, color=LIGHT["certified"], lw=1, ls=_DASHES)
-        axes.plot(x, np.sin(x), color=LIGHT["soft"], lw=1.2, ls=":")
+        if sine:
+            axes.plot(x, np.sin(x), color=LIGHT["soft"], lw=1.2, ls=":")
         axes.plot(x, mean, color=LIGHT["ink"], lw=1.4)
         axes.plot(points, y, "o", ms=3.2, mec=LIGHT["card"], mew=0.4, color=LIGHT["broken"])
         axes.set_xlabel(problem.features[0])
-    panels[0].set(xlim=(x[0], x[-1]), ylim=(-2.0, 2.3))
+    panels[0].set(xlim=(x[0], x[-1]), ylim=(-2.0, 2.3) if sine else None)
     panels[0].set_ylabel(problem.target)
     eps, own = settings.eps, settings.eps * float(problem.feature_sd[0])
     names = [
         Line2D([], [], ls="", marker="o", ms=4, color=LIGHT["broken"], label="training data"),
-        Line2D([], [], color=LIGHT["soft"], lw=1.2, ls=":", label="sin x"),
+        *([Line2D([], [], color=LIGHT["soft"], lw=1.2, ls=":", label="sin x")] if sine else []),
         Line2D([], [], color=LIGHT["ink"], lw=1.4, label="predictive mean"),
         Patch(color=LIGHT["undecided"], alpha=0.35, lw=0, label="predictive mean ± 2 sd"),
         Patch(color=LIGHT["certified"], alpha=0.4, lw=0, label="certified: the mean at every x'"),
         Line2D([], [], color=LIGHT["certified"], lw=1, ls=_DASHES,
                label="certified: mean ± 2 sd at every x'"),
     ]  # fmt: skip
-    _legend(figure, names, f"|x' - x| ≤ ε = {eps:g} sd of x = {own:.2g} radians")
+    _legend(
+        figure, names, f"|x' - x| ≤ ε = {eps:g} sd of x = {own:.2g}{' radians' if sine else ''}"
+    )
 
 
 def patients(
@@ -143,19 +146,21 @@ def patients(
     """
     *panels, last = figure.subplots(1, len(found) + 1, squeeze=False)[0]
     y = _target(problem, data.y)
+    ends = _ends(problem, y, found)
     for axes, (training, each) in zip(panels, found.items(), strict=True):
         _style(axes, f"{training} training")
         columns = {n: _target(problem, v) for n, v in each["columns"].items() if v.ndim == 1}
-        axes.plot([0, 400], [0, 400], color=LIGHT["soft"], lw=0.9, ls=":")
+        axes.axline((ends[0], ends[0]), slope=1, color=LIGHT["soft"], lw=0.9, ls=":")
         axes.vlines(y, columns["lower"], columns["upper"], color=LIGHT["certified"], lw=1.6)
         axes.vlines(
             y, columns["attacked_low"], columns["attacked_high"], color=LIGHT["undecided"], lw=1.6
         )
         axes.plot(y, columns["mean"], "o", ms=2.6, color=LIGHT["ink"])
-        axes.set(xlim=(0, 360), ylim=(0, 360), xlabel=f"{problem.target}, measured")
+        axes.set(xlim=ends, ylim=ends, xlabel=f"{problem.target}, measured")
     for axes in panels[1:]:
         axes.tick_params(labelleft=False)
-    panels[0].set_ylabel("predicted (score)")
+    unit = UNITS.get(problem.name)
+    panels[0].set_ylabel("predicted" + (f" ({unit})" if unit else ""))
     errors(last, problem, found, settings)
     eps = settings.eps
     names = [
@@ -163,8 +168,21 @@ def patients(
         Line2D([], [], color=LIGHT["undecided"], lw=3, label="reached by an attack"),
         Line2D([], [], color=LIGHT["certified"], lw=3, label="certified: the mean at every x'"),
     ]
-    about = f"{len(y)} {settings.evaluate} patients, |x' - x|∞ ≤ ε = {eps:g} sd of each feature"
+    rows = "patients" if problem.name == "diabetes" else "rows"
+    about = f"{len(y)} {settings.evaluate} {rows}, |x' - x|∞ ≤ ε = {eps:g} sd of each feature"
     _legend(figure, names, about)
+
+
+def _ends(
+    problem: Regression, y: np.ndarray, found: Mapping[str, Mapping[str, Any]]
+) -> tuple[float, float]:
+    """Where the axes of targets begin and end."""
+    if problem.name == "diabetes":
+        return 0.0, 360.0
+    seen = [y, *(_target(problem, each["columns"]["mean"]) for each in found.values())]
+    low, high = (float(end(np.concatenate(seen))) for end in (np.min, np.max))
+    margin = 0.08 * (high - low)
+    return low - margin, high + margin
 
 
 def errors(
@@ -205,7 +223,8 @@ def errors(
     )
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set(xlabel="radius ε (sd of each feature)", xlim=(0, None))
-    axes.set_ylabel(f"error ({UNITS[problem.name]})")
+    unit = UNITS.get(problem.name)
+    axes.set_ylabel("error" + (f" ({unit})" if unit else ""))
     axes.legend(
         handles=[
             *(Patch(color=colours[name], alpha=0.5, lw=0, label=name) for name in found),

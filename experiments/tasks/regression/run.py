@@ -5,6 +5,7 @@ and checkpoints/, and posterior-NAME.npz and predictions-NAME.npz (a row a datum
 results.json; and, last, report.html.
 """
 
+import dataclasses
 import json
 import math
 import time
@@ -30,7 +31,7 @@ from ...setup.logs import SHORT, compiling
 from ...setup.methods import name_of
 from ...setup.models import Model
 from ...setup.provenance import provenance
-from . import figures, network, page
+from . import figures, network, page, tables
 from .data import Regression, load
 from .evaluation import Columns, Examine, examiner, measure
 from .settings import TRAININGS, Settings, train_config
@@ -52,12 +53,35 @@ def run(settings: Settings) -> tuple[Path, dict[str, Any]]:
         FileNotFoundError, ValueError: nothing to resume, or a run of other settings.
         TrainingError, SoundnessError, LockedError, WriteError: see there.
     """
+    if settings.data is not None:
+        settings = dataclasses.replace(settings, data=settings.data.expanduser().resolve())
+    regression = _problem(settings)  # before anything is written
     with open_folder(settings) as folder:
-        return folder, _whole(settings, folder)
+        _check_same_table(settings, folder)
+        return folder, _whole(settings, regression, folder)
 
 
-def _whole(settings: Settings, folder: Path) -> dict[str, Any]:
-    regression = load(settings.preset)
+def _problem(settings: Settings) -> Regression:
+    if settings.data is None or settings.target is None:
+        return load(settings.preset)
+    return tables.read(settings.data, settings.target)
+
+
+def _check_same_table(settings: Settings, folder: Path) -> None:
+    """Notes what tells a table from others, or raises ValueError where the run began on another."""
+    if settings.data is None:
+        return
+    path, own = folder / "own.json", tables.digest(settings.data)
+    if not path.is_file():
+        write_json(path, {"data": {"source": str(settings.data), "digest": own}})
+    elif json.loads(path.read_text())["data"]["digest"] != own:
+        raise ValueError(
+            f"{settings.data} changed since this run began: put it back as it was, or make another "
+            "run with another --out"
+        )
+
+
+def _whole(settings: Settings, regression: Regression, folder: Path) -> dict[str, Any]:
     data: Split = getattr(regression, settings.evaluate)
     model = network.build(settings.hidden, len(regression.features))
     examine = examiner(settings, model.apply)

@@ -63,6 +63,10 @@ class Settings:
     training: Annotated[str, *one_of("training", (*TRAININGS, "both"))] = "both"
     """With the robust likelihood, the plain one (lam 1: an ordinary network), or one after the
     other with the same seed."""
+    data: Path | None = None
+    """Your own table, with the problem table: a .csv file with a header, and numbers below it."""
+    target: str | None = None
+    """The column of the table that is to be predicted; all others are features."""
     evaluate: Annotated[str, *one_of("split", SPLITS)] = "test"
     """Which data the results are about; settings are chosen on validation, and test is looked at
     once."""
@@ -126,10 +130,12 @@ PRESETS: dict[str, Settings] = {
         batch_size=120,
         kl_weight=1.0,
     ),
+    "table": Settings("table"),
 }
 DESCRIBED = {
     "diabetes": "442 patients, ten features (scikit-learn's, built in)",
     "sine": "a generated noisy sine of one feature, with a gap in it",
+    "table": "your own: --data FILE.csv --target COLUMN",
 }
 KL_WEIGHTS = {("sine", "bbb"): 0.1, ("sine", "ivon"): 0.1}
 """Where a method's is another than its preset's."""
@@ -205,6 +211,12 @@ def validate(settings: Settings) -> None:
     (try 0.1), got -1.0
     """
     check(settings)
+    told = [settings.data is not None, settings.target is not None]
+    if told != [settings.preset == "table"] * 2:
+        raise ValueError(
+            "--data and --target name your own table and its target, and go with the problem "
+            f"table: {command.program('regression')} table --data my.csv --target COLUMN"
+        )
     if isinstance(settings.inference, BBB | IVON) and settings.kl_weight == 0:
         raise ValueError(
             f"--kl-weight must be > 0 with --inference {name_of(settings.inference)}, got 0: "
@@ -215,11 +227,11 @@ def validate(settings: Settings) -> None:
 def _overview() -> str:
     typed = command.program("regression")
     return (
-        f"usage: {typed} {{diabetes,sine}} [OPTIONS]\n\n"
+        f"usage: {typed} {{diabetes,sine,table}} [OPTIONS]\n\n"
         f"{Settings.__doc__}\n\nproblems:\n{command.rows(DESCRIBED)}\n\n"
-        f"inference methods (diabetes: bbb, sine: ensemble, unless told):\n"
+        f"inference methods (sine: ensemble, others: bbb, unless told):\n"
         f"{command.methods(tuple(METHODS))}\n\n"
         "Radii are in standard deviations of each feature over the training data.\n"
         f"Every setting is an option: {typed} sine --help lists them.\n"
-        "Either problem takes about a minute on one core, and downloads nothing."
+        "diabetes and sine take about a minute each on one core, and download nothing."
     )
