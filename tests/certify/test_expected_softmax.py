@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bnncert.certify import expectation
+from bnncert.certify.formal.expected_softmax import _least_softmax
 from bnncert.posterior import LowRank, MeanField
 from bnncert.sets import Box, ball
 
@@ -102,6 +103,13 @@ def test_correlated_weights_are_bounded_too():
 
     assert 0.87 < lower(together) < 0.881  # sigma(2) = .8808
     assert lower(apart) < 0.8
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_formats_are_summed_in_float32(dtype):
+    means, spreads = jnp.array([[9.0]], dtype), jnp.array([[1e-3]], dtype)
+    found = _least_softmax(means, spreads, 1e-3)
+    assert 0.99 < float(found[0]) <= 1 / (1 + np.exp(-9.0)) - 1e-3
 
 
 def test_wrong_arguments_name_the_way_out():

@@ -71,7 +71,11 @@ def expected_softmax(apply: Apply, posterior: Posterior, x_set: Set, *, delta: f
 
 
 def _least_softmax(means: Array, spreads: Array, delta: float) -> Array:
-    """Bounds int G dP - delta from below, for each row of means and Lipschitz constants."""
+    """Bounds int G dP - delta from below, for each row of means and Lipschitz constants.
+
+    In float32 at least: so many steps are more than half formats add up.
+    """
+    means, spreads = (v.astype(jnp.promote_types(v.dtype, jnp.float32)) for v in (means, spreads))
     steps, shares = _masses(means.shape[-1])
     unit = unit_error(means, len(steps) + means.shape[-1])
     depths = jnp.asarray(steps, means.dtype) * (1 + unit)
