@@ -150,6 +150,19 @@ class Margins:
         Example:
             >>> Margins(jnp.array([2.0]), jnp.array([0.5]), 0.001).quantile(0.051).round(3).tolist()
             [1.178]
+
+            A band that a regression's outputs f(w, x) lie in, for all x of a ball and 90% of the
+            posterior: rows for f and -f, each with half of the rest.
+
+            >>> from bnncert import MeanField, ball
+            >>> q = MeanField({"w": jnp.array([[2.0]])}, {"w": jnp.full((1, 1), 0.1)})
+            >>> found = margins(
+            ...     lambda p, x: p["w"] @ x, q, ball(jnp.ones(1), 0.1),
+            ...     jnp.array([[1.0], [-1.0]]), jnp.zeros(2),
+            ... )
+            >>> low, high = found.quantile(0.05)
+            >>> print(f"{low:.2f} {-high:.2f}")
+            1.62 2.38
         """
         return tails.quantile(self.mean, self.lipschitz, self.delta, level)
 
