@@ -53,6 +53,7 @@ ORDER = """
     certify.sampled.safety
     certify.radii certify
     metrics.scores metrics.calibration metrics.uncertainty metrics.detection metrics parallel
+    interop.weights interop.properties interop.certificates interop
 """.split()
 
 # The core dependencies, and NumPy and SciPy, which JAX brings.
