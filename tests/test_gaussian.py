@@ -239,6 +239,33 @@ def test_optimised_slopes_prove_no_less_and_no_draw_contradicts_them(name, kind,
         assert (found.mean / found.lipschitz > start.mean / start.lipschitz + 1e-3).any()
 
 
+def test_of_bounds_below_0_the_higher_is_kept():
+    """By E / L the one of more deviation would be: rows that prove nothing are of use to others."""
+    loc = {"a": normal(3, 8, 3), "b": normal(4, 8, 8), "c": normal(5, 2, 8)}
+    q = bc.MeanField(loc, jax.tree.map(lambda v: jnp.full_like(v, 0.1), loc))
+
+    def f(p, x):
+        return p["c"] @ jax.nn.relu(p["b"] @ jax.nn.relu(p["a"] @ x))
+
+    region = Box(jnp.full(3, -1.0), jnp.ones(3))
+    start, found = (
+        bounded(f, 1e-4, q, region, ROWS, method) for method in ("crown", AlphaCROWN(steps=8))
+    )
+    below = start.mean < 0
+    assert below.any() and (found.mean >= start.mean)[below].all()
+
+
+def test_what_overflows_proves_nothing():
+    q = bc.MeanField({"a": jnp.ones((2, 1)), "c": jnp.ones((1, 2))},
+                     {"a": jnp.full((2, 1), 1e20), "c": jnp.full((1, 2), 1e20)})  # fmt: skip
+    one, rows = jnp.ones(1), Constraints(jnp.ones((1, 1)), jnp.zeros(1))
+    for method in ("ibp", "crown", AlphaCROWN(steps=2)):
+        for arithmetic in (Real(), Float()):
+            found = bounded(lambda p, x: p["c"] @ jax.nn.relu(p["a"] @ x), 1e-4, q,
+                            Box(one, one), rows, method, arithmetic)  # fmt: skip
+            assert (found.mean == -jnp.inf).all()
+
+
 def test_the_posterior_has_gradients_through_optimised_slopes():
     apply, loc, spread, x = network("dense", 0.1)
     region = Box(x - REACH, x + REACH)

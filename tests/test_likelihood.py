@@ -514,8 +514,11 @@ def test_a_regression_of_a_posterior_is_below_that_of_most_draws(params):
     assert share <= 2 * CLASSES * norm.cdf(-depth) + 5 * math.sqrt(0.02 / 4000)
     slopes = jax.grad(lambda q: fit(KEY, q, x, y, threat(eps, 0.0)))(q)
     assert all((leaf < 0).any() for leaf in jax.tree.leaves(slopes.scale))
-    with pytest.raises(ValueError, match="noise_scale = 0"):
-        likelihood.quantile_gaussian(mlp, noise_scale=0.0)
+    for bad in (0.0, math.inf):
+        with pytest.raises(ValueError, match=f"noise_scale = {bad}"):
+            likelihood.quantile_gaussian(mlp, noise_scale=bad)
+    with pytest.raises(ValueError, match=r"y has the shape \(1,\)"):
+        fit(KEY, q, x, y[:1], threat(eps, 0.0))
 
 
 def test_it_has_derivatives_and_radii_and_an_elbo(params):

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from bnncert._varying import axes_of
 from bnncert.bounds.graph import Graph, Node, Ref
 from bnncert.bounds.ops.boxes import drop_nan
 from bnncert.bounds.plan import Plan
@@ -73,6 +74,8 @@ class Coloring(NamedTuple):
 def coloring(plan: Plan, index: int) -> Coloring | None:
     """Finds colours for the coordinates of a node; None where they save less than half the rows."""
     node, size = plan.graph.nodes[index], math.prod(plan.graph.nodes[index].shape)
+    if axes_of(plan.graph.inputs):  # inside `shard_map` nothing can be evaluated while it is traced
+        return None
     if len(node.shape) < 2 or not any(n.op == "conv_general_dilated" for n in plan.graph.nodes):
         return None
     found = [_along(plan, index, axis) for axis in range(len(node.shape)) if node.shape[axis] > 1]

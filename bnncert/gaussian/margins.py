@@ -343,7 +343,9 @@ def row_margins(
         return network.best(output, boxes, passage, row, _ratio)
 
     found = map_rows(one, graph.nodes[output], plan.batch_size)
-    return found._replace(mean=jnp.where(valid, found.mean, -jnp.inf))
+    # What overflowed, to NaN as well, is no bound.
+    known = valid & ~jnp.isnan(found.mean) & ~jnp.isnan(found.lipschitz)
+    return found._replace(mean=jnp.where(known, found.mean, -jnp.inf))
 
 
 def _is_float(value: Array) -> bool:
@@ -364,9 +366,10 @@ def _box(leaf: Leaf, widest: float) -> Box:
 
 
 def _ratio(found: Margin) -> Array:
-    """Computes how many Lipschitz constants a mean lies above 0."""
+    """Computes how many Lipschitz constants a mean lies above 0; where it does not, the mean."""
     tiny = float(jnp.finfo(found.mean.dtype).tiny)
-    return found.mean / jnp.maximum(found.lipschitz, tiny)
+    ratio = found.mean / jnp.maximum(found.lipschitz, tiny)
+    return jnp.where(found.mean > 0, ratio, found.mean)
 
 
 _SHARE = 1e-3

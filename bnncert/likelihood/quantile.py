@@ -5,6 +5,7 @@
 is in the place of the bound at one draw (`bnncert.gaussian.margins`).
 """
 
+import math
 from typing import Any
 
 import jax
@@ -145,12 +146,16 @@ def quantile_gaussian(
         -1.3702
     """
     _check_depth(depth)
-    if not noise_scale > 0:
-        raise ValueError(f"noise_scale = {noise_scale}: a standard deviation must be positive.")
+    if not 0 < noise_scale < math.inf:
+        raise ValueError(
+            f"noise_scale = {noise_scale}: a standard deviation must be positive and finite."
+        )
 
     def log_prob(q: Any, x: Array, y: Array, threat: Threat) -> Array:
         gaussian.leaves_of(q)  # raises for another posterior
-        target = jnp.ravel(y)
+        target, shape = jnp.ravel(y), jax.eval_shape(apply, q.loc, x).shape
+        if target.size != math.prod(shape):
+            raise ValueError(f"y has the shape {jnp.shape(y)}, and the network's mean {shape}.")
         unit = jnp.eye(target.size, dtype=jnp.result_type(x))
         rows = jnp.concatenate([unit, -unit]), jnp.concatenate([-target, target])
 
@@ -171,5 +176,5 @@ def quantile_gaussian(
 
 
 def _check_depth(depth: float) -> None:
-    if not depth >= 0:
-        raise ValueError(f"depth = {depth}: give a number that is not negative, e.g. 3.")
+    if not 0 <= depth < math.inf:
+        raise ValueError(f"depth = {depth}: give a finite number that is not negative, e.g. 3.")

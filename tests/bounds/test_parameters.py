@@ -257,13 +257,11 @@ def test_what_is_not_known_is_refused(f, primitive, reason):
 @pytest.mark.parametrize(
     ("f", "hint"),
     [
-        (jnp.sort, "jnp.minimum"),
-        (lambda x: lax.top_k(x, 2)[0], "jnp.max"),
-        (lambda x: x[jnp.argsort(x)], "jnp.minimum"),
+        (lambda x: x[lax.top_k(x, 2)[1]], "jnp.max"),
+        (lambda x: x[jnp.argsort(x)], "change places"),
         (lambda x: x[jnp.argmax(x)], "jnp.max"),
-        (lambda x: lax.fori_loop(0, 3, lambda i, v: 2 * v, x), "Unroll"),
-        (lambda x: lax.cond(x[0] > 0, jnp.sin, jnp.cos, x), "branch in Python"),
-        (lambda x: lax.cond(jnp.bool(True), jnp.sin, jnp.cos, x), "branch in Python"),
+        (lambda x: lax.fori_loop(0, 3000, lambda i, v: 2 * v, x), "unroll="),
+        (lambda x: lax.cond(x[0] > 0, jnp.sin, jnp.cos, x), r"jnp\.where"),
         (lambda x: jnp.linalg.inv(x.reshape(2, 3)[:, :2]), "Factorisations"),
         (lambda x: 2.0**x, r"jnp\.exp"),
     ],
@@ -271,5 +269,5 @@ def test_what_is_not_known_is_refused(f, primitive, reason):
 def test_the_way_out_fits_the_primitive(f, hint):
     with pytest.raises(UnsupportedPrimitiveError) as caught:
         bound(f, "ibp")(Box(jnp.full(6, -1.0), jnp.ones(6)))
-    assert ("Unroll" in str(caught.value)) == (hint == "Unroll")
+    assert ("unroll" in str(caught.value)) == (hint == "unroll=")
     assert re.search(hint, str(caught.value))
