@@ -324,3 +324,33 @@ def test_networks_stay_within_their_bounds(name, rounding):
 
 _SLACK = {"nearest": 1e-5, "outward": 5e-3}
 """What bounds may be wider by than the function's range."""
+
+
+def test_squares_that_underflow_under_a_large_factor_are_left_to_their_parts():
+    """1e16 times what is flushed to 0 is more than e: a node would leave float32 values out."""
+
+    def f(x):
+        return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) * 1e16 + 1e-24)
+
+    s = jnp.full(3, 1e-19)
+    for rounding in ("nearest", "outward"):
+        box = bound(f, "ibp", rounding=rounding)(Box(-s, s))
+        assert (box.upper >= jax.jit(f)(s)).all() and (box.lower <= -f(s)).all()
+
+
+@pytest.mark.parametrize("place", ["e", "a"])
+def test_numbers_that_are_computed_are_not_taken_for_exact(place):
+    a, b = jnp.float32(30), jnp.float32(0.0010137568460777402)
+
+    def f(x, number):
+        mean = jnp.mean(x * x, -1, keepdims=True)
+        return x * jax.lax.rsqrt(mean + number if place == "e" else mean * number + 1e-5)
+
+    center = 1e-4 if place == "e" else 100.0
+    region = Box(jnp.full(3, center), jnp.full(3, center * 1.00001))
+    box = bound(lambda x: f(x, (a + b) - a), "ibp", rounding="outward")(region)
+    exact = np.float64(b)
+    x = np.asarray(region.upper, np.float64)
+    mean = np.mean(x * x)
+    truth = x / np.sqrt(mean + exact if place == "e" else mean * exact + 1e-5)
+    assert (np.asarray(box.lower) <= truth).all() and (truth <= np.asarray(box.upper)).all()

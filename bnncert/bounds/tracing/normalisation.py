@@ -67,6 +67,7 @@ class _Factor(NamedTuple):
         scale: what was multiplied by on the way, of the shape of the product; None: nothing.
         q: the node of `share S + e`.
         onto: the nodes between it and the product.
+        within: the nodes between the sums and it.
     """
 
     sums: int
@@ -76,6 +77,11 @@ class _Factor(NamedTuple):
     scale: Any
     q: int
     onto: tuple[Any, ...]
+    within: tuple[Any, ...]
+
+    def is_computed(self, nodes: Sequence[Any]) -> bool:
+        """Whether a number in it is off by what computing it lost."""
+        return any(node.computed for node in (nodes[self.q], *self.within, *self.onto))
 
 
 class _Members(NamedTuple):
@@ -129,7 +135,7 @@ def normalised(
     for node in nodes:
         own = node._replace(operands=renamed(node.operands))
         match = _match(found, own)
-        if match is None or (not exact and any(n.computed for n in match.factor.onto)):
+        if match is None or (not exact and match.factor.is_computed(found)):
             found.append(own)
         else:
             _compose(found, own, match, exact)
@@ -147,8 +153,16 @@ def _match(nodes: Sequence[Any], node: Any) -> _Found | None:
         groups = _groups(factor, members) if factor and members else None
         if factor and members and groups:
             share = float(factor.share * members.share)
+            if factor.e < _least(node.dtype, share, groups):
+                return None
             return _Found(Ref(c), factor, groups, share, members.same)
     return None
+
+
+def _least(dtype: Any, share: float, groups: Groups) -> float:
+    """The least e: what squares lose by underflow is nothing beside it, a times each."""
+    count = math.prod(groups.shape[i] for i in groups.axes)
+    return least_constant(dtype) * max(1.0, share * count)
 
 
 def _compose(nodes: list[Any], node: Any, found: _Found, exact: bool) -> None:
@@ -218,7 +232,7 @@ def _factor(nodes: Sequence[Any], index: int) -> _Factor | None:
         return None
     onto = (*before, *between, *after)
     places = moved(numbers(nodes[index].shape), (*within, *onto))
-    return _Factor(index, places, share, float(e), _scale(after), q, onto)
+    return _Factor(index, places, share, float(e), _scale(after), q, onto, tuple(within))
 
 
 def _scale(after: Sequence[Any]) -> Any:
