@@ -59,6 +59,7 @@ OF_AN_AXIS: Mapping[str, Function] = {
     "logsumexp": _of_y(jax.nn.logsumexp),
     "max": _of_y(jnp.max),
     "min": _of_y(jnp.min),
+    "normalised": _of_y(lambda y: y * jax.lax.rsqrt(jnp.mean(jnp.square(y)) + 0.01)),
     "order": _of_y(lambda y: jnp.sort(y) + jax.lax.top_k(y, 2)[0][1]),
     "product": _of_y(lambda y: y * y[::-1]),
     "quotient": lambda y, p: y[::-1] / p,
