@@ -329,13 +329,22 @@ _SLACK = {"nearest": 1e-5, "outward": 5e-3}
 def test_squares_that_underflow_under_a_large_factor_are_left_to_their_parts():
     """1e16 times what is flushed to 0 is more than e: a node would leave float32 values out."""
 
-    def f(x):
-        return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) * 1e16 + 1e-24)
+    def normed(change, e):
+        return lambda x: x * jax.lax.rsqrt(change(jnp.sum(x * x, -1, keepdims=True)) + e)
 
-    s = jnp.full(3, 1e-19)
-    for rounding in ("nearest", "outward"):
-        box = bound(f, "ibp", rounding=rounding)(Box(-s, s))
-        assert (box.upper >= jax.jit(f)(s)).all() and (box.lower <= -f(s)).all()
+    cases = [
+        (lambda s: s * 1e16, 1e-24, 1e-19),
+        (lambda s: s * 1e-30 * 1e30, 1e-12, 2e-5),
+        (lambda s: s / 3e30 / 1e-30, 1e-12, 2e-5),
+        (lambda s: s * 1e-38 * 1e-38 * 1e-38, 1e-12, 1e-5),
+    ]
+    for change, e, size in cases:
+        f, s = normed(change, e), jnp.full(3, size)
+        with jax.disable_jit():
+            value = f(s)
+        for rounding in ("nearest", "outward"):
+            box = bound(f, "ibp", rounding=rounding)(Box(-s, s))
+            assert (box.upper >= value).all() and (box.lower <= -value).all()
 
 
 @pytest.mark.parametrize("place", ["e", "a"])
@@ -354,3 +363,16 @@ def test_numbers_that_are_computed_are_not_taken_for_exact(place):
     mean = np.mean(x * x)
     truth = x / np.sqrt(mean + exact if place == "e" else mean * exact + 1e-5)
     assert (np.asarray(box.lower) <= truth).all() and (truth <= np.asarray(box.upper)).all()
+
+
+def test_a_computed_zero_is_not_nothing():
+    """(1e5 + .001) - 1e5 is 0 in float32, and .001 really: c and what is squared are not one."""
+    a = jnp.float32(1e5)
+
+    def off(x):
+        return x + ((a + jnp.float32(1e-3)) - a)
+
+    region = Box(jnp.full(3, -1e-3), jnp.full(3, -0.99e-3))
+    f = lambda x: x * jax.lax.rsqrt((off(x) ** 2).mean(-1, keepdims=True) + 1e-8)  # noqa: E731
+    for method in ("ibp", "crown"):
+        assert bound(f, method, rounding="outward")(region).lower.max() <= -9.9

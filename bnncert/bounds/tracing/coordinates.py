@@ -76,7 +76,9 @@ def is_move(node: Any) -> bool:
 
 
 def is_idle(node: Any) -> bool:
-    """Whether a node does nothing."""
+    """Whether a node does nothing, whatever its constants are off by."""
+    if any(node.computed):
+        return False
     if node.op == "select_n":
         condition, *cases = node.operands
         chosen = _known(condition)
@@ -95,7 +97,9 @@ def multiplier_of(node: Any) -> Fraction | None:
 
 
 def number_of(node: Any) -> float | None:
-    """The other operand of a node of two, if that is one known number."""
+    """The other operand of a node of two, if that is one known number, and exact."""
+    if any(node.computed):
+        return None
     others = [o for o in node.operands if not isinstance(o, Ref)]
     return _known(others[0]) if len(others) == 1 and len(node.operands) == 2 else None
 

@@ -31,6 +31,8 @@ import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
+from itertools import accumulate
+from operator import mul
 from typing import Any, NamedTuple
 
 import jax
@@ -63,6 +65,7 @@ class _Factor(NamedTuple):
         sums: the node of the sums S, or of the difference of two means.
         places: of each coordinate of the product, in the value of `sums`.
         share: a.
+        gain: what a loss on the way to a S is multiplied by, at most.
         e: the constant.
         scale: what was multiplied by on the way, of the shape of the product; None: nothing.
         q: the node of `share S + e`.
@@ -73,6 +76,7 @@ class _Factor(NamedTuple):
     sums: int
     places: np.ndarray
     share: Fraction
+    gain: float
     e: float
     scale: Any
     q: int
@@ -153,16 +157,20 @@ def _match(nodes: Sequence[Any], node: Any) -> _Found | None:
         groups = _groups(factor, members) if factor and members else None
         if factor and members and groups:
             share = float(factor.share * members.share)
-            if factor.e < _least(node.dtype, share, groups):
+            if factor.e < _least(node.dtype, max(share, factor.gain), groups):
                 return None
             return _Found(Ref(c), factor, groups, share, members.same)
     return None
 
 
-def _least(dtype: Any, share: float, groups: Groups) -> float:
-    """The least e: what squares lose by underflow is nothing beside it, a times each."""
+def _least(dtype: Any, gain: float, groups: Groups) -> float:
+    """The least e: what is lost by underflow on the way is nothing beside it, gain times each."""
     count = math.prod(groups.shape[i] for i in groups.axes)
-    return least_constant(dtype) * max(1.0, share * count)
+    return least_constant(dtype) * max(1.0, gain * count)
+
+
+_SMALLEST = Fraction(1, 2**60)
+"""Of factors, and of products of these: beyond it, and its inverse, all is left to its parts."""
 
 
 def _compose(nodes: list[Any], node: Any, found: _Found, exact: bool) -> None:
@@ -225,14 +233,15 @@ def _factor(nodes: Sequence[Any], index: int) -> _Factor | None:
     if e is None or e < least_constant(node.dtype):
         return None
     within, index = walk_back(nodes, node.refs[0], _keeps_sums)
-    share = Fraction(1)
-    for step in within:
-        share *= multiplier_of(step) or 1
-    if share <= 0:
+    # The products of the last of them, the longest first: what is lost before is multiplied by.
+    after_each = list(accumulate((multiplier_of(s) or Fraction(1) for s in within[::-1]), mul))
+    if any(not _SMALLEST <= product <= 1 / _SMALLEST for product in after_each):
         return None
+    share = after_each[-1] if after_each else Fraction(1)
     onto = (*before, *between, *after)
     places = moved(numbers(nodes[index].shape), (*within, *onto))
-    return _Factor(index, places, share, float(e), _scale(after), q, onto, tuple(within))
+    gain = float(max([Fraction(1), *after_each]))
+    return _Factor(index, places, share, gain, float(e), _scale(after), q, onto, tuple(within))
 
 
 def _scale(after: Sequence[Any]) -> Any:
