@@ -365,6 +365,17 @@ def test_numbers_that_are_computed_are_not_taken_for_exact(place):
     assert (np.asarray(box.lower) <= truth).all() and (truth <= np.asarray(box.upper)).all()
 
 
+def test_scales_whose_product_underflows_on_the_way_are_left_to_their_parts():
+    def f(x):
+        return x * (jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * 1e-36 * 1e34)
+
+    region = Box(jnp.full(3, 900.0), jnp.full(3, 1e3))
+    with jax.disable_jit():
+        value = f(region.upper)  # 0 on the way
+    box = bound(f, "ibp", rounding="outward")(region)
+    assert (box.lower <= value).all() and (box.upper >= jax.jit(f)(region.upper)).all()
+
+
 def test_a_computed_zero_is_not_nothing():
     """(1e5 + .001) - 1e5 is 0 in float32, and .001 really: c and what is squared are not one."""
     a = jnp.float32(1e5)

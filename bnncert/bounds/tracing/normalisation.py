@@ -220,6 +220,8 @@ def _spread(onto: Sequence[Any], value: Any) -> Any:
 def _factor(nodes: Sequence[Any], index: int) -> _Factor | None:
     """A node as the factor that normalises; None if it is none."""
     after, index = walk_back(nodes, index, lambda node: is_move(node) or _scales(node))
+    if sum(map(_scales, after)) > 1:  # what is between two of them may underflow
+        return None
     between: list[Any] = []
     if nodes[index].op == "reciprocal":
         between, index = walk_back(nodes, nodes[index].refs[0], is_move)
