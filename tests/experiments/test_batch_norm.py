@@ -102,8 +102,8 @@ def test_batch_norm_has_no_prior(inference: str, last: bool) -> None:
 def test_a_run_trains_certifies_and_keeps_frozen_networks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task, "load", lambda *_: DATASET)
-    monkeypatch.setattr(task, "build", lambda *_: MODEL)
+    monkeypatch.setattr(task.subject, "read", lambda *_: DATASET)
+    monkeypatch.setattr(task.subject, "build", lambda *_: MODEL)
     base = preset("digits", "bbb")
     config = dataclasses.replace(
         base,
