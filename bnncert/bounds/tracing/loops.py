@@ -41,7 +41,7 @@ def unrolled(eqn: core.JaxprEqn, operands: Sequence[Any], source: str) -> core.C
     name = eqn.primitive.name
     if name == "scan":
         _check_length(eqn.params["length"], eqn.params.get("unroll", 1), source)
-        return _traced(partial(_scanned, eqn.params), eqn)
+        return _traced(partial(_scanned, eqn.params, _counts(eqn)), eqn)
     if name == "while":
         return _traced(partial(_repeated, eqn.params, _trips(eqn, operands, source)), eqn)
     index = operands[0]
@@ -78,14 +78,19 @@ def bodies(eqn: core.JaxprEqn) -> list[Body]:
     results = tuple(range(len(eqn.outvars)))
     if eqn.primitive.name == "cond":
         passed = tuple(range(1, count))
-        return [Body(branch.jaxpr, passed, results, {}) for branch in params["branches"]]
+        return [Body(_opened(branch)[0], passed, results, {}) for branch in params["branches"]]
     if eqn.primitive.name == "scan":
-        first, carried = params["num_consts"], params["num_carry"]
+        first, carried = _counts(eqn)
         carry = {first + i: i for i in range(carried)}
-        return [Body(params["jaxpr"].jaxpr, tuple(range(count)), results, carry)]
+        return [Body(_opened(params["jaxpr"])[0], tuple(range(count)), results, carry)]
     skipped, own = params["cond_nconsts"], params["body_nconsts"]
     carry = {own + i: i for i in results}
-    return [Body(params["body_jaxpr"].jaxpr, tuple(range(skipped, count)), results, carry)]
+    return [Body(_opened(params["body_jaxpr"])[0], tuple(range(skipped, count)), results, carry)]
+
+
+def condition(eqn: core.JaxprEqn) -> core.Jaxpr:
+    """Gives what a while loop goes on by."""
+    return _opened(eqn.params["cond_jaxpr"])[0]
 
 
 def _traced(f: Callable[..., Any], eqn: core.JaxprEqn) -> core.ClosedJaxpr:
@@ -103,8 +108,30 @@ def _check_length(length: int, unroll: Any, source: str) -> None:
         )
 
 
-def _scanned(params: Any, *operands: Any) -> list[Any]:
-    length, num_consts, num_carry = (params[p] for p in ("length", "num_consts", "num_carry"))
+def _opened(body: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
+    """A jaxpr and its constants, of what later versions of JAX no longer close."""
+    return (body.jaxpr, body.consts) if isinstance(body, core.ClosedJaxpr) else (body, ())
+
+
+def _counts(eqn: core.JaxprEqn) -> tuple[int, int]:
+    """How many constants a scan has, and how many values it carries.
+
+    Told by shapes, for the parameters that say so are others from one version of JAX to the next:
+    what is scanned over, or stacked, has an axis more than in the body.
+    """
+    body = _opened(eqn.params["jaxpr"])[0]
+    stacked = [_rank(a) > _rank(b) for a, b in zip(eqn.outvars, body.outvars, strict=True)]
+    scanned = [_rank(a) > _rank(b) for a, b in zip(eqn.invars, body.invars, strict=True)]
+    carried = len(stacked) - sum(stacked)
+    return len(scanned) - sum(scanned) - carried, carried
+
+
+def _rank(atom: Any) -> int:
+    return len(atom.aval.shape)
+
+
+def _scanned(params: Any, counts: tuple[int, int], *operands: Any) -> list[Any]:
+    length, (num_consts, num_carry) = params["length"], counts
     body = jax.jit(core.jaxpr_as_fun(params["jaxpr"]))
     consts, carry = operands[:num_consts], list(operands[num_consts : num_consts + num_carry])
     sequences = operands[num_consts + num_carry :]
@@ -119,7 +146,7 @@ def _scanned(params: Any, *operands: Any) -> list[Any]:
         rows.reverse()
     if rows:
         return [*carry, *(jnp.stack(column) for column in zip(*rows, strict=True))]
-    avals = params["jaxpr"].out_avals[num_carry:]
+    avals: list[Any] = [atom.aval for atom in _opened(params["jaxpr"])[0].outvars[num_carry:]]
     return [*carry, *(jnp.zeros((0, *aval.shape), aval.dtype) for aval in avals)]
 
 
@@ -136,18 +163,18 @@ def _trips(eqn: core.JaxprEqn, operands: Sequence[Any], source: str) -> int:
     """Counts how often a condition holds, computed from what it depends on."""
     params = eqn.params
     skipped, own = params["cond_nconsts"], params["body_nconsts"]
-    condition, body = params["cond_jaxpr"], params["body_jaxpr"]
+    going_on, body = _opened(params["cond_jaxpr"]), _opened(params["body_jaxpr"])
     carry = dict(enumerate(operands[skipped + own :]))
     # 1. The part of the carry that decides, and what decides it.
     deciding: set[int] = set()
-    asked = _needed(condition.jaxpr, condition.jaxpr.outvars)
-    wanted = {i for i, v in enumerate(condition.jaxpr.invars[skipped:]) if v in asked}
+    asked = _needed(going_on[0], going_on[0].outvars)
+    wanted = {i for i, v in enumerate(going_on[0].invars[skipped:]) if v in asked}
     fixed: set[int] = set()
     while not wanted <= deciding:
         deciding |= wanted
-        asked = _needed(body.jaxpr, [body.jaxpr.outvars[i] for i in deciding])
-        wanted |= {i for i, v in enumerate(body.jaxpr.invars[own:]) if v in asked}
-        fixed = {i for i, v in enumerate(body.jaxpr.invars[:own]) if v in asked}
+        asked = _needed(body[0], [body[0].outvars[i] for i in deciding])
+        wanted |= {i for i, v in enumerate(body[0].invars[own:]) if v in asked}
+        fixed = {i for i, v in enumerate(body[0].invars[:own]) if v in asked}
     given = [*operands[:skipped], *(operands[skipped + i] for i in fixed)]
     if not all(map(_is_known, [*given, *(carry[i] for i in deciding)])):
         raise UnsupportedPrimitiveError(
@@ -161,7 +188,7 @@ def _trips(eqn: core.JaxprEqn, operands: Sequence[Any], source: str) -> int:
     with jax.ensure_compile_time_eval():
         for trip in range(MOST + 1):
             (more,) = _evaluated(
-                condition, [*operands[:skipped], *(state.get(i) for i in carry)], [0]
+                going_on, [*operands[:skipped], *(state.get(i) for i in carry)], [0]
             )
             if not bool(more):
                 return trip
@@ -184,12 +211,14 @@ def _needed(jaxpr: core.Jaxpr, results: Sequence[Any]) -> set[Any]:
     return found
 
 
-def _evaluated(closed: core.ClosedJaxpr, arguments: Sequence[Any], which: Sequence[int]) -> list:
+def _evaluated(
+    body: tuple[core.Jaxpr, Sequence[Any]], arguments: Sequence[Any], which: Sequence[int]
+) -> list:
     """Evaluates some results of a jaxpr, from the arguments that they depend on."""
-    jaxpr = closed.jaxpr
+    jaxpr, consts = body
     wanted = [jaxpr.outvars[i] for i in which]
     needed = _needed(jaxpr, wanted)
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, arguments, strict=True))
 
     def read(atom: Any) -> Any:

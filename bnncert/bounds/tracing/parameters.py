@@ -226,7 +226,7 @@ PARAMETERS: Mapping[str, Mapping[str, Parameter]] = {
         "unconstrained_dims": ANY,
     },
     "sort": {"dimension": ANY, "is_stable": ANY, "num_keys": _ONE_ARRAY},
-    "top_k": {"k": ANY, "operand": ANY, "axis": ANY, "out_sharding": ANY},
+    "top_k": {"k": ANY, "operand": ANY, "axis": ANY, "is_stable": ANY, "out_sharding": ANY},
     "slice": {"start_indices": ANY, "limit_indices": ANY, "strides": ANY},
     "split": {"sizes": ANY, "axis": ANY},
     "squeeze": {"dimensions": ANY},

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from bnncert.bounds.tracing.equations import called, is_call, source_of
-from bnncert.bounds.tracing.loops import LOOPS, bodies
+from bnncert.bounds.tracing.loops import LOOPS, bodies, condition
 
 _DRAWS = (
     "random_bits",
@@ -137,7 +137,7 @@ def _is_random(eqn: core.JaxprEqn, kinds: Sequence[int], arguments: Sequence[int
         return False
     skipped, own = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     given = [*kinds[:skipped], *arguments[own:]]
-    return max(_kinds(eqn.params["cond_jaxpr"].jaxpr, given, ""), default=0) > 0
+    return max(_kinds(condition(eqn), given, ""), default=0) > 0
 
 
 def _kind(eqn: core.JaxprEqn, kinds: Sequence[int], result: Any, source: str) -> int:
