@@ -206,7 +206,7 @@ def write_results(
         "preset": config.preset,
         "seed": config.seed,
         "dataset": config.dataset if config.data is None else dataset.name,
-        "model": config.model,
+        "model": Path(config.model).name,  # of one's own, without its folder
         "epochs": settings.epochs,
         "train_eps": settings.eps,
         "likelihood": settings.likelihood,

@@ -280,7 +280,7 @@ def test_a_run_is_certified_and_attacked_again_on_the_same_data_alone(
     folder = tmp_path / "run"
     results = json.loads((folder / "results.json").read_text())
     assert results["dataset"] == "my" and results["class_names"] == ["lying", "standing"]
-    assert results["eps"] == 4 / 255
+    assert results["eps"] == 4 / 255 and results["model"] == "my_models.py:Single"
     assert "lying" in (folder / "report.html").read_text()
     assert set(json.loads((folder / "own.json").read_text())) == {"data", "model"}
     assert run.main([*asked, "--resume"]) == 0
