@@ -112,8 +112,15 @@ LEAVES = {
     "a": (3, 4), "b": (3, 3), "c": (2, 3), "u": (3,), "v": (2,), "k": (2, 1, 3), "s": (3,),
     "t": (3,), "r": (4,),
 }  # fmt: skip
+def layer_norm(p, x):
+    h = p["a"] @ x
+    centred = h - h.mean()
+    return p["c"] @ jax.nn.relu(centred * jax.lax.rsqrt(jnp.mean(centred * centred) + 0.01))
+
+
 OWN = {
     "dense": (dense, "abcuv", {}),
+    "layer norm": (layer_norm, "ac", {}),
     "curved": (curved, "abc", {}),
     "residual": (residual, "abc", {}),
     "skips": (skips, "abc", {"a": (2, 2), "b": (3, 4)}),
@@ -254,6 +261,17 @@ def test_of_bounds_below_0_the_higher_is_kept():
     )
     below = start.mean < 0
     assert below.any() and (found.mean >= start.mean)[below].all()
+
+
+def test_slopes_are_optimised_where_weights_are_known_too():
+    """Deviations of nearly 0: what alpha-CROWN finds of the network of the means."""
+    apply, loc, _, x = network("dense", 0.1)
+    q = bc.MeanField(loc, jax.tree.map(lambda v: jnp.full_like(v, 1e-30), loc))
+    region = Box(x - 0.4, x + 0.4)
+    start, found = (
+        bounded(apply, 1e-4, q, region, ROWS, m).mean for m in ("crown", AlphaCROWN(steps=20))
+    )
+    assert (found >= start).all() and (found > start + 1e-3).any()
 
 
 def test_what_overflows_proves_nothing():

@@ -146,7 +146,7 @@ def colored_bounds(plan: Plan, index: int, steps: Steps) -> Box | None:
 
 
 class _Pull(NamedTuple):
-    """How rows side by side are pulled back: as `rows.pull_back`, summed cone by cone.
+    """Pulls rows back side by side: as `rows.pull_back`, summed cone by cone.
 
     Attributes:
         graph: the traced function.

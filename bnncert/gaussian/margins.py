@@ -83,7 +83,7 @@ from bnncert.bounds.rows import map_rows
 from bnncert.bounds.tracing import trace
 from bnncert.gaussian import tails
 from bnncert.gaussian.network import Margin, network_of
-from bnncert.gaussian.slopes import optimised
+from bnncert.gaussian.slopes import least_spread, optimised
 from bnncert.gaussian.weights import Leaf, leaves_of, weights_of
 from bnncert.sets import Box, Set
 from bnncert.types import Apply, Params, Posterior
@@ -367,8 +367,7 @@ def _box(leaf: Leaf, widest: float) -> Box:
 
 def _ratio(found: Margin) -> Array:
     """Computes how many Lipschitz constants a mean lies above 0; where it does not, the mean."""
-    tiny = float(jnp.finfo(found.mean.dtype).tiny)
-    ratio = found.mean / jnp.maximum(found.lipschitz, tiny)
+    ratio = found.mean / jnp.maximum(found.lipschitz, least_spread(found.mean.dtype))
     return jnp.where(found.mean > 0, ratio, found.mean)
 
 

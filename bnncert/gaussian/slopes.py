@@ -70,10 +70,10 @@ def optimised(
 
     def loss(free: Any) -> tuple[Array, Margin]:
         found = bounded(free)
-        tiny = float(jnp.finfo(found.mean.dtype).tiny)
-        spread = jnp.maximum(found.lipschitz, tiny)
-        fixed = jax.lax.stop_gradient(spread)
-        return -found.mean / jnp.where(found.mean > 0, spread, fixed), found
+        spread = jnp.maximum(found.lipschitz, least_spread(found.mean.dtype))
+        # In units of the mean: squares of derivatives, which Adam keeps, must not overflow.
+        relative = jnp.where(found.mean > 0, jax.lax.stop_gradient(spread) / spread, 1)
+        return -found.mean * relative, found
 
     optimizer = optax.adam(optax.exponential_decay(_LEARNING_RATE, 1, _DECAY))
 
@@ -90,6 +90,11 @@ def optimised(
     # Once more outside the loop: what is differentiated is this bound, its fractions as they are.
     last = bounded(jax.lax.stop_gradient(free))
     return _better(jax.lax.stop_gradient(best), last, score)
+
+
+def least_spread(dtype: Any) -> float:
+    """What a Lipschitz constant counts for at least: of weights that are known it is 0."""
+    return float(jnp.finfo(dtype).tiny) ** 0.5
 
 
 def _better(first: Margin, second: Margin, score: Callable[[Margin], Array]) -> Margin:

@@ -5,7 +5,6 @@ is killed loses it with its life; the file that it leaves behind is taken over.
 """
 
 import contextlib
-import fcntl
 import os
 import socket
 import sys
@@ -14,6 +13,11 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from .writing import naming
+
+try:
+    import fcntl
+except ImportError:  # not of this system: the file's text is left to go by
+    fcntl = None
 
 LOCK = ".lock"
 """The file's name in the folder."""
@@ -73,6 +77,8 @@ def _taken(path: Path) -> IO[str]:
 
 def _lock(path: Path, file: IO[str]) -> None:
     try:
+        if fcntl is None:
+            raise OSError("no locks")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return
     except BlockingIOError:

@@ -214,6 +214,13 @@ def test_weights_are_sets_in_a_loop_too():
         assert (value >= box.lower - 1e-5).all() and (value <= box.upper + 1e-5).all()
 
 
+def squared(x):
+    def outer(c, _):
+        return jax.lax.scan(lambda d, _: (0.9 * d, None), c, length=30)[0], None
+
+    return jax.lax.scan(outer, x, length=30)[0]
+
+
 def test_a_long_loop_is_unrolled_where_it_says_so():
     length = loops.MOST + 1
 
@@ -222,6 +229,8 @@ def test_a_long_loop_is_unrolled_where_it_says_so():
 
     with pytest.raises(UnsupportedPrimitiveError, match=rf"{length} iterations.*unroll={length}"):
         bound(f, "ibp")(BOX)
+    with pytest.raises(UnsupportedPrimitiveError, match=r"30 iterations, 900 with those"):
+        bound(squared, "ibp")(BOX)
     graph = trace(lambda x: f(x, unroll=length), (BOX,), {})
     assert sum(node.op == "mul" for node in graph.nodes) == length
 

@@ -167,7 +167,7 @@ def interval(c: Box, q: Box, share: float | None, e: float) -> Box:
 
 
 def _below(l: Array, u: Array, share: float, e: Array) -> Array:
-    """What stands below the root where h is the largest."""
+    """Computes what stands below the root where h is the largest."""
     inner = jnp.where(l > 0, l, jnp.where(u < 0, u, 0)) ** 2
     outer = jnp.maximum(l**2, u**2)
     low, high = (share * jnp.sum(v, -1, keepdims=True) + e for v in (inner, outer))
@@ -214,7 +214,7 @@ def _interval(node: Node, c: Box, q: Box) -> Box:
 
 
 def _errors(node: Node, boxes: Sequence[Box]) -> tuple[ArrayLike, ArrayLike]:
-    """Of a root, a quotient and a product; where groups are known, of their sums of squares.
+    """Counts roundings: of a root, a quotient and a product; of known groups, of their sums too.
 
     A scale may meet the root before c does: where that product underflows, it is off by t.
     """

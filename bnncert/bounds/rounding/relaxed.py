@@ -136,7 +136,7 @@ def _planes_error(
 def _sized_error(
     graph: Graph, index: int, size: Array, boxes: Sequence[Box], precision: Precision
 ) -> tuple[Array, int]:
-    """Of planes that tell the size of their terms, and how many terms a coefficient has.
+    """Bounds what planes are off by that tell the size of their terms, and counts a coefficient's.
 
     Their coefficients are off by 128 u, and those of rows by as many roundings as are added up: an
     operand that is repeated in the value gathers as many.

@@ -33,7 +33,7 @@ class Leaf(NamedTuple):
 
 
 def coordinates(nodes: Sequence[Any], index: int) -> tuple[Leaf, ...]:
-    """What each coordinate of a node is: of one value, or the difference of two."""
+    """Finds what each coordinate of a node is: of one value, or the difference of two."""
     moves, index = walk_back(nodes, index, is_move)
     node = nodes[index]
     if node.op != "sub" or len(node.refs) != 2:
@@ -53,7 +53,7 @@ def leaf_of(nodes: Sequence[Any], index: int) -> Leaf:
 
 
 def identity(nodes: Sequence[Any], leaf: Leaf) -> tuple[Any, ...]:
-    """What tells values apart: sums of one value over the same axes are one value."""
+    """Names what tells values apart: sums of one value over the same axes are one value."""
     node = nodes[leaf.node]
     key = (node.refs, axes_of(node)) if node.op == "reduce_sum" else leaf.node
     return key, leaf.factor
@@ -71,12 +71,12 @@ def walk_back(
 
 
 def is_move(node: Any) -> bool:
-    """Whether a node moves its operand, or does nothing."""
+    """Says whether a node moves its operand, or does nothing."""
     return node.op in MOVES or is_idle(node)
 
 
 def is_idle(node: Any) -> bool:
-    """Whether a node does nothing, whatever its constants are off by."""
+    """Says whether a node does nothing, whatever its constants are off by."""
     if any(node.computed):
         return False
     if node.op == "select_n":

@@ -24,7 +24,7 @@ from bnncert.bounds.graph.nodes import UnsupportedPrimitiveError
 LOOPS = ("scan", "while", "cond")
 
 MOST = 512
-"""Iterations of one loop that are run, unless the loop itself says that it is to be unrolled."""
+"""Iterations that a loop is run for, with those of loops in it; more where it says `unroll=`."""
 
 
 def unrolled(eqn: core.JaxprEqn, operands: Sequence[Any], source: str) -> core.ClosedJaxpr:
@@ -40,7 +40,7 @@ def unrolled(eqn: core.JaxprEqn, operands: Sequence[Any], source: str) -> core.C
     """
     name = eqn.primitive.name
     if name == "scan":
-        _check_length(eqn.params["length"], eqn.params.get("unroll", 1), source)
+        _check_length(eqn, source)
         return _traced(partial(_scanned, eqn.params, _counts(eqn)), eqn)
     if name == "while":
         return _traced(partial(_repeated, eqn.params, _trips(eqn, operands, source)), eqn)
@@ -98,14 +98,32 @@ def _traced(f: Callable[..., Any], eqn: core.JaxprEqn) -> core.ClosedJaxpr:
     return jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
 
 
-def _check_length(length: int, unroll: Any, source: str) -> None:
-    if length > MOST and not (unroll is True or unroll >= length):
+def _check_length(eqn: core.JaxprEqn, source: str) -> None:
+    length, unroll = eqn.params["length"], eqn.params.get("unroll", 1)
+    runs = length * max(_runs(_opened(eqn.params["jaxpr"])[0]), 1)
+    if runs > MOST and not (unroll is True or unroll >= length):
+        inside = "" if runs == length else f", {runs} with those of the loops in it"
         raise UnsupportedPrimitiveError(
-            f"a 'scan' of {length} iterations over bounded values, called at {source}: it would be "
-            f"bounded as so many copies of its body, and more than {MOST} are not made unasked. If "
-            f"that is meant, say unroll={length} where the loop is written (jax.lax.scan, "
-            "jax.lax.fori_loop, flax's RNN); else shorten it."
+            f"a 'scan' of {length} iterations{inside}, over bounded values, called at {source}: it "
+            f"would be bounded as so many copies of its body, and more than {MOST} are not made "
+            f"unasked. If that is meant, say unroll={length} where the loop is written "
+            "(jax.lax.scan, jax.lax.fori_loop, flax's RNN); else shorten it."
         )
+
+
+def _runs(jaxpr: core.Jaxpr) -> int:
+    """Counts the iterations of all scans that a jaxpr and its calls run."""
+    found = 0
+    for eqn in jaxpr.eqns:
+        inner = [
+            _opened(body)[0]
+            for value in eqn.params.values()
+            for body in (value if isinstance(value, tuple | list) else (value,))
+            if isinstance(body, core.ClosedJaxpr | core.Jaxpr)
+        ]
+        below = sum(map(_runs, inner))
+        found += eqn.params["length"] * max(below, 1) if eqn.primitive.name == "scan" else below
+    return found
 
 
 def _opened(body: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
