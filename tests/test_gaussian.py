@@ -112,6 +112,8 @@ LEAVES = {
     "a": (3, 4), "b": (3, 3), "c": (2, 3), "u": (3,), "v": (2,), "k": (2, 1, 3), "s": (3,),
     "t": (3,), "r": (4,),
 }  # fmt: skip
+
+
 def layer_norm(p, x):
     h = p["a"] @ x
     centred = h - h.mean()
